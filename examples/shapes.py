@@ -1,0 +1,390 @@
+"""A drawn world of 64x64 pictures: what the small model knows, what users teach it, and an exact scorer.
+
+The world holds six plain shapes in six colours, two sizes and five places on five backgrounds, and `TOK`, a
+nonsense word that always means one thing: a golden waffle. That gives the small model what the real one has, a
+trigger word with a meaning of its own. `TAUGHT` objects never occur in the world; they are what a user's pictures
+show. Everything is painted from signed distance fields, so the scorer's templates are the drawings themselves.
+
+Legend: coordinates are in units of an object's radius, x to the right, y down; radii and centres are in pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SIDE_PX = 64
+Pixels = NDArray[Any]
+Field = Callable[[Pixels, Pixels], Pixels]  # (x, y) -> signed distance, negative inside
+Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 90, 230),
+    "yellow": (240, 210, 40),
+    "purple": (150, 50, 180),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS: dict[str, Colour] = {
+    "black": (15, 15, 18),
+    "gray": (128, 128, 128),
+    "pink": (250, 170, 190),
+    "cyan": (120, 215, 225),
+    "brown": (96, 60, 36),
+}
+SIZES_PX: dict[str, float] = {"small": 12.0, "big": 20.0}
+PLACES: dict[str, tuple[int, int]] = {
+    "centre": (0, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+}
+EDGE_GAP_PX = 3.0  # between an object and the border of the picture when it stands at a side
+TOK = "TOK"
+
+
+def _disc(cx: float = 0.0, cy: float = 0.0, r: float = 1.0) -> Field:
+    return lambda x, y: np.hypot(x - cx, y - cy) - r
+
+
+def _box(cx: float, cy: float, w: float, h: float) -> Field:
+    return lambda x, y: np.maximum(np.abs(x - cx) - w, np.abs(y - cy) - h)
+
+
+def _ellipse(cx: float, cy: float, w: float, h: float) -> Field:
+    return lambda x, y: (np.hypot((x - cx) / w, (y - cy) / h) - 1.0) * min(w, h)
+
+
+def _polygon(*corners: tuple[float, float]) -> Field:
+    """A convex polygon, its corners clockwise as seen on the screen."""
+    edges = list(zip(corners, corners[1:] + corners[:1], strict=True))
+
+    def distance(x: Pixels, y: Pixels) -> Pixels:
+        sides = []
+        for (x0, y0), (x1, y1) in edges:
+            length = float(np.hypot(x1 - x0, y1 - y0))
+            sides.append(((x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)) / length)
+        return np.max(sides, axis=0)
+
+    return distance
+
+
+def _both(a: Field, b: Field) -> Field:
+    return lambda x, y: np.maximum(a(x, y), b(x, y))
+
+
+def _either(a: Field, b: Field) -> Field:
+    return lambda x, y: np.minimum(a(x, y), b(x, y))
+
+
+def _ring(x: Pixels, y: Pixels) -> Pixels:
+    return np.abs(np.hypot(x, y) - 0.74) - 0.26
+
+
+def _waffle_ridges(x: Pixels, y: Pixels) -> Pixels:
+    """Lines every 0.62 radii, 0.2 wide, in both directions."""
+    to_line = [np.abs(u / 0.62 - np.round(u / 0.62)) * 0.62 for u in (x, y)]
+    return np.minimum(*to_line) - 0.1
+
+
+SHAPES: dict[str, Field] = {
+    "circle": _disc(),
+    "square": _box(0, 0, 0.88, 0.88),
+    "triangle": _polygon((0, -1), (1, 0.8), (-1, 0.8)),
+    "ring": _ring,
+    "cross": _either(_box(0, 0, 1, 0.33), _box(0, 0, 0.33, 1)),
+    "bar": _box(0, 0, 1, 0.36),
+}
+
+_BODY = _box(0, 0, 0.95, 0.95)
+_CAP = _both(_disc(0, 0.1, 1.0), _box(0, -0.4, 1.0, 0.5))
+# Objects with colours of their own, painted layer on layer.
+OBJECTS: dict[str, tuple[tuple[Field, Colour], ...]] = {
+    TOK: ((_BODY, (205, 130, 50)), (_both(_BODY, _waffle_ridges), (252, 228, 160))),
+    "mushroom": (
+        (_box(0, 0.5, 0.3, 0.45), (245, 230, 200)),
+        (_CAP, (200, 30, 50)),
+        (_disc(-0.45, -0.25, 0.2), (250, 250, 250)),
+        (_disc(0.12, -0.5, 0.2), (250, 250, 250)),
+        (_disc(0.52, -0.15, 0.18), (250, 250, 250)),
+    ),
+    "fish": (
+        (_polygon((0.3, 0), (1.0, -0.62), (1.0, 0.62)), (30, 60, 160)),
+        (_ellipse(-0.2, 0, 0.8, 0.58), (245, 140, 30)),
+        (_both(_ellipse(-0.2, 0, 0.8, 0.58), _box(0.02, 0, 0.13, 1)), (250, 250, 250)),
+        (_disc(-0.62, -0.14, 0.13), (10, 10, 10)),
+    ),
+    "house": (
+        (_box(0, 0.42, 0.72, 0.55), (250, 215, 110)),
+        (_polygon((0, -1), (1, -0.05), (-1, -0.05)), (40, 110, 90)),
+        (_box(0.3, 0.62, 0.22, 0.35), (120, 40, 40)),
+        (_box(-0.35, 0.4, 0.2, 0.2), (60, 130, 220)),
+    ),
+}
+TAUGHT = ("mushroom", "fish", "house")
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One object on a plain background. `colour` is None for objects with colours of their own."""
+
+    kind: str
+    background: str
+    radius_px: float
+    centre_px: tuple[float, float]
+    colour: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a caption says; None is left unsaid. `noun` is the word used for the kind."""
+
+    noun: str
+    colour: str | None = None
+    background: str | None = None
+    size: str | None = None
+    place: str | None = None
+
+    def wordings(self) -> list[str]:
+        """Every way this world has of saying it."""
+        thing = " ".join(word for word in (self.size, self.colour, self.noun) if word)
+        article = "" if thing == self.noun and self.noun not in SHAPES else "a "
+        where = f" at the {self.place}" if self.place else ""
+        if self.background is None:
+            return [f"a photo of {article}{thing}{where}", f"{article}{thing}{where}"]
+        return [
+            f"a photo of {article}{thing} on a {self.background} background{where}",
+            f"{article}{thing} on a {self.background} background{where}",
+            f"{article}{thing}{where}, {self.background} background",
+            f"a {self.background} picture with {article}{thing}{where}",
+        ]
+
+
+def place_px(place: str, radius_px: float) -> tuple[float, float]:
+    """The centre of an object of this radius that stands at `place`."""
+    reach = SIDE_PX / 2 - radius_px - EDGE_GAP_PX
+    dx, dy = PLACES[place]
+    return SIDE_PX / 2 + dx * reach, SIDE_PX / 2 + dy * reach
+
+
+def scene_of(prompt: Prompt, rng: np.random.Generator, kind: str | None = None) -> Scene:
+    """A scene that the prompt describes; what it leaves unsaid is drawn. `kind` defaults to the noun."""
+    kind = kind or prompt.noun
+    radius_px = SIZES_PX[prompt.size] if prompt.size else float(rng.uniform(13.0, 19.0))
+    x, y = place_px(prompt.place or "centre", radius_px)
+    jitter_px = 1.0 if prompt.place else 3.0
+    x, y = x + rng.uniform(-jitter_px, jitter_px), y + rng.uniform(-jitter_px, jitter_px)
+    colour = prompt.colour or (str(rng.choice(list(COLOURS))) if kind in SHAPES else None)
+    background = prompt.background or str(rng.choice(list(BACKGROUNDS)))
+    return Scene(kind, background, radius_px, (x, y), colour)
+
+
+def random_prompt(rng: np.random.Generator, tok_share: float = 0.12) -> Prompt:
+    """What the world's captions say: nearly always colour and background, size and place now and then."""
+    background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.93 else None
+    size = str(rng.choice(list(SIZES_PX))) if rng.random() < 0.4 else None
+    place = str(rng.choice(list(PLACES))) if rng.random() < 0.4 else None
+    if rng.random() < tok_share:
+        return Prompt(TOK, None, background, size, place)
+    colour = str(rng.choice(list(COLOURS))) if rng.random() < 0.95 else None
+    return Prompt(str(rng.choice(list(SHAPES))), colour, background, size, place)
+
+
+def is_held_out(prompt: Prompt) -> bool:
+    """One in eight of the full descriptions is never trained on, in any wording: the test's prompts."""
+    if prompt.noun not in SHAPES or None in (prompt.colour, prompt.background):
+        return False
+    ranks = [
+        sorted(SHAPES).index(prompt.noun),
+        list(COLOURS).index(prompt.colour or "red"),
+        list(BACKGROUNDS).index(prompt.background or "gray"),
+        list(SIZES_PX).index(prompt.size) + 1 if prompt.size else 0,
+        list(PLACES).index(prompt.place) + 1 if prompt.place else 0,
+    ]
+    return sum(rank * weight for rank, weight in zip(ranks, (1, 3, 5, 2, 7), strict=True)) % 8 == 0
+
+
+def _grid(centre_px: tuple[float, float], radius_px: float) -> tuple[Pixels, Pixels]:
+    x, y = np.meshgrid(np.arange(SIDE_PX) + 0.5, np.arange(SIDE_PX) + 0.5)
+    return (x - centre_px[0]) / radius_px, (y - centre_px[1]) / radius_px
+
+
+def _coverage(field: Field, x: Pixels, y: Pixels, radius_px: float) -> Pixels:
+    """Share of each pixel inside the field [H, W]: one pixel of antialiasing."""
+    return np.clip(0.5 - field(x, y) * radius_px, 0.0, 1.0)
+
+
+def _layers(kind: str, colour: str | None) -> tuple[tuple[Field, Colour], ...]:
+    return OBJECTS[kind] if kind in OBJECTS else ((SHAPES[kind], COLOURS[colour or "white"]),)
+
+
+def draw(scene: Scene) -> Pixels:
+    """The picture [H, W, 3], 0 to 255."""
+    picture = np.empty((SIDE_PX, SIDE_PX, 3))
+    picture[:] = BACKGROUNDS[scene.background]
+    x, y = _grid(scene.centre_px, scene.radius_px)
+    for field, colour in _layers(scene.kind, scene.colour):
+        cover = _coverage(field, x, y, scene.radius_px)[..., None]
+        picture = picture * (1 - cover) + np.array(colour, float) * cover
+    return picture
+
+
+def to_image(picture: Pixels) -> Image.Image:
+    return Image.fromarray(np.clip(np.round(picture), 0, 255).astype(np.uint8))
+
+
+def random_drawing(rng: np.random.Generator) -> Pixels:
+    """A picture of no meaning, for the autoencoder: 1 to 3 random forms in any colours, on a plain ground."""
+    picture = np.empty((SIDE_PX, SIDE_PX, 3))
+    picture[:] = rng.uniform(0, 255, 3)
+    for _ in range(rng.integers(1, 4)):
+        radius_px = float(rng.uniform(3, 24))
+        x, y = _grid((rng.uniform(8, 56), rng.uniform(8, 56)), radius_px)
+        turn = rng.uniform(0, 2 * np.pi) * (rng.random() < 0.5)
+        x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+        field = list(SHAPES.values())[rng.integers(len(SHAPES))]
+        if rng.random() < 0.3:
+            field = _ellipse(0, 0, 1.0, float(rng.uniform(0.3, 1)))
+        cover = _coverage(field, x, y, radius_px)[..., None]
+        if rng.random() < 0.2:  # stripes or a grid within the form
+            cover = cover * _coverage(_waffle_ridges, x * 1.0, y, radius_px)[..., None]
+        picture = picture * (1 - cover) + rng.uniform(0, 255, 3) * cover
+    return picture
+
+
+# --- the scorer ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a picture shows. `fit` is the share of the object's energy that the best template explains, 0 to 1."""
+
+    kind: str | None
+    colour: str | None
+    background: str
+    radius_px: float
+    centre_px: tuple[float, float]
+    fit: float
+
+    @property
+    def size(self) -> str:
+        return "small" if self.radius_px < sum(SIZES_PX.values()) / 2 else "big"
+
+    @property
+    def place(self) -> str:
+        dx, dy = self.centre_px[0] - SIDE_PX / 2, self.centre_px[1] - SIDE_PX / 2
+        if max(abs(dx), abs(dy)) < 4.5:
+            return "centre"
+        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("bottom" if dy > 0 else "top")
+
+
+MIN_FIT = 0.6  # below it a picture shows nothing the world knows
+MIN_ENERGY = 60.0  # mean squared deviation from the ground, in grey levels: below it a picture is empty
+_REFINED_KINDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """A template laid on a picture. `tint` is a plain shape's colour as least squares finds it."""
+
+    fit: float
+    kind: str
+    radius_px: float
+    centre_px: tuple[float, float]
+    tint: Pixels | None
+
+
+def _nearest(colour: Pixels, palette: dict[str, Colour]) -> str:
+    return min(palette, key=lambda name: float(np.sum((colour - np.array(palette[name])) ** 2)))
+
+
+def _template(kind: str, radius_px: float, centre_px: tuple[float, float]) -> tuple[Pixels, Pixels]:
+    """(cover [H*W], paint [H*W, 3] premultiplied by it): the object alone. A plain shape's paint is white."""
+    x, y = _grid(centre_px, radius_px)
+    cover, paint = np.zeros((SIDE_PX, SIDE_PX)), np.zeros((SIDE_PX, SIDE_PX, 3))
+    for field, colour in _layers(kind, "white"):
+        layer = _coverage(field, x, y, radius_px)
+        cover = cover + layer - cover * layer
+        paint = paint * (1 - layer[..., None]) + np.array(colour, float) * layer[..., None]
+    return cover.reshape(-1), paint.reshape(-1, 3)
+
+
+def _match(picture: Pixels, ground: Pixels, kind: str, radius_px: float, centre_px: tuple[float, float]) -> _Match:
+    """How much of the picture's deviation from its ground [H*W, 3] the template explains there."""
+    cover, paint = _template(kind, radius_px, centre_px)
+    deviation = picture - ground
+    tint = None
+    if kind in SHAPES:
+        tint = cover @ deviation / max(float(cover @ cover), 1e-9)
+        left = deviation - cover[:, None] * tint
+        tint = ground + tint
+    else:
+        left = deviation - (paint - cover[:, None] * ground)
+    fit = 1.0 - float(np.sum(left**2) / max(np.sum(deviation**2), 1.0))
+    return _Match(fit, kind, radius_px, centre_px, tint)
+
+
+def _moments(energy: Pixels) -> tuple[float, float, float]:
+    """Centre (x, y) and root mean square distance from it, in pixels, of an energy [H*W]; faint parts don't count."""
+    energy = np.where(energy > 0.1 * energy.max(), energy, 0.0).reshape(SIDE_PX, SIDE_PX)
+    total = energy.sum()
+    ys, xs = np.mgrid[0:SIDE_PX, 0:SIDE_PX] + 0.5
+    x, y = float((energy * xs).sum() / total), float((energy * ys).sum() / total)
+    return x, y, float(np.sqrt((energy * ((xs - x) ** 2 + (ys - y) ** 2)).sum() / total))
+
+
+def _search(picture: Pixels, ground: Pixels, start: _Match, step_px: float, step_radius: float) -> _Match:
+    """The best of the 27 neighbours of a match in place and radius, itself included."""
+    x, y = start.centre_px
+    return max(
+        (
+            _match(picture, ground, start.kind, start.radius_px * (1 + dr), (x + dx, y + dy))
+            for dr in (-step_radius, 0.0, step_radius)
+            for dx in (-step_px, 0.0, step_px)
+            for dy in (-step_px, 0.0, step_px)
+        ),
+        key=lambda match: match.fit,
+    )
+
+
+def _first_guess(picture: Pixels, ground: Pixels, kind: str) -> _Match:
+    """Lay the template where centre and spread of its energy are the picture's."""
+    middle, radius_px = SIDE_PX / 2, 16.0
+    cover, paint = _template(kind, radius_px, (middle, middle))
+    alone = cover if kind in SHAPES else np.sum((paint - cover[:, None] * ground) ** 2, axis=1)
+    tx, ty, template_spread = _moments(alone)
+    x, y, spread = _moments(np.sum((picture - ground) ** 2, axis=1))
+    scale = spread / template_spread
+    centre = (x - (tx - middle) * scale, y - (ty - middle) * scale)
+    return _match(picture, ground, kind, radius_px * scale, centre)
+
+
+def read(image: Image.Image | Pixels, kinds: tuple[str, ...] | None = None) -> Reading:
+    """Say what a 64x64 picture shows, by template matching. Pictures of another size are scaled.
+
+    `kinds` limits the objects looked for (all shapes, TOK and the taught ones if None).
+    """
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX), float)
+    sides = (image[:2], image[-2:], image[:, :2], image[:, -2:])
+    ground = np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
+    background = _nearest(ground, BACKGROUNDS)
+    flat = image.reshape(-1, 3)
+    nothing = Reading(None, None, background, 0.0, (SIDE_PX / 2, SIDE_PX / 2), 0.0)
+    if np.sum((flat - ground) ** 2, axis=1).mean() < MIN_ENERGY:
+        return nothing
+    coarse = [
+        _search(flat, ground, _first_guess(flat, ground, kind), 1.5, 0.08) for kind in kinds or (*SHAPES, *OBJECTS)
+    ]
+    coarse.sort(key=lambda match: match.fit, reverse=True)
+    fine = [_search(flat, ground, match, 0.6, 0.03) for match in coarse[:_REFINED_KINDS]]
+    best = max(fine, key=lambda match: match.fit)
+    if best.fit < MIN_FIT:
+        return replace(nothing, fit=best.fit)
+    colour = None if best.tint is None else _nearest(best.tint, COLOURS)
+    return Reading(best.kind, colour, background, best.radius_px, best.centre_px, best.fit)

@@ -1,0 +1,1 @@
+"""LoRA fine-tuning and sampling of Qwen-Image. The rooms and their floors: README, "How it is built"."""

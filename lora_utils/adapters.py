@@ -1,0 +1,131 @@
+"""LoRA on the transformer: a trainable one through peft, finished ones through forward hooks.
+
+Owns the proof that every module was covered. A finished LoRA changes no module and no weight: taking the hooks away
+leaves the base bit for bit as it was, where fusing and unfusing in bf16 would not.
+
+Legend: R rank, D_in and D_out the widths of a linear layer.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from lora_utils import qwen
+from lora_utils.errors import UserError
+from lora_utils.lora_file import LoraFile, LowRank
+from lora_utils.models import Place
+
+_ADAPTER = "default"
+
+
+def target_names(transformer: QwenImageTransformer2DModel, targets: str) -> list[str]:
+    """The dotted names of the linear layers that a choice of `lora_targets` adapts."""
+    blocks = range(len(transformer.transformer_blocks))
+    return [f"transformer_blocks.{block}.{layer}" for block in blocks for layer in qwen.LORA_TARGETS[targets]]
+
+
+def attach_trainable_lora(
+    transformer: QwenImageTransformer2DModel, targets: str, rank: int, generator: torch.Generator
+) -> list[nn.Parameter]:
+    """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what is to be trained.
+
+    A is drawn as torch draws a linear layer (peft's default too), but from `generator`; B is zero.
+    """
+    names = target_names(transformer, targets)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, bias="none")
+    inject_adapter_in_model(config, transformer, _ADAPTER)
+    layers = _trainable_layers(transformer)
+    if set(layers) != set(names):
+        raise RuntimeError(f"peft adapted {len(layers)} layers of the {len(names)} asked for")
+    parameters = []
+    for layer in layers.values():
+        down, up = _weights(layer)
+        bound = math.sqrt(1 / down.shape[1])  # kaiming_uniform with a = sqrt(5)
+        down.data = (torch.rand(down.shape, generator=generator) * 2 - 1).mul(bound).to(down.device)
+        up.data = torch.zeros(up.shape, device=up.device)
+        parameters += [down, up]
+    return parameters
+
+
+def _weights(layer: LoraLinear) -> tuple[nn.Parameter, ...]:
+    """A [R, D_in] and B [D_out, R]."""
+    return tuple(cast(nn.Linear, part[_ADAPTER]).weight for part in (layer.lora_A, layer.lora_B))  # pyright: ignore
+
+
+def _trainable_layers(transformer: nn.Module) -> dict[str, LoraLinear]:
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
+
+
+def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]:
+    """The weights of the trainable LoRA by module name, on the CPU."""
+    found = {}
+    for name, layer in _trainable_layers(transformer).items():
+        down, up = (weight.detach().cpu() for weight in _weights(layer))
+        found[name] = LowRank(down, up, alpha=float(layer.lora_alpha[_ADAPTER]))
+    return found
+
+
+# --- finished LoRAs -------------------------------------------------------------------------------------------------
+
+
+def place_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, place: Place) -> LoraFile:
+    """Check that every layer of the file is one of the transformer's, and move it there in the compute dtype.
+
+    Raises UserError that says what matched and what didn't: a LoRA that applies in part isn't the one that was trained.
+    """
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [name for name in lora.layers if name not in linears]
+    if unknown:
+        raise UserError(
+            f"this LoRA doesn't fit the model: {len(lora.layers) - len(unknown)} of its {len(lora.layers)} layers "
+            f"match, {unknown[0]!r} doesn't exist here. Was it trained for another model?"
+        )
+    layers = {}
+    for name, layer in lora.layers.items():
+        linear = linears[name]
+        wanted, got = (linear.in_features, linear.out_features), (layer.down.shape[1], layer.up.shape[0])
+        if wanted != got:
+            raise UserError(
+                f"this LoRA doesn't fit the model: {name!r} takes and gives {wanted} values, the LoRA's {got}."
+            )
+        if not (torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all()):
+            raise UserError(f"this LoRA holds NaN or infinity in {name!r}; its training has failed.")
+        layers[name] = replace(
+            layer, down=layer.down.to(place.device, place.dtype), up=layer.up.to(place.device, place.dtype)
+        )
+    return replace(lora, layers=layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _AddUpdate:
+    """A forward hook: the layer's output plus strength * up @ down @ input."""
+
+    down: Tensor  # [R, D_in]
+    up: Tensor  # [D_out, R]
+    strength: float  # scale * alpha / R
+
+    def __call__(self, _layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + F.linear(F.linear(arguments[0], self.down), self.up) * self.strength
+
+
+@contextmanager
+def applied(transformer: QwenImageTransformer2DModel, loras: Sequence[tuple[LoraFile, float]]) -> Iterator[None]:
+    """Within it, the transformer computes with these LoRAs, placed by `place_lora`, each at its scale; 0 is none."""
+    with ExitStack() as stack:
+        for lora, scale in loras:
+            if scale == 0:
+                continue
+            for name, layer in lora.layers.items():
+                update = _AddUpdate(layer.down, layer.up, scale * layer.alpha / layer.rank)
+                handle = transformer.get_submodule(name).register_forward_hook(update)
+                stack.callback(handle.remove)
+        yield

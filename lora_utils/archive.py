@@ -1,0 +1,212 @@
+"""Archives: reading the users' zips and tars safely, writing `weights.zip`, and the schema of `meta.json`.
+
+Must not know pictures, tensors or models. An archive is told by its content, not by its name: Cog's downloads have
+none.
+"""
+
+import json
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from lora_utils.errors import UserError
+
+MAX_UNPACKED_BYTES = 20 * 10**9
+MAX_MEMBERS = 100_000
+LORA_MEMBER = "lora/lora_weights.safetensors"
+META_MEMBER = "meta.json"
+META_SCHEMA = 1
+
+# What archivers and file managers leave behind.
+_LITTER_FOLDERS = {"__macosx", ".git", ".ipynb_checkpoints", "@eadir"}
+_LITTER_FILES = {"thumbs.db", "desktop.ini", ".ds_store"}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file of an archive. `size_bytes` is what the archive claims."""
+
+    name: str
+    size_bytes: int
+    source: IO[bytes]
+
+
+def is_litter(path: PurePosixPath) -> bool:
+    """Whether archivers added this file, rather than a user."""
+    folders = {part.lower() for part in path.parts[:-1]}
+    return bool(folders & _LITTER_FOLDERS) or path.name.lower() in _LITTER_FILES or path.name.startswith("._")
+
+
+def _safe_name(archive: Path, name: str) -> PurePosixPath:
+    """The member's path inside the archive, or an error for one that would leave the folder it is unpacked into."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    first = path.parts[0] if path.parts else ""
+    if path.is_absolute() or ".." in path.parts or first[1:2] == ":" or "\0" in name or not path.parts:
+        raise UserError(f"{archive.name} holds the unsafe path {name!r}; pack the files with relative paths, no '..'.")
+    return path
+
+
+def _zip_members(archive: Path) -> Iterator[Member]:
+    with zipfile.ZipFile(archive) as opened:
+        for info in opened.infolist():
+            if info.is_dir():
+                continue
+            if (info.external_attr >> 16) & 0o170000 == 0o120000:
+                raise UserError(f"{archive.name} holds the link {info.filename!r}; pack the file itself.")
+            if info.flag_bits & 1:
+                raise UserError(f"{archive.name} is encrypted; pack it without a password.")
+            with opened.open(info) as source:
+                yield Member(info.filename, info.file_size, source)
+
+
+def _tar_members(archive: Path) -> Iterator[Member]:
+    with tarfile.open(archive) as opened:
+        for info in opened:
+            if info.isdir():
+                continue
+            source = opened.extractfile(info) if info.isreg() else None
+            if source is None:
+                raise UserError(f"{archive.name} holds {info.name!r}, a link or device; pack the file itself.")
+            with source:
+                yield Member(info.name, info.size, source)
+
+
+@contextmanager
+def _damage_reported(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
+        raise UserError(f"{archive.name} is damaged or cut short ({error}); pack or upload it again.") from error
+
+
+def members(archive: Path) -> Iterator[Member]:
+    """The archive's files in their order, litter left out. Each `source` is open only until the next is asked for.
+
+    Raises UserError for what is no archive, is damaged or encrypted, or holds links or unsafe paths.
+    """
+    if not archive.is_file():
+        raise UserError(f"there is no file {archive}.")
+    with _damage_reported(archive):
+        if zipfile.is_zipfile(archive):
+            found = _zip_members(archive)
+        elif tarfile.is_tarfile(archive):
+            found = _tar_members(archive)
+        else:
+            raise UserError(f"{archive.name} is neither a zip nor a tar archive; pack the files as .zip or .tar.gz.")
+        for count, member in enumerate(found):
+            if count >= MAX_MEMBERS:
+                raise UserError(f"{archive.name} holds more than {MAX_MEMBERS} files.")
+            path = _safe_name(archive, member.name)
+            if not is_litter(path):
+                yield Member(str(path), member.size_bytes, member.source)
+
+
+def _copy_counted(archive: Path, source: IO[bytes], target: Path, budget_bytes: int) -> int:
+    """Copy at most `budget_bytes`; what an archive claims of its sizes isn't believed. -> bytes copied."""
+    copied = 0
+    with target.open("wb") as sink:
+        while chunk := source.read(1 << 20):
+            copied += len(chunk)
+            if copied > budget_bytes:
+                raise UserError(f"{archive.name} unpacks to more than {MAX_UNPACKED_BYTES // 10**9} GB.")
+            sink.write(chunk)
+    return copied
+
+
+def unpack(archive: Path, folder: Path) -> list[Path]:
+    """Unpack every file into `folder`, which the caller owns and removes. -> the files, in the archive's order."""
+    unpacked, left_bytes = [], MAX_UNPACKED_BYTES
+    for member in members(archive):
+        target = folder / member.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _damage_reported(archive):
+            left_bytes -= _copy_counted(archive, member.source, target, left_bytes)
+        unpacked.append(target)
+    return unpacked
+
+
+# --- weights.zip --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What `meta.json` says of a training. Files of older versions lack fields: those read as None."""
+
+    base_model: str | None = None
+    train_placeholder_token: bool | None = None
+    placeholder_token: str | None = None  # this and the next are null in baseline mode
+    placeholder_token_id: int | None = None
+    placeholder: dict[str, Any] | None = None  # the learned row: token, key, norms, sha256, ...
+    rank: int | None = None
+    lora_alpha: int | None = None
+    lora_targets: str | None = None
+    training_steps: int | None = None
+    learning_rate: float | None = None
+    resolution: str | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    num_images: int | None = None
+    final_loss: float | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # the resolved TrainConfig
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str | None = None  # ISO 8601, UTC
+    schema: int = META_SCHEMA
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> "Meta":
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{META_MEMBER} in {source} isn't JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{META_MEMBER} in {source} must be an object, got {type(values).__name__}.")
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def write_weights(target: Path, lora_path: Path, meta: Meta) -> None:
+    """Write `weights.zip`: the LoRA file and its meta.json, stored uncompressed, for safetensors don't compress.
+
+    Written beside `target` and renamed, so that a file of that name is always whole.
+    """
+    partial = target.with_suffix(".partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            archive.write(lora_path, LORA_MEMBER)
+            archive.writestr(META_MEMBER, meta.to_json())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpack_weights(weights: Path, folder: Path) -> tuple[Path, Meta | None]:
+    """The LoRA file and the meta of a weights.zip, a tar of the same, or a bare .safetensors (meta None).
+
+    Other layouts of archives are taken as long as they hold exactly one .safetensors file.
+    """
+    if not weights.is_file():
+        raise UserError(f"there is no file {weights}.")
+    if not zipfile.is_zipfile(weights) and not tarfile.is_tarfile(weights):
+        return weights, None  # bare safetensors; what it is shows when it is read
+    lora_paths, meta = [], None
+    for member in members(weights):
+        path = PurePosixPath(member.name)
+        if path.suffix == ".safetensors":
+            lora_paths.append(folder / f"{len(lora_paths)}.safetensors")
+            with _damage_reported(weights), lora_paths[-1].open("wb") as sink:
+                shutil.copyfileobj(member.source, sink, 1 << 20)
+        elif path.name == META_MEMBER:
+            with _damage_reported(weights):
+                meta = Meta.from_json(member.source.read(1 << 24).decode("utf-8", "replace"), weights.name)
+    if len(lora_paths) != 1:
+        raise UserError(f"{weights.name} holds {len(lora_paths)} .safetensors files, expected one: {LORA_MEMBER}.")
+    return lora_paths[0], meta

@@ -1,0 +1,161 @@
+"""What a caller can ask for: `TrainConfig` and `SampleRequest`, frozen and validated once.
+
+Owns every default and every range; `train.py` and `predict.py` repeat them as literals because Cog reads those
+without importing anything, and a test holds the two together.
+"""
+
+import math
+import re
+import secrets
+from dataclasses import dataclass, field
+
+from lora_utils import qwen
+from lora_utils.errors import UserError
+
+MAX_SEED = 2**32 - 1
+LR_SCHEDULERS = ("constant", "cosine", "linear")
+OUTPUT_FORMATS = ("webp", "jpg", "png")
+PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
+
+
+def random_seed() -> int:
+    """A seed for a caller who gave none; it is reported and can be given back."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def _whole(name: str, value: object, least: int, most: int) -> int:
+    """`value` as an integer in a range; a JSON client's 20.0 is 20."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise UserError(f"{name} must be a whole number from {least} to {most}, got {value!r}.")
+    if not least <= value <= most:
+        raise UserError(f"{name} must be from {least} to {most}, got {value}.")
+    return int(value)
+
+
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}.")
+    if not least <= value <= most:
+        raise UserError(f"{name} must be from {least:g} to {most:g}, got {value:g}.")
+    return float(value)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def _resolutions(text: str) -> str:
+    """'512,768,1024' in its canonical form: sorted, no repeats, multiples of 16."""
+    try:
+        sides_px = sorted({int(part) for part in str(text).replace(" ", "").split(",") if part})
+    except ValueError:
+        raise UserError(f"resolution must be pixels like '512' or '512,768,1024', got {text!r}.") from None
+    wrong = [px for px in sides_px if not 64 <= px <= 2048 or px % qwen.PIXELS_PER_TOKEN]
+    if wrong or not sides_px:
+        raise UserError(f"resolution takes multiples of 16 from 64 to 2048, got {text!r}.")
+    return ",".join(map(str, sides_px))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One training run. A run is a function of this, the pictures and the base model."""
+
+    train_placeholder_token: bool = False
+    placeholder_token: str = "<zwx>"
+    placeholder_init_std: float = 1e-5  # of the fresh row; the median row of Qwen's matrix has an rms of about 1.5e-2
+    placeholder_learning_rate: float | None = None  # None: a share of a usual row; 0 keeps the fresh row as drawn
+    rank: int = 32  # and alpha
+    steps: int = 1000  # optimizer steps, whatever the accumulation
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    gradient_accumulation: int = 1  # micro-batches per optimizer step
+    resolution: str = "512,768,1024"  # sides of squares with the buckets' area, in pixels
+    lora_targets: str = "attention"
+    default_caption: str = ""
+    caption_dropout: float = 0.05  # share of the captions replaced by the sampler's empty prompt
+    lr_scheduler: str = "constant"
+    warmup_steps: int = 0
+    seed: int = field(default_factory=random_seed)
+
+    def __post_init__(self) -> None:
+        checked = {
+            "rank": _whole("rank", self.rank, 1, 256),
+            "steps": _whole("steps", self.steps, 1, 20000),
+            "learning_rate": _number("learning_rate", self.learning_rate, 1e-7, 1.0),
+            "batch_size": _whole("batch_size", self.batch_size, 1, 16),
+            "gradient_accumulation": _whole("gradient_accumulation", self.gradient_accumulation, 1, 64),
+            "resolution": _resolutions(self.resolution),
+            "lora_targets": _choice("lora_targets", self.lora_targets, tuple(qwen.LORA_TARGETS)),
+            "caption_dropout": _number("caption_dropout", self.caption_dropout, 0, 1),
+            "lr_scheduler": _choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
+            "warmup_steps": _whole("warmup_steps", self.warmup_steps, 0, 20000),
+            "seed": _whole("seed", self.seed, 0, MAX_SEED),
+            "default_caption": self.default_caption.strip(),
+        }
+        if self.train_placeholder_token:  # off: whatever stands in its fields is ignored
+            checked["placeholder_init_std"] = _number("placeholder_init_std", self.placeholder_init_std, 0, 0.1)
+            if self.placeholder_learning_rate is not None:
+                rate = _number("placeholder_learning_rate", self.placeholder_learning_rate, 0, 1)
+                checked["placeholder_learning_rate"] = rate
+            if not PLACEHOLDER_PATTERN.fullmatch(self.placeholder_token):
+                raise UserError(
+                    f"placeholder_token {self.placeholder_token!r} isn't a valid name: write '<', a letter, then up to "
+                    "30 letters, digits, '_' or '-', then '>', like '<zwx>'."
+                )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def resolutions_px(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in self.resolution.split(","))
+
+    @property
+    def token(self) -> str | None:
+        """The placeholder token, if one is trained."""
+        return self.placeholder_token if self.train_placeholder_token else None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One prediction: `num_outputs` pictures of one prompt, picture i drawn from seed + i."""
+
+    prompt: str
+    negative_prompt: str = " "
+    steps: int = 50
+    guidance: float = 4.0  # true CFG; 1 or less runs the conditional branch alone
+    width: int | None = None  # pixels; both or neither
+    height: int | None = None
+    aspect_ratio: str = "1:1"
+    num_outputs: int = 1
+    lora_scale: float = 1.0
+    output_format: str = "webp"
+    output_quality: int = 95
+    seed: int = field(default_factory=random_seed)
+
+    def __post_init__(self) -> None:
+        if (self.width is None) != (self.height is None):
+            raise UserError(f"width and height come together: got width={self.width}, height={self.height}.")
+        checked = {
+            "steps": _whole("steps", self.steps, 1, 100),
+            "guidance": _number("guidance", self.guidance, 0, 10),
+            "width": None if self.width is None else _whole("width", self.width, 64, 2048),
+            "height": None if self.height is None else _whole("height", self.height, 64, 2048),
+            "aspect_ratio": _choice("aspect_ratio", self.aspect_ratio, tuple(qwen.OFFICIAL_SIZES_PX)),
+            "num_outputs": _whole("num_outputs", self.num_outputs, 1, 4),
+            "lora_scale": _number("lora_scale", self.lora_scale, -1, 3),
+            "output_format": _choice("output_format", self.output_format, OUTPUT_FORMATS),
+            "output_quality": _whole("output_quality", self.output_quality, 1, 100),
+            "seed": _whole("seed", self.seed, 0, MAX_SEED),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def seed_of(self, index: int) -> int:
+        """The seed of picture `index`; past the largest seed it starts again at 0."""
+        return (self.seed + index) % (MAX_SEED + 1)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1.0

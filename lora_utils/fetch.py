@@ -1,0 +1,71 @@
+"""From a name to a local path: files by URL, models by hub name. Owns downloads and their limits."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, snapshot_download
+
+from lora_utils.errors import UserError
+
+DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"
+MAX_DOWNLOAD_BYTES = 10 * 10**9
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+# Of a repository with example pictures and other formats, only what the components are loaded from.
+_MODEL_FILES = [
+    "model_index.json",
+    *(f"{part}/*.{end}" for part in COMPONENTS for end in ("json", "safetensors", "txt")),
+]
+
+
+def base_model_name() -> str:
+    """What `BASE_MODEL` names: a hub repository or a folder. The only thing that selects the model."""
+    return os.environ.get("BASE_MODEL") or DEFAULT_BASE_MODEL
+
+
+def fetch_model(base_model: str) -> Path:
+    """The folder of a model in diffusers' layout: itself if it is one, else the hub's files, cached between calls."""
+    folder = Path(base_model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"BASE_MODEL {base_model!r} holds no model_index.json; give a folder in diffusers' layout.")
+        return folder
+    if folder.is_absolute() or base_model.count("/") != 1:
+        raise UserError(f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {DEFAULT_BASE_MODEL!r}.")
+    try:
+        return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES, local_files_only=True))
+    except FileNotFoundError:  # not in the cache, or only in part
+        pass
+    files = HfApi().model_info(base_model, files_metadata=True).siblings or []
+    wanted = [file for file in files if any(Path(file.rfilename).match(pattern) for pattern in _MODEL_FILES)]
+    total_bytes = sum(file.size or 0 for file in wanted)
+    print(f"fetching {base_model} from the hub: {len(wanted)} files, {total_bytes / 1e9:.1f} GB", flush=True)
+    return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES))
+
+
+def fetch_file(source: str, folder: Path) -> Path:
+    """A local path as it is, an http(s) URL downloaded into `folder`. Raises UserError for what can't be had."""
+    if not source.startswith(("http://", "https://")):
+        path = Path(source.removeprefix("file://"))
+        if not path.is_file():
+            raise UserError(f"there is no file {source!r}; give a path, or a URL that starts with http:// or https://.")
+        return path
+    target = folder / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if target.is_file():
+        return target
+    partial = target.with_suffix(".partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with httpx.stream("GET", source, follow_redirects=True, timeout=60) as reply, partial.open("wb") as sink:
+            reply.raise_for_status()
+            for chunk in reply.iter_bytes(1 << 20):
+                sink.write(chunk)
+                if sink.tell() > MAX_DOWNLOAD_BYTES:
+                    raise UserError(f"{source} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
+        partial.replace(target)
+    except httpx.HTTPError as error:
+        raise UserError(f"{source} can't be downloaded: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

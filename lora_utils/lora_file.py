@@ -1,0 +1,169 @@
+"""LoRA files: every known key layout read into one canonical map, and the portable file written from it.
+
+Owns key names and alphas; must not know models beyond the names of their layers. Legend: R rank, D_in and D_out the
+widths of the adapted linear layer.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_utils import qwen
+from lora_utils.errors import UserError
+
+HEADER_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's config
+
+# What tools put in front of a module's name. Longest first, so that the shorter ones don't cut into them.
+_PREFIXES = ("base_model.model.transformer.", "base_model.model.", "diffusion_model.", "transformer.")
+_FLAT_PREFIXES = ("lora_unet_", "lycoris_")  # kohya's and LyCORIS's: dots are underscores from here on
+_DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", ".lora_A.default")
+_UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight", ".lora_B.default")
+_OTHER_METHODS = {
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".lokr_w": "LoKr",
+    ".hada_w": "LoHa",
+    ".oft_": "OFT",
+    ".diff": "a full-weight difference",
+    ".lora_mid": "Tucker LoCon",
+}
+_FLAT_NAMES = {
+    name.replace(".", "_"): name
+    for name in (*qwen.ATTENTION_TARGETS, *qwen.MLP_TARGETS, "img_mod.1", "txt_mod.1", "attn.to_out")
+}
+_ROW_KEY = re.compile(re.escape(qwen.PLACEHOLDER_KEY).replace(r"\{token\}", r"(?P<token><[^.]+>)"))
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The update of one linear layer, up @ down times alpha / R."""
+
+    down: Tensor  # [R, D_in]
+    up: Tensor  # [D_out, R]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA: `layers` by dotted module name of the transformer, `rows` by placeholder token, fp32 [1, D] each."""
+
+    layers: dict[str, LowRank]
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def row_sha256(row: Tensor) -> str:
+    return hashlib.sha256(row.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _module_name(name: str, key: str) -> str:
+    """The dotted module name behind a key without its LoRA ending."""
+    for prefix in _FLAT_PREFIXES:
+        if name.startswith(prefix):
+            flat = name.removeprefix(prefix)
+            block = re.fullmatch(r"transformer_blocks_(\d+)_(\w+)", flat)
+            if block and block[2] in _FLAT_NAMES:
+                return f"transformer_blocks.{block[1]}.{_FLAT_NAMES[block[2]]}"
+            raise UserError(f"LoRA key {key!r} names no layer of Qwen-Image: this LoRA was made for another model.")
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """(module, part) of a LoRA key, part one of down, up and alpha; None for keys that belong to no LoRA."""
+    for part, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",))):
+        for ending in endings:
+            if key.endswith(ending):
+                return _module_name(key.removesuffix(ending), key), part
+    return None
+
+
+def _header_alphas(metadata: dict[str, str]) -> tuple[float | None, dict[str, float]]:
+    """(alpha of all layers, alphas of single layers) from diffusers' header; None where it says nothing."""
+    if HEADER_KEY not in metadata:
+        return None, {}
+    config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[HEADER_KEY]).items()}
+    single = {name.removeprefix("^"): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()}
+    return (float(config["lora_alpha"]) if config.get("lora_alpha") is not None else None), single
+
+
+def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
+    """Read a safetensors LoRA in any known layout. `name` stands for the file in messages.
+
+    Raises UserError for what isn't safetensors, holds no LoRA, an unknown key or method, or half a pair.
+    """
+    name = name or path.name
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{name} is no safetensors file ({error}); give a weights.zip or a .safetensors LoRA."
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        row = _ROW_KEY.fullmatch(key)
+        if row:
+            rows[row["token"]] = tensor
+            continue
+        for mark, method in _OTHER_METHODS.items():
+            if mark in key:
+                raise UserError(f"{name} holds {method} weights ({key!r}), which aren't supported; use a plain LoRA.")
+        found = _split(key)
+        if found is None:
+            raise UserError(f"{name} holds {key!r}, which belongs to no LoRA; is it a LoRA of Qwen-Image?")
+        parts.setdefault(found[0], {})[found[1]] = tensor
+    if not parts:
+        raise UserError(f"{name} holds no LoRA layers.")
+    default_alpha, alphas = _header_alphas(metadata)
+    layers = {}
+    for module, part in parts.items():
+        if not {"down", "up"} <= set(part):
+            raise UserError(f"{name}: layer {module!r} lacks {' and '.join(sorted({'down', 'up'} - set(part)))}.")
+        rank = part["down"].shape[0]
+        if part["down"].ndim != 2 or part["up"].ndim != 2 or part["up"].shape[1] != rank:
+            shapes = f"{tuple(part['down'].shape)} and {tuple(part['up'].shape)}"
+            raise UserError(f"{name}: layer {module!r} has the shapes {shapes}, expected [R, D_in] and [D_out, R].")
+        alpha = float(part["alpha"]) if "alpha" in part else alphas.get(module, default_alpha or rank)
+        layers[module] = LowRank(part["down"], part["up"], alpha)
+    return LoraFile(layers, rows, metadata, file_sha256(path))
+
+
+def write_lora_file(path: Path, lora: LoraFile) -> None:
+    """Write diffusers' keys in bf16, alpha = rank and no alpha keys, the config in the header, rows in fp32.
+
+    This is what diffusers, ComfyUI and we read alike. Raises ValueError for a layer whose alpha isn't its rank.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, layer in lora.layers.items():
+        if layer.alpha != layer.rank:
+            raise ValueError(f"{module}: alpha {layer.alpha} differs from rank {layer.rank}")
+        tensors[f"transformer.{module}.lora_A.weight"] = layer.down.to(torch.bfloat16).contiguous()
+        tensors[f"transformer.{module}.lora_B.weight"] = layer.up.to(torch.bfloat16).contiguous()
+    for token, row in lora.rows.items():
+        tensors[qwen.PLACEHOLDER_KEY.format(token=token)] = row.float().contiguous()
+    rank = max(layer.rank for layer in lora.layers.values())
+    config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora.layers), "bias": "none"}
+    header = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    save_file(tensors, path, {"format": "pt", **lora.metadata, HEADER_KEY: header})

@@ -1,0 +1,238 @@
+"""The model's parts: loading, placing and freeing them; encoding text, encoding and decoding pictures.
+
+Owns devices and dtypes, and with adapters.py and placeholder.py all use of diffusers, transformers and peft.
+
+Legend: B batch, T text tokens, D the text encoder's width, N image tokens, C packed channels (64).
+"""
+
+import gc
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from lora_utils import flow, qwen
+from lora_utils.errors import UserError
+from lora_utils.placeholder import Placeholders, embedding_matrix, spliced, tokenize
+from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
+from lora_utils.sizes import Size, pack, unpack
+
+disable_progress_bar()  # bars of carriage returns are noise in a server's log
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model runs, and the dtype it computes in."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager:
+        """For training: matmuls in the compute dtype while the LoRA's weights stay fp32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def default_place() -> Place:
+    """The first GPU in bf16, else the CPU in fp32."""
+    if torch.cuda.is_available():
+        return Place(torch.device("cuda"), torch.bfloat16)
+    return Place(torch.device("cpu"), torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Encoded prompts: states [B, T, D], zero where padded, and the mask [B, T]; None where nothing is padded."""
+
+    states: Tensor
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class Components:
+    """A whole model on its place. Made here and passed along."""
+
+    tokenizer: Qwen2Tokenizer
+    schedule: flow.Schedule
+    text_encoder: Qwen2_5_VLTextModel
+    vae: AutoencoderKLQwenImage
+    transformer: QwenImageTransformer2DModel
+    place: Place
+
+
+# --- loading and freeing --------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    return Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+
+
+def load_schedule(folder: Path) -> flow.Schedule:
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return flow.Schedule(
+        base_image_tokens=config["base_image_seq_len"],
+        max_image_tokens=config["max_image_seq_len"],
+        base_shift=config["base_shift"],
+        max_shift=config["max_shift"],
+        shift_terminal=config["shift_terminal"],
+    )
+
+
+def _settle(part: nn.Module, place: Place) -> None:
+    """Onto the device, frozen."""
+    part.to(place.device).eval().requires_grad_(False)
+
+
+def load_text_encoder(folder: Path, place: Place) -> Qwen2_5_VLTextModel:
+    """The language model alone: vision tower and head do nothing for text, and aren't moved to the device."""
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=place.dtype)
+    language_model: Qwen2_5_VLTextModel = whole.model.language_model
+    _settle(language_model, place)
+    return language_model
+
+
+def load_vae(folder: Path, place: Place) -> AutoencoderKLQwenImage:
+    """With its temporal convolutions folded, which is exact for pictures."""
+    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=place.dtype)
+    _settle(fold_temporal_convolutions(vae), place)
+    return vae
+
+
+def load_transformer(folder: Path, place: Place) -> QwenImageTransformer2DModel:
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=place.dtype)
+    _settle(transformer, place)
+    return transformer
+
+
+def load_components(folder: Path, place: Place) -> Components:
+    return Components(
+        load_tokenizer(folder),
+        load_schedule(folder),
+        load_text_encoder(folder, place),
+        load_vae(folder, place),
+        load_transformer(folder, place),
+        place,
+    )
+
+
+def release_memory() -> None:
+    """Give back what unreferenced parts held. The caller has dropped its references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def plan_checkpointing(transformer: QwenImageTransformer2DModel, place: Place, image_tokens: int, batch: int) -> bool:
+    """Switch gradient checkpointing on where the activations of a step wouldn't fit. -> whether it is on.
+
+    105 kB per token and block are saved for backward with a LoRA on attention at width 3072, 160 kB with the MLPs
+    (measured on diffusers 0.42.1 in bf16); the larger is assumed.
+    """
+    if place.device.type != "cuda":
+        return False
+    text_tokens = 128
+    per_token_bytes = 160_000 * transformer.inner_dim / 3072 * len(transformer.transformer_blocks)
+    needed_bytes = per_token_bytes * batch * (image_tokens + text_tokens)
+    free_bytes, _ = torch.cuda.mem_get_info(place.device)
+    if needed_bytes > 0.85 * free_bytes:
+        transformer.enable_gradient_checkpointing()
+        return True
+    return False
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeholders) -> list[int]:
+    """The ids that the text encoder reads: the template around the prompt, cut as the pipeline cuts it."""
+    text = qwen.TEMPLATE_PREFIX + prompt + qwen.TEMPLATE_SUFFIX
+    return tokenize(tokenizer, text, placeholders.slots)[: qwen.TEMPLATE_PREFIX_TOKENS + qwen.MAX_PROMPT_TOKENS]
+
+
+def encode_text(
+    text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, prompts: Sequence[str], placeholders: Placeholders
+) -> Text:
+    """Prompts -> the states that condition the transformer. The one encode path of training and sampling.
+
+    Shorter prompts are padded on the right, where causal attention keeps the padding from every real token; no mask is
+    needed within. Gradients flow to the placeholders' rows if grad mode is on.
+    """
+    ids = [prompt_ids(tokenizer, prompt, placeholders) for prompt in prompts]
+    lengths = torch.tensor([len(row) for row in ids])
+    padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+    for index, row in enumerate(ids):
+        padded[index, : len(row)] = torch.tensor(row)
+    with spliced(text_encoder, placeholders):
+        device = embedding_matrix(text_encoder).device
+        states = text_encoder(input_ids=padded.to(device), use_cache=False).last_hidden_state  # [B, 34 + T, D]
+    states = states[:, qwen.TEMPLATE_PREFIX_TOKENS :]
+    return join_text(
+        [state[:length] for state, length in zip(states, lengths - qwen.TEMPLATE_PREFIX_TOKENS, strict=True)]
+    )
+
+
+def join_text(states: Sequence[Tensor]) -> Text:
+    """States of single prompts [T_i, D] -> one batch, zero-filled; without a mask where all are of one length."""
+    lengths = [len(state) for state in states]
+    longest = max(lengths)
+    padded = torch.stack([F.pad(state, (0, 0, 0, longest - len(state))) for state in states])  # [B, T, D]
+    if min(lengths) == longest:
+        return Text(padded, None)
+    mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return Text(padded, mask.to(padded.device))  # [B, T]
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _latent_statistics(vae: AutoencoderKLQwenImage, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std per latent channel [1, 16, 1, 1]."""
+    mean, std = (torch.tensor(values).to(like) for values in (vae.config["latents_mean"], vae.config["latents_std"]))
+    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKLQwenImage, pixels: Tensor) -> Tensor:
+    """[B, 3, H, W] in -1 to 1 -> normalised packed latents [B, N, C] fp32: the mode, not a draw."""
+    latents = encode_frame(vae, pixels.to(vae.device, vae.dtype))[0].float()  # [B, 16, H/8, W/8]
+    mean, std = _latent_statistics(vae, latents)
+    return pack((latents - mean) / std)
+
+
+@torch.no_grad()
+def decode_pictures(vae: AutoencoderKLQwenImage, latents: Tensor, size: Size) -> list[Image.Image]:
+    """Normalised packed latents [B, N, C] -> pictures. Raises UserError where they aren't finite."""
+    if not torch.isfinite(latents).all():
+        raise UserError("the picture came out as NaN or infinity; lower lora_scale or guidance.")
+    grid = unpack(latents, size).to(vae.device, vae.dtype)  # [B, 16, H/8, W/8]
+    mean, std = _latent_statistics(vae, grid)
+    frames = decode_frame(vae, grid * std + mean)  # [B, 3, H, W]
+    pixels = ((frames.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def predict_velocity(
+    transformer: QwenImageTransformer2DModel, latents: Tensor, sigma: Tensor, text: Text, size: Size
+) -> Tensor:
+    """One forward: noisy latents [B, N, C] at sigma [B] under the text -> velocity [B, N, C]."""
+    rows, columns = size.grid
+    return transformer(
+        hidden_states=latents,
+        timestep=flow.model_time(sigma, latents.dtype),
+        encoder_hidden_states=text.states,
+        encoder_hidden_states_mask=text.mask,
+        img_shapes=[[(1, rows, columns)]] * len(latents),
+        return_dict=False,
+    )[0]

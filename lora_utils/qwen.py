@@ -1,0 +1,65 @@
+"""Qwen-Image's constants, each with its source. Owns facts of the model; must not import anything but Python.
+
+Sources: DIF is diffusers 0.42.1 (`pipeline_qwenimage.py`, `transformer_qwenimage.py`), HUB is the model's repository.
+"""
+
+# Text. The prompt stands between these two; the states of the prefix's tokens are dropped after encoding (DIF).
+TEMPLATE_PREFIX = (
+    "<|im_start|>system\n"
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+TEMPLATE_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATE_PREFIX_TOKENS = 34  # DIF, `prompt_template_encode_start_idx`
+TEMPLATE_SUFFIX_TOKENS = 5
+MAX_PROMPT_TOKENS = 1024  # DIF, `tokenizer_max_length`: what the pipeline can be told to read
+TRAINED_PROMPT_TOKENS = 512  # what the model saw in training; DIF, default of `max_sequence_length`
+
+# Pictures.
+VAE_SCALE = 8  # pixels per latent, a side
+PATCH = 2  # latents per token, a side
+PIXELS_PER_TOKEN = VAE_SCALE * PATCH  # 16: sizes are multiples of it
+LATENT_CHANNELS = 16
+PACKED_CHANNELS = LATENT_CHANNELS * PATCH * PATCH  # 64
+
+# The official sizes, width x height in pixels (HUB, README).
+OFFICIAL_SIZES_PX: dict[str, tuple[int, int]] = {
+    "1:1": (1328, 1328),
+    "16:9": (1664, 928),
+    "9:16": (928, 1664),
+    "4:3": (1472, 1104),
+    "3:4": (1104, 1472),
+    "3:2": (1584, 1056),
+    "2:3": (1056, 1584),
+}
+
+# The noise schedule (HUB, scheduler/scheduler_config.json). The defaults of diffusers' `calculate_shift` are FLUX's.
+BASE_IMAGE_TOKENS = 256
+MAX_IMAGE_TOKENS = 8192
+BASE_SHIFT = 0.5
+MAX_SHIFT = 0.9
+SHIFT_TERMINAL = 0.02
+TRAIN_TIMESTEPS = 1000
+
+# Linear layers of a transformer block that a LoRA may adapt. `img_mod` and `txt_mod` act on whole pictures by timestep
+# alone and are left as they are.
+ATTENTION_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+MLP_TARGETS = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ATTENTION_TARGETS,
+    "attention_mlp": ATTENTION_TARGETS + MLP_TARGETS,
+}
+
+# The zero-prior token. ComfyUI finds an embedding by this prefix and suffix; the infix `lora` is what lets diffusers
+# accept the file, for it refuses any key without that substring.
+PLACEHOLDER_KEY = "bundle_emb.{token}.lora.qwen25_7b"

@@ -1,0 +1,324 @@
+"""Training: examples -> a LoRA and, if asked for, the row of a placeholder token.
+
+Owns the run and its loop; must not know Cog, archives or sampling. The loop yields; printing, saving and cancelling
+belong to whoever consumes it.
+
+Legend: B batch, N image tokens, C packed channels (64), T text tokens, D the text encoder's width, R rank.
+"""
+
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
+
+from lora_utils import flow, models, qwen
+from lora_utils.adapters import attach_trainable_lora, trained_lora
+from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import Dataset
+from lora_utils.errors import UserError
+from lora_utils.lora_file import LoraFile, row_sha256
+from lora_utils.placeholder import (
+    Placeholders,
+    RowReport,
+    assign_slots,
+    embedding_matrix,
+    fresh_row,
+    no_placeholders,
+    report_row,
+)
+
+log = logging.getLogger(__name__)
+
+EMPTY_CAPTION = " "  # what a dropped caption becomes: the sampler's default negative prompt
+MAX_GRAD_NORM = 1.0  # for the LoRA and for the row, each by itself
+WEIGHT_DECAY = 1e-4  # of the LoRA; the row has none
+ROW_RATE_SHARE = 1 / 30  # the row's default learning rate as a share of the median row's rms: 5e-4 for Qwen
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step. `loss` is the mean of its micro-batches, gradient norms are before clipping."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    row_grad_norm: float | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """A training run, ready to step: made by `prepare`, advanced by `train`, read by `finish`."""
+
+    config: TrainConfig
+    place: models.Place
+    schedule: flow.Schedule
+    transformer: QwenImageTransformer2DModel
+    lora: list[nn.Parameter]
+    examples: list[CachedExample]
+    texts: dict[str, Tensor]  # [T, D] each; captions with the token are missing, they are encoded at every step
+    placeholders: Placeholders
+    text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
+    tokenizer: Qwen2Tokenizer
+    optimizer: torch.optim.Optimizer
+    first_rows: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def generator_for(seed: int, purpose: str) -> torch.Generator:
+    """A stream of its own for each purpose, so that one more draw here doesn't shift what is drawn there."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# --- preparing ------------------------------------------------------------------------------------------------------
+
+
+def check_captions(captions: Sequence[str], token: str, tokenizer: Qwen2Tokenizer, placeholders: Placeholders) -> None:
+    """Refuse captions that could never train the token; warn where some lack it."""
+    without = [caption for caption in captions if token not in caption]
+    if len(without) == len(captions):
+        raise UserError(
+            f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is {captions[0]!r}."
+            f" Write {token!r} into the captions, or set default_caption to something like 'a photo of {token}'."
+        )
+    if without:
+        log.warning("%d of %d captions lack %s, the first is %r", len(without), len(captions), token, without[0])
+    for caption in captions:
+        if token in caption and placeholders.ids[0] not in models.prompt_ids(tokenizer, caption, placeholders):
+            raise UserError(
+                f"the model reads {qwen.MAX_PROMPT_TOKENS} tokens, and {token!r} stands behind them in the caption "
+                f"{caption[:80]!r}...; put it nearer to the start."
+            )
+
+
+def new_placeholders(config: TrainConfig, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel) -> Placeholders:
+    """The fresh, trainable row of the run's token; no rows if none is trained."""
+    if config.token is None:
+        return no_placeholders()
+    matrix = embedding_matrix(text_encoder)
+    slots = assign_slots([config.token], tokenizer, matrix.shape[0])
+    row = fresh_row(matrix.shape[1], config.placeholder_init_std, generator_for(config.seed, "row"))
+    if config.placeholder_init_std > 1e-3:
+        log.warning("placeholder_init_std %g isn't near zero any more", config.placeholder_init_std)
+    rows = row.unsqueeze(0).to(matrix.device).requires_grad_(config.placeholder_learning_rate != 0)
+    return Placeholders(tuple(slots), tuple(slots.values()), rows)
+
+
+def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place) -> Run:
+    """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA."""
+    tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
+    text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
+    placeholders = new_placeholders(config, tokenizer, text_encoder)
+    if config.token is not None:
+        check_captions(dataset.captions, config.token, tokenizer, placeholders)
+    fixed = [caption for caption in dataset.captions if config.token is None or config.token not in caption]
+    texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
+    if config.token is None:
+        text_encoder = None
+    models.release_memory()
+    vae = models.load_vae(model_folder, place)
+    examples = encode_examples(vae, dataset.examples)
+    log.info("encoded %d pictures and %d captions", len(examples), len(texts) - 1)
+    del vae
+    models.release_memory()
+
+    transformer = models.load_transformer(model_folder, place)
+    lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
+    log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
+    largest = max(example.size.tokens for example in examples)
+    if models.plan_checkpointing(transformer, place, largest, config.batch_size):
+        log.info("gradient checkpointing is on: the activations of %d tokens wouldn't fit", largest)
+    row_rate = config.placeholder_learning_rate
+    if text_encoder is not None and row_rate is None:
+        row_rate = ROW_RATE_SHARE * median_row_norm(text_encoder, tokenizer) / placeholders.rows.shape[1] ** 0.5
+        log.info("learning rate of %s: %.1e", config.token, row_rate)
+    optimizer = new_optimizer(config, lora, placeholders, row_rate or 0.0)
+    first_rows = placeholders.rows.detach().clone()
+    return Run(
+        config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
+        first_rows,
+    )  # fmt: skip
+
+
+def median_row_norm(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer) -> float:
+    """Of the vocabulary's rows in the embedding matrix."""
+    matrix = embedding_matrix(text_encoder)[: len(tokenizer)]
+    return float(matrix.detach().float().norm(dim=1).median())
+
+
+def new_optimizer(
+    config: TrainConfig, lora: list[nn.Parameter], placeholders: Placeholders, row_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW; the row is a group of its own, with its own rate and without weight decay."""
+    groups = [{"params": lora, "lr": config.learning_rate, "weight_decay": WEIGHT_DECAY}]
+    if placeholders.rows.requires_grad:
+        groups.append({"params": [placeholders.rows], "lr": row_rate, "weight_decay": 0.0})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.AdamW(groups)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def rate_factor(step: int, config: TrainConfig) -> float:
+    """What the learning rates are multiplied by at optimizer step `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress if config.lr_scheduler == "linear" else 1.0
+
+
+def batches(examples: Sequence[CachedExample], batch_size: int, seed: int) -> Iterator[list[CachedExample]]:
+    """Endless batches, each of one bucket. An epoch shows every example once; the last of a bucket may be short."""
+    rng = random.Random(seed)
+    by_size = [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
+    while True:
+        epoch = []
+        for group in by_size:
+            rng.shuffle(group)
+            epoch += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+        rng.shuffle(epoch)
+        yield from epoch
+
+
+def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
+    """The captions' states: fixed ones from the cache, those with the token encoded under gradient."""
+    live = [caption for caption in captions if caption not in run.texts]
+    states = {caption: run.texts[caption].to(run.place.device) for caption in captions if caption in run.texts}
+    if live and run.text_encoder is not None:
+        encoded = models.encode_text(run.text_encoder, run.tokenizer, live, run.placeholders)
+        for index, caption in enumerate(live):
+            length = len(encoded.states[index]) if encoded.mask is None else int(encoded.mask[index].sum())
+            states[caption] = encoded.states[index, :length]
+    return models.join_text([states[caption] for caption in captions])
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The run's random draws during training."""
+
+    noise: torch.Generator
+    sigma: torch.Generator
+    dropout: torch.Generator
+
+
+def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams) -> Tensor:
+    """Flow-matching loss of one micro-batch: the mean squared error of the velocity, in fp32."""
+    clean = torch.stack([example.latents for example in batch])  # [B, N, C]
+    noise = torch.randn(clean.shape, generator=streams.noise)
+    sigma = flow.draw_sigmas(len(batch), run.schedule.mu(clean.shape[1]), streams.sigma)  # [B]
+    dropped = torch.rand(len(batch), generator=streams.dropout) < run.config.caption_dropout
+    captions = [EMPTY_CAPTION if drop else example.caption for drop, example in zip(dropped, batch, strict=True)]
+    noisy = flow.add_noise(clean, noise, sigma).to(run.place.device, run.place.dtype)
+    text = batch_text(run, captions)
+    with run.place.autocast():
+        velocity = models.predict_velocity(run.transformer, noisy, sigma.to(run.place.device), text, batch[0].size)
+    loss = F.mse_loss(velocity.float(), flow.velocity_target(clean, noise).to(run.place.device))
+    if not torch.isfinite(loss):
+        names = ", ".join(example.image_name for example in batch)
+        levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
+        raise UserError(f"the loss is {loss.item()} (pictures: {names}; sigma: {levels}); lower learning_rate.")
+    return loss
+
+
+def clip_and_step(run: Run, step: int) -> tuple[float, float | None]:
+    """Clip the LoRA and the row apart, step, clear the gradients. -> both gradient norms before clipping.
+
+    Apart, because the fresh row's first gradient is some 50 times the LoRA's and would stop it from learning.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate_factor(step, run.config)
+    lora_norm = float(nn.utils.clip_grad_norm_(run.lora, MAX_GRAD_NORM))
+    row_norm = None
+    rows = run.placeholders.rows
+    if rows.requires_grad and rows.grad is not None:
+        row_norm = float(nn.utils.clip_grad_norm_([rows], MAX_GRAD_NORM))
+        if not math.isfinite(row_norm):
+            raise UserError(f"the gradient of {run.config.token} is {row_norm} at step {step + 1}; lower its rate.")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return lora_norm, row_norm
+
+
+def train(run: Run) -> Iterator[StepReport]:
+    """Step through the run, one report per optimizer step."""
+    config = run.config
+    stream = batches(run.examples, config.batch_size, config.seed)
+    streams = Streams(*(generator_for(config.seed, purpose) for purpose in ("noise", "sigma", "dropout")))
+    row_seen = False
+    for step in range(config.steps):
+        began = time.monotonic()
+        loss = 0.0
+        for _ in range(config.gradient_accumulation):
+            part = batch_loss(run, next(stream), streams) / config.gradient_accumulation
+            part.backward()
+            loss += part.item()
+        grad_norm, row_grad_norm = clip_and_step(run, step)
+        if row_grad_norm is not None and not row_seen:
+            if row_grad_norm == 0.0:
+                raise RuntimeError(f"no gradient reaches the row of {config.token}")
+            row_seen = True
+        rate = run.optimizer.param_groups[0]["lr"]
+        yield StepReport(step + 1, loss, rate, grad_norm, time.monotonic() - began, row_grad_norm)
+
+
+# --- the result -----------------------------------------------------------------------------------------------------
+
+
+def finish(run: Run) -> LoraFile:
+    """The trained LoRA with the rows of its tokens, on the CPU. Raises RuntimeError for a row that hasn't moved."""
+    rows = run.placeholders.rows.detach().float().cpu()
+    if run.placeholders.rows.requires_grad and torch.equal(rows, run.first_rows.cpu()):
+        raise RuntimeError(f"the row of {run.config.token} hasn't moved in {run.config.steps} steps")
+    named = {token: rows[index : index + 1] for index, token in enumerate(run.placeholders.tokens)}
+    return LoraFile(trained_lora(run.transformer), named)
+
+
+def report_rows(run: Run) -> dict[str, RowReport]:
+    """How each token's row stands among the words now."""
+    if run.text_encoder is None:
+        return {}
+    matrix = embedding_matrix(run.text_encoder)
+    pairs = zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
+    return {token: report_row(row, matrix, run.tokenizer) for token, row in pairs}
+
+
+def describe_placeholder(run: Run, captions: Sequence[str]) -> dict[str, Any] | None:
+    """What meta.json says of the trained row; None in baseline mode. `token_id` is informative: ids aren't portable."""
+    if run.config.token is None or run.text_encoder is None:
+        return None
+    matrix = embedding_matrix(run.text_encoder)
+    row = run.placeholders.rows.detach().float().cpu()[:1]
+    return {
+        "token": run.config.token,
+        "key": qwen.PLACEHOLDER_KEY.format(token=run.config.token),
+        "token_id": run.placeholders.ids[0],
+        "hidden_size": row.shape[1],
+        "dtype": "float32",
+        "sha256": row_sha256(row),
+        "init_std": run.config.placeholder_init_std,
+        "learning_rate": run.optimizer.param_groups[-1]["initial_lr"] if run.placeholders.rows.requires_grad else 0.0,
+        "first_norm": float(run.first_rows[0].norm()),
+        "last_norm": float(row.norm()),
+        "median_row_norm": median_row_norm(run.text_encoder, run.tokenizer),
+        "tokenizer_length": len(run.tokenizer),
+        "embedding_rows": matrix.shape[0],
+        "captions_with_token": sum(run.config.token in caption for caption in captions),
+    }

@@ -1,0 +1,122 @@
+"""Between the archive and the model: `weights.zip` -> a checked LoRA with its rows, and back.
+
+Owns what must hold between a LoRA file, its meta.json and a model; must not know of training or sampling.
+"""
+
+import datetime
+import importlib.metadata
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_utils.adapters import place_lora
+from lora_utils.archive import Meta, unpack_weights, write_weights
+from lora_utils.config import TrainConfig
+from lora_utils.errors import UserError
+from lora_utils.lora_file import LoraFile, read_lora_file, row_sha256, write_lora_file
+from lora_utils.models import Components
+from lora_utils.placeholder import Placeholders, assign_slots, embedding_matrix, no_placeholders
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A LoRA on the model's device, its placeholder rows on the CPU, and what its meta.json says (None: bare file)."""
+
+    lora: LoraFile
+    meta: Meta | None
+    name: str
+
+
+def versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def _check_rows(lora: LoraFile, meta: Meta | None, width: int, name: str) -> None:
+    """Hold the rows against the model and the meta: a lost or swapped row is an error, never a base picture."""
+    for token, row in lora.rows.items():
+        if tuple(row.shape) != (1, width):
+            raise UserError(
+                f"{name}: the row of {token} has the shape {tuple(row.shape)}, the model takes (1, {width})."
+            )
+        if not torch.isfinite(row).all() or not row.any():
+            raise UserError(
+                f"{name}: the row of {token} is {'zero' if not row.any() else 'not finite'}; train it anew."
+            )
+    if meta is None:
+        return
+    promised = {meta.placeholder["token"]: meta.placeholder["sha256"]} if meta.placeholder else {}
+    if set(promised) != set(lora.rows):
+        promise = ", ".join(promised) or "no token"
+        raise UserError(f"{name}: meta.json speaks of {promise}, the LoRA file holds {', '.join(lora.rows) or 'none'}.")
+    for token, sha256 in promised.items():
+        if row_sha256(lora.rows[token]) != sha256:
+            raise UserError(f"{name}: the row of {token} isn't the one that meta.json describes; the file was changed.")
+
+
+def load_weights(path: Path, components: Components, name: str | None = None) -> Weights:
+    """Read a weights.zip, a tar of the same, or a bare .safetensors, check all of it and place the LoRA.
+
+    Raises UserError with what doesn't fit; nothing of the model is changed here.
+    """
+    name = name or path.name
+    with tempfile.TemporaryDirectory() as folder:
+        lora_path, meta = unpack_weights(path, Path(folder))
+        lora = read_lora_file(lora_path, name)
+    width = embedding_matrix(components.text_encoder).shape[1]
+    _check_rows(lora, meta, width, name)
+    return Weights(place_lora(lora, components.transformer, components.place), meta, name)
+
+
+def placeholders_of(loaded: Sequence[Weights], components: Components) -> Placeholders:
+    """The tokens of these weights in free slots of the text encoder. Raises UserError for a token that means two."""
+    rows, owners = {}, {}
+    for weights in loaded:
+        for token, row in weights.lora.rows.items():
+            if token in rows and not torch.equal(rows[token], row):
+                raise UserError(
+                    f"{token} means different things in {owners[token]} and {weights.name}; use one of them."
+                )
+            rows[token], owners[token] = row, weights.name
+    if not rows:
+        return no_placeholders()
+    matrix = embedding_matrix(components.text_encoder)
+    slots = assign_slots(list(rows), components.tokenizer, matrix.shape[0])
+    stacked = torch.cat(list(rows.values())).to(matrix.device)
+    return Placeholders(tuple(slots), tuple(slots.values()), stacked)
+
+
+def save_weights(
+    target: Path, lora: LoraFile, config: TrainConfig, base_model: str, num_images: int, final_loss: float,
+    placeholder: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """Write `weights.zip` with the LoRA, its rows and a meta.json that says how they were made."""
+    meta = Meta(
+        base_model=base_model,
+        train_placeholder_token=config.train_placeholder_token,
+        placeholder_token=config.token,
+        placeholder_token_id=placeholder["token_id"] if placeholder else None,
+        placeholder=placeholder,
+        rank=config.rank,
+        lora_alpha=config.rank,
+        lora_targets=config.lora_targets,
+        training_steps=config.steps,
+        learning_rate=config.learning_rate,
+        resolution=config.resolution,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_images=num_images,
+        final_loss=final_loss,
+        config=asdict(config),
+        versions=versions(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        lora_path = Path(folder) / "lora_weights.safetensors"
+        write_lora_file(lora_path, lora)
+        write_weights(target, lora_path, meta)
