@@ -219,7 +219,7 @@ class Streams:
     dropout: torch.Generator
 
 
-def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams) -> Tensor:
+def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams, step: int = 1) -> Tensor:
     """Flow-matching loss of one micro-batch: the mean squared error of the velocity, in fp32."""
     clean = torch.stack([example.latents for example in batch])  # [B, N, C]
     noise = torch.randn(clean.shape, generator=streams.noise)
@@ -234,23 +234,25 @@ def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams) -> Te
     if not torch.isfinite(loss):
         names = ", ".join(example.image_name for example in batch)
         levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
-        raise UserError(f"the loss is {loss.item()} (pictures: {names}; sigma: {levels}); lower learning_rate.")
+        raise UserError(
+            f"the loss is {loss.item()} at step {step} (pictures: {names}; sigma: {levels}); lower learning_rate."
+        )
     return loss
 
 
 def clip_and_step(run: Run, step: int) -> tuple[float, float | None]:
     """Clip the LoRA and the row apart, step, clear the gradients. -> both gradient norms before clipping.
 
-    Apart, because the fresh row's first gradient is some 50 times the LoRA's and would stop it from learning.
+    Apart, because the fresh row's first gradient is some 50 times the LoRA's and would stop it from learning. The
+    row's norm is None where no row is trained or no caption of the step held its token.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(step, run.config)
     lora_norm = float(nn.utils.clip_grad_norm_(run.lora, MAX_GRAD_NORM))
-    row_norm = None
-    rows = run.placeholders.rows
-    if rows.requires_grad and rows.grad is not None:
+    row_norm, rows = None, run.placeholders.rows
+    if rows.grad is not None:
         row_norm = float(nn.utils.clip_grad_norm_([rows], MAX_GRAD_NORM))
-        if not math.isfinite(row_norm):
+        if not 0 < row_norm < math.inf:
             raise UserError(f"the gradient of {run.config.token} is {row_norm} at step {step + 1}; lower its rate.")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -258,23 +260,17 @@ def clip_and_step(run: Run, step: int) -> tuple[float, float | None]:
 
 
 def train(run: Run) -> Iterator[StepReport]:
-    """Step through the run, one report per optimizer step."""
+    """Step through the run, one report per optimizer step. The last states of the run are in `run`."""
     config = run.config
     stream = batches(run.examples, config.batch_size, config.seed)
     streams = Streams(*(generator_for(config.seed, purpose) for purpose in ("noise", "sigma", "dropout")))
-    row_seen = False
     for step in range(config.steps):
-        began = time.monotonic()
-        loss = 0.0
+        began, loss = time.monotonic(), 0.0
         for _ in range(config.gradient_accumulation):
-            part = batch_loss(run, next(stream), streams) / config.gradient_accumulation
+            part = batch_loss(run, next(stream), streams, step + 1) / config.gradient_accumulation
             part.backward()
             loss += part.item()
         grad_norm, row_grad_norm = clip_and_step(run, step)
-        if row_grad_norm is not None and not row_seen:
-            if row_grad_norm == 0.0:
-                raise RuntimeError(f"no gradient reaches the row of {config.token}")
-            row_seen = True
         rate = run.optimizer.param_groups[0]["lr"]
         yield StepReport(step + 1, loss, rate, grad_norm, time.monotonic() - began, row_grad_norm)
 

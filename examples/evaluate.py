@@ -1,0 +1,172 @@
+"""Measure what a model draws: sample prompts through the stock pipeline or ours, and let the exact scorer read them.
+
+python -m examples.evaluate                      # the small model, on 200 held-out prompts and 100 of TOK
+python -m examples.evaluate --weights out/weights.zip --object mushroom
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import QwenImagePipeline
+from PIL import Image
+
+from examples import shapes
+from lora_utils import models, sampling
+from lora_utils.adapters import applied
+from lora_utils.config import SampleRequest
+from lora_utils.placeholder import no_placeholders
+from lora_utils.weights import load_weights, placeholders_of
+
+MODEL = Path(__file__).parent / "tiny_qwen_image"
+STEPS, GUIDANCE = 20, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt in one wording, with what the picture must show."""
+
+    prompt: shapes.Prompt
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Shares of the pictures that show what was asked, 0 to 1. Places and sizes count where the prompt names them."""
+
+    kind: float
+    colour: float
+    background: float
+    all_three: float
+    size: float
+    place: float
+    pictures: int
+
+    def __str__(self) -> str:
+        shares = f"object {self.kind:.1%}, colour {self.colour:.1%}, background {self.background:.1%}"
+        return (
+            f"{shares}, all three {self.all_three:.1%}, size {self.size:.1%}, place {self.place:.1%} of {self.pictures}"
+        )
+
+
+def held_out_prompts(count: int, seed: int = 0) -> list[Asked]:
+    """Different full descriptions that pretraining never saw, each in a random wording."""
+    rng = np.random.default_rng(seed)
+    asked: dict[str, Asked] = {}
+    while len(asked) < count:
+        prompt = shapes.random_prompt(rng)
+        if shapes.is_held_out(prompt):
+            text = str(rng.choice(prompt.wordings()))
+            asked[text] = Asked(prompt, text)
+    return list(asked.values())
+
+
+def object_prompts(noun: str, count: int, seed: int = 0) -> list[Asked]:
+    """Prompts for an object with colours of its own, on all backgrounds in turn, sizes and places now and then."""
+    rng = np.random.default_rng(seed)
+    asked = []
+    for index in range(count):
+        background = list(shapes.BACKGROUNDS)[index % len(shapes.BACKGROUNDS)]
+        size = str(rng.choice(list(shapes.SIZES_PX))) if rng.random() < 0.3 else None
+        place = str(rng.choice(list(shapes.PLACES))) if rng.random() < 0.3 else None
+        prompt = shapes.Prompt(noun, None, background, size, place)
+        asked.append(Asked(prompt, str(rng.choice(prompt.wordings()))))
+    return asked
+
+
+def score(pictures: Sequence[Image.Image], asked: Sequence[Asked], kind: str | None = None) -> Score:
+    """Read every picture and compare. `kind` is what the noun stands for, where it isn't the noun itself."""
+    rows = []
+    for picture, question in zip(pictures, asked, strict=True):
+        prompt, reading = question.prompt, shapes.read(picture)
+        right = reading.kind == (kind or prompt.noun)
+        colour = prompt.colour is None or reading.colour == prompt.colour
+        background = prompt.background is None or reading.background == prompt.background
+        size = prompt.size is None or (right and reading.size == prompt.size)
+        place = prompt.place is None or (right and reading.place == prompt.place)
+        rows.append((right, colour, background, right and colour and background, size, place))
+    return Score(*np.mean(rows, axis=0).tolist(), pictures=len(rows))
+
+
+def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Image.Image]:
+    """Through `QwenImagePipeline` itself; picture i from seed i."""
+    pipeline = QwenImagePipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in range(0, len(texts), batch):
+        prompts = list(texts[start : start + batch])
+        pictures += pipeline(
+            prompt=prompts,
+            negative_prompt=[" "] * len(prompts),
+            true_cfg_scale=GUIDANCE,
+            num_inference_steps=STEPS,
+            width=shapes.SIDE_PX,
+            height=shapes.SIDE_PX,
+            generator=[torch.Generator().manual_seed(start + index) for index in range(len(prompts))],
+        ).images
+    return pictures
+
+
+def sample_ours(
+    components: models.Components, texts: Sequence[str], weights: Path | None = None, scale: float = 1.0
+) -> list[Image.Image]:
+    """Through the code that `predict.py` runs; picture i from seed i."""
+    loaded = load_weights(weights, components) if weights else None
+    placeholders = placeholders_of([loaded], components) if loaded else no_placeholders()
+    pictures = []
+    with applied(components.transformer, [(loaded.lora, scale)] if loaded else []):
+        for seed, text in enumerate(texts):
+            request = SampleRequest(
+                text, steps=STEPS, guidance=GUIDANCE, width=shapes.SIDE_PX, height=shapes.SIDE_PX, seed=seed
+            )
+            pictures.append(sampling.sample(components, request, placeholders, lambda picture, step: None)[0].pixels)
+    return pictures
+
+
+def evaluate_base(model: Path, prompts: int) -> tuple[Score, Score]:
+    """(held-out descriptions, TOK) through the stock pipeline."""
+    asked, tok = held_out_prompts(prompts), object_prompts(shapes.TOK, prompts // 2)
+    described = score(sample_stock(model, [question.text for question in asked]), asked)
+    return described, score(sample_stock(model, [question.text for question in tok]), tok)
+
+
+def evaluate_weights(model: Path, weights: Path, kind: str, token: str, prompts: int) -> dict[str, Score]:
+    """What a LoRA has learned, and what it has left alone: by name of the measurement."""
+    components = models.load_components(model, models.default_place())
+    taught, plain = object_prompts(token, prompts), held_out_prompts(prompts)
+    taught_texts, plain_texts = [item.text for item in taught], [item.text for item in plain]
+    return {
+        f"{token} with the LoRA": score(sample_ours(components, taught_texts, weights), taught, kind),
+        "other prompts with the LoRA": score(sample_ours(components, plain_texts, weights), plain),
+        "other prompts, base model": score(sample_ours(components, plain_texts), plain),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--weights", type=Path, help="measure this weights.zip instead of the base model")
+    parser.add_argument("--object", default="mushroom", help="what the weights' token stands for")
+    parser.add_argument("--token", default="<zwx>")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    if arguments.weights:
+        measured = evaluate_weights(
+            arguments.model, arguments.weights, arguments.object, arguments.token, arguments.prompts
+        )
+        for name, result in measured.items():
+            print(f"{name}: {result}")
+    else:
+        described, tok = evaluate_base(arguments.model, arguments.prompts)
+        print(f"held-out prompts, {STEPS} steps, CFG {GUIDANCE}: {described}")
+        print(f"TOK: {tok}")
+    print(f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

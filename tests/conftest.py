@@ -1,0 +1,85 @@
+"""The few shared fixtures: a random model of the true classes, the small trained one, and a zip of pictures."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need a network
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from PIL import Image
+
+from examples import demo, pretrain
+from lora_utils import models
+
+torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights: two blocks, everything else as the small model has it."""
+    torch.manual_seed(0)
+    tokenizer = pretrain.train_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
+    )
+    for parameter in transformer.parameters():  # away from the tame initialisation, so that differences show
+        torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else None
+    vae = pretrain.new_vae(latents_mean=[0.1 * i - 0.8 for i in range(16)], latents_std=[0.5 + 0.1 * i for i in range(16)])
+    pipeline = QwenImagePipeline(
+        pretrain.new_scheduler(), vae, pretrain.new_text_encoder(tokenizer), tokenizer, transformer
+    )
+    folder = tmp_path_factory.mktemp("random_model")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(random_model: Path) -> QwenImagePipeline:
+    """The stock pipeline on the random model: what ours is compared with."""
+    stock = QwenImagePipeline.from_pretrained(random_model)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+@pytest.fixture(scope="session")
+def components(random_model: Path) -> models.Components:
+    """Our parts of the random model. Tests leave them as they found them: that is what the package promises."""
+    return models.load_components(random_model, models.default_place())
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    return demo.MODEL
+
+
+@pytest.fixture
+def write_zip(tmp_path: Path) -> Callable[..., Path]:
+    """Write a zip: names with pictures (PNG), bytes or texts."""
+
+    def write_members(members: dict[str, Image.Image | bytes | str], name: str = "dataset.zip") -> Path:
+        path = tmp_path / name
+        with zipfile.ZipFile(path, "w") as packed:
+            for member, content in members.items():
+                if isinstance(content, Image.Image):
+                    with packed.open(member, "w") as file:
+                        content.save(file, Path(member).suffix[1:].replace("jpg", "jpeg"))
+                else:
+                    packed.writestr(member, content)
+        return path
+
+    return write_members
+
+
+@pytest.fixture
+def dataset_zip(tmp_path: Path) -> Path:
+    """Ten drawings of a mushroom whose captions call it <zwx>."""
+    path = tmp_path / "dataset.zip"
+    demo.write_dataset(path, "mushroom", "<zwx>")
+    return path

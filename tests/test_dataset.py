@@ -1,0 +1,95 @@
+"""Pictures and captions as users have them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_utils.dataset import Example, describe, load_pixels, open_picture, read_dataset
+from lora_utils.errors import UserError
+from lora_utils.sizes import Size
+
+GRADIENT = Image.fromarray(np.dstack([np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))] * 3))
+
+
+def save(picture, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "bmp", "avif", "heic", "PNG"])
+def test_every_format_is_read(ending, tmp_path):
+    save(GRADIENT, tmp_path / f"one.{ending}")
+    found = read_dataset(tmp_path, (64,), "x")
+    assert found.num_images == 1
+    pixels = np.asarray(open_picture(tmp_path / f"one.{ending}"), float)
+    assert np.abs(pixels - np.asarray(GRADIENT, float)).mean() < 3
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: stored 64x48, meant 48x64
+    path = save(GRADIENT, tmp_path / "one.jpg", exif=exif)
+    assert open_picture(path).size == (48, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(mode, tmp_path):
+    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    path = save(picture.convert(mode), tmp_path / "one.png")
+    assert open_picture(path).getpixel((60, 5)) == (255, 255, 255)
+
+
+def test_captions_stand_beside_their_pictures_else_the_default(tmp_path):
+    save(GRADIENT, tmp_path / "a" / "one.png")
+    (tmp_path / "a" / "one.txt").write_text("\ufeffein Bär \n", encoding="utf-8")
+    save(GRADIENT, tmp_path / "b" / "one.png")
+    save(GRADIENT, tmp_path / "b" / "two.png")
+    (tmp_path / "b" / "two.txt").write_text("  \n")
+    (tmp_path / "b" / "notes.txt").write_text("no picture has this name")
+    found = read_dataset(tmp_path, (64,), "a default")
+    assert found.captions == ["ein Bär", "a default", "a default"]
+    assert found.left_out == ["b/notes.txt"]
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    save(GRADIENT, tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"broken\.png can't be read"):
+        read_dataset(tmp_path, (64,), "")
+    (tmp_path / "broken.png").write_bytes(b"no picture at all")
+    with pytest.raises(UserError, match=r"broken\.png can't be read"):
+        read_dataset(tmp_path, (64,), "")
+
+
+def test_a_caption_that_is_not_text_is_named(tmp_path):
+    save(GRADIENT, tmp_path / "one.png")
+    (tmp_path / "one.txt").write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(UserError, match=r"one\.txt isn't UTF-8"):
+        read_dataset(tmp_path, (64,), "")
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
+    (tmp_path / "movie.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no pictures.*movie\.mp4"):
+        read_dataset(tmp_path, (64,), "")
+
+
+def test_pixels_cover_the_bucket_and_are_cropped_about_the_centre(tmp_path):
+    path = save(GRADIENT, tmp_path / "one.png")
+    pixels = load_pixels(Example(path, "", Size(32, 48)))
+    assert pixels.shape == (3, 48, 32)
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
+    columns = pixels[0].mean(dim=0)
+    assert torch.allclose(columns[15:17].mean(), torch.tensor(126 / 127.5 - 1), atol=0.02)
+
+
+def test_the_report_counts_buckets_and_names_what_was_left_out(tmp_path):
+    save(GRADIENT.resize((130, 130)), tmp_path / "one.png")
+    (tmp_path / "x.mp4").write_bytes(b"")
+    lines = "\n".join(describe(read_dataset(tmp_path, (64, 128), ""), passes=40))
+    for part in ("1 pictures", "40 times", "bucket 64x64: 1", "bucket 128x128: 1", "no caption", "x.mp4"):
+        assert part in lines

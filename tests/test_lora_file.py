@@ -1,0 +1,210 @@
+"""LoRA files: every layout reads as the same LoRA, ours is what diffusers loads, and nothing is dropped in silence."""
+
+import json
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_utils import adapters, models, qwen
+from lora_utils.errors import UserError
+from lora_utils.lora_file import HEADER_KEY, LoraFile, LowRank, read_lora_file, write_lora_file
+from lora_utils.sizes import Size
+
+RANK = 3
+NAMES = [f"transformer_blocks.{block}.{layer}" for block in (0, 1) for layer in qwen.LORA_TARGETS["attention_mlp"]]
+
+
+@pytest.fixture(scope="module")
+def lora(components) -> LoraFile:
+    generator = torch.Generator().manual_seed(0)
+    layers = {}
+    for name in NAMES:
+        linear = components.transformer.get_submodule(name)
+        down = torch.randn(RANK, linear.in_features, generator=generator).bfloat16().float()
+        up = torch.randn(linear.out_features, RANK, generator=generator).mul(0.3).bfloat16().float()
+        layers[name] = LowRank(down, up, alpha=RANK)
+    return LoraFile(layers)
+
+
+def layout(lora, key, down, up, alpha=None, flat=False):
+    """The tensors of a LoRA under another tool's names."""
+    tensors = {}
+    for name, layer in lora.layers.items():
+        base = key.format(name.replace(".", "_") if flat else name)
+        tensors[base + down], tensors[base + up] = layer.down.clone(), layer.up.clone()
+        if alpha is not None:
+            tensors[base + ".alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+LAYOUTS = {
+    "diffusers": ("transformer.{}", ".lora_A.weight", ".lora_B.weight", False),
+    "ai-toolkit, fal, ComfyUI": ("diffusion_model.{}", ".lora_A.weight", ".lora_B.weight", False),
+    "ComfyUI, old": ("diffusion_model.{}", ".lora_down.weight", ".lora_up.weight", False),
+    "bare": ("{}", ".lora_A.weight", ".lora_B.weight", False),
+    "bare, old": ("{}", ".lora_down.weight", ".lora_up.weight", False),
+    "DiffSynth, peft in memory": ("{}", ".lora_A.default.weight", ".lora_B.default.weight", False),
+    "PeftModel.save_pretrained": ("base_model.model.{}", ".lora_A.weight", ".lora_B.weight", False),
+    "kohya, musubi": ("lora_unet_{}", ".lora_down.weight", ".lora_up.weight", True),
+    "LyCORIS": ("lycoris_{}", ".lora_down.weight", ".lora_up.weight", True),
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_reads_as_the_same_lora(name, alpha, lora, tmp_path):
+    key, down, up, flat = LAYOUTS[name]
+    save_file(layout(lora, key, down, up, alpha, flat), tmp_path / "lora.safetensors")
+    read = read_lora_file(tmp_path / "lora.safetensors")
+    assert set(read.layers) == set(NAMES)
+    for module, layer in read.layers.items():
+        assert torch.equal(layer.down, lora.layers[module].down)
+        assert torch.equal(layer.up, lora.layers[module].up)
+        assert layer.alpha == (alpha or RANK)
+
+
+def test_alphas_of_the_header_are_honoured(lora, tmp_path):
+    header = {"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK, "transformer.alpha_pattern": {NAMES[0]: 1}}
+    tensors = layout(lora, "transformer.{}", ".lora_A.weight", ".lora_B.weight")
+    save_file(tensors, tmp_path / "l.safetensors", {HEADER_KEY: json.dumps(header)})
+    layers = read_lora_file(tmp_path / "l.safetensors").layers
+    assert layers[NAMES[0]].alpha == 1
+    assert layers[NAMES[1]].alpha == 2 * RANK
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q.dora_scale", "DoRA"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr"),
+        ("transformer_blocks.0.attn.to_q.diff_b", "full-weight difference"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "made for another model"),
+        ("some.weight", "belongs to no LoRA"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(key, message, lora, tmp_path):
+    tensors = layout(lora, "transformer.{}", ".lora_A.weight", ".lora_B.weight")
+    save_file({**tensors, key: torch.zeros(3, 3)}, tmp_path / "l.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_lora_file(tmp_path / "l.safetensors")
+
+
+def test_half_a_pair_wrong_shapes_and_strangers_are_refused(lora, tmp_path):
+    path = tmp_path / "l.safetensors"
+    tensors = layout(lora, "transformer.{}", ".lora_A.weight", ".lora_B.weight")
+    half = {key: value for key, value in tensors.items() if key != f"transformer.{NAMES[0]}.lora_B.weight"}
+    save_file(half, path)
+    with pytest.raises(UserError, match="lacks up"):
+        read_lora_file(path)
+    save_file({**tensors, f"transformer.{NAMES[0]}.lora_B.weight": torch.zeros(128, RANK + 1)}, path)
+    with pytest.raises(UserError, match="has the shapes"):
+        read_lora_file(path)
+    path.write_bytes(b"GGUF not safetensors")
+    with pytest.raises(UserError, match="no safetensors file"):
+        read_lora_file(path)
+    save_file({"bundle_emb.<zwx>.lora.qwen25_7b": torch.ones(1, 128)}, path)
+    with pytest.raises(UserError, match="no LoRA layers"):
+        read_lora_file(path)
+
+
+def predict(components, text, latents):
+    with torch.inference_mode():
+        return models.predict_velocity(components.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
+
+
+@pytest.fixture(scope="module")
+def inputs(components):
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(1, 7, 128, generator=generator)
+    return models.Text(states, None), torch.randn(1, 16, 64, generator=generator)
+
+
+def test_an_applied_lora_is_w_plus_scale_b_a_and_leaves_no_trace(lora, components, inputs):
+    before = predict(components, *inputs)
+    placed = adapters.place_lora(lora, components.transformer, components.place)
+    with adapters.applied(components.transformer, [(placed, 0.7)]):
+        applied = predict(components, *inputs)
+    with adapters.applied(components.transformer, [(placed, 0.0)]):
+        assert torch.equal(predict(components, *inputs), before)
+    assert torch.equal(predict(components, *inputs), before)
+    assert (applied - before).abs().max() > 0.01
+    weights = {name: components.transformer.get_submodule(name).weight for name in NAMES}
+    original = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, layer in lora.layers.items():
+                weights[name] += 0.7 * layer.up @ layer.down
+        torch.testing.assert_close(applied, predict(components, *inputs), atol=2e-4, rtol=1e-3)
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(original[name])
+
+
+def test_hooks_are_gone_after_an_exception(lora, components, inputs):
+    before = predict(components, *inputs)
+    placed = adapters.place_lora(lora, components.transformer, components.place)
+    with pytest.raises(KeyboardInterrupt), adapters.applied(components.transformer, [(placed, 1.0)]):
+        raise KeyboardInterrupt
+    assert torch.equal(predict(components, *inputs), before)
+
+
+def test_two_loras_add_up(lora, components, inputs):
+    placed = adapters.place_lora(lora, components.transformer, components.place)
+    with adapters.applied(components.transformer, [(placed, 0.3), (placed, 0.4)]):
+        twice = predict(components, *inputs)
+    with adapters.applied(components.transformer, [(placed, 0.7)]):
+        torch.testing.assert_close(twice, predict(components, *inputs), atol=1e-4, rtol=1e-3)
+
+
+def test_our_file_is_what_stock_diffusers_loads_whole(lora, components, inputs, random_model, tmp_path):
+    row = torch.randn(1, 128)
+    path = tmp_path / "lora.safetensors"
+    write_lora_file(path, LoraFile(lora.layers, {"<zwx>": row}))
+    tensors = load_file(path)
+    assert tensors["bundle_emb.<zwx>.lora.qwen25_7b"].dtype == torch.float32
+    assert {value.dtype for key, value in tensors.items() if "lora_A" in key} == {torch.bfloat16}
+    assert not [key for key in tensors if key.endswith(".alpha")]
+
+    stock = QwenImagePipeline.from_pretrained(random_model)
+    stock.load_lora_weights(path)
+    adapted = [name for name, module in stock.transformer.named_modules() if hasattr(module, "lora_A")]
+    assert sorted(adapted) == sorted(NAMES)
+    text, latents = inputs
+    with torch.inference_mode():
+        theirs = models.predict_velocity(stock.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
+    read = read_lora_file(path)
+    assert torch.equal(read.rows["<zwx>"], row)
+    with adapters.applied(
+        components.transformer, [(adapters.place_lora(read, components.transformer, components.place), 1.0)]
+    ):
+        torch.testing.assert_close(predict(components, *inputs), theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_lora_that_fits_only_in_part_is_refused_with_the_count(lora, components):
+    stray = {**lora.layers, "transformer_blocks.59.attn.to_q": lora.layers[NAMES[0]]}
+    with pytest.raises(UserError, match=r"24 of its 25 layers match, 'transformer_blocks\.59\.attn\.to_q'"):
+        adapters.place_lora(LoraFile(stray), components.transformer, components.place)
+    wide = {NAMES[0]: LowRank(torch.zeros(2, 3072), torch.zeros(3072, 2), 2.0)}
+    with pytest.raises(UserError, match="takes and gives"):
+        adapters.place_lora(LoraFile(wide), components.transformer, components.place)
+    bad = {NAMES[0]: LowRank(torch.full((2, 128), torch.nan), torch.zeros(128, 2), 2.0)}
+    with pytest.raises(UserError, match="NaN"):
+        adapters.place_lora(LoraFile(bad), components.transformer, components.place)
+
+
+def test_a_trainable_lora_covers_its_targets_and_starts_as_no_change(random_model, components, inputs):
+    transformer = models.load_transformer(random_model, components.place)
+    before = models.predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
+    parameters = adapters.attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(0))
+    assert len(parameters) == 2 * 12 * 2
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert {id(p) for p in transformer.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    after = models.predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
+    assert torch.equal(before, after)
+    lora = adapters.trained_lora(transformer)
+    assert {(layer.rank, layer.alpha) for layer in lora.values()} == {(4, 4.0)}
+    assert all(isinstance(components.transformer.get_submodule(name), nn.Linear) for name in lora)

@@ -1,0 +1,148 @@
+"""The zero-prior token: its name, its id, its row, and everything that it leaves alone."""
+
+import hashlib
+import random
+
+import pytest
+import torch
+from transformers import AddedToken
+
+from lora_utils import models, placeholder, qwen
+from lora_utils.config import TrainConfig
+from lora_utils.errors import UserError
+from lora_utils.placeholder import Placeholders
+from tests.qwen_vocabulary import qwen_tokenizer
+
+TOKEN = "<zwx>"
+ROWS = 152064  # of Qwen's embedding matrix
+
+
+@pytest.fixture(scope="module")
+def real():
+    return qwen_tokenizer()
+
+
+def with_row(components, row):
+    slots = placeholder.assign_slots([TOKEN], components.tokenizer, len(placeholder.embedding_matrix(components.text_encoder)))
+    return Placeholders((TOKEN,), (slots[TOKEN],), row.view(1, -1))
+
+
+def encode(components, prompts, placeholders):
+    return models.encode_text(components.text_encoder, components.tokenizer, prompts, placeholders)
+
+
+# --- the real vocabulary --------------------------------------------------------------------------------------------
+
+
+def test_the_real_tokenizer_and_the_ids_in_it(real):
+    assert len(real) == 151665
+    assert len(real(qwen.TEMPLATE_PREFIX).input_ids) == qwen.TEMPLATE_PREFIX_TOKENS
+    slots = placeholder.assign_slots([TOKEN, "<abc>"], real, ROWS)
+    assert slots == {TOKEN: 151665, "<abc>": 151666}
+    assert placeholder.tokenize(real, f"a photo of {TOKEN}", slots) == [64, 6548, 315, 220, 151665]
+
+
+def test_unregistered_the_name_is_four_ordinary_tokens(real):
+    ids = placeholder.tokenize(real, f"a photo of {TOKEN}", {})
+    assert len(ids) == 3 + 4
+    assert max(ids) < 151643
+
+
+def test_piecewise_encoding_is_that_of_an_added_token(real):
+    words = ["a", "photo", "of", TOKEN, "<abc>", "\n", " ", "  ", "s", ",", "'s", "Bär", "🐻", "1st", "<", ">", "zwx", "<|im_end|>"]
+    added = qwen_tokenizer()
+    added.add_tokens([AddedToken(token, normalized=False) for token in (TOKEN, "<abc>")])
+    slots = placeholder.assign_slots([TOKEN, "<abc>"], real, ROWS)
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(1, 12)))
+        assert placeholder.tokenize(real, text, slots) == added(text).input_ids, text
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["zwx", "<>", "<1a>", "<a b>", "<a>b", "< zwx >", "<ä>", "<" + "a" * 32 + ">", "<a,b>", ""])
+def test_names_that_are_no_names_are_refused(name):
+    with pytest.raises(UserError, match="valid name"):
+        TrainConfig(train_placeholder_token=True, placeholder_token=name)
+    assert TrainConfig(train_placeholder_token=False, placeholder_token=name).token is None
+
+
+def test_names_of_the_vocabulary_are_refused(real):
+    with pytest.raises(UserError, match="vocabulary already"):
+        placeholder.check_name("<tool_call>", real)
+    with pytest.raises(UserError, match="must be '<'"):
+        placeholder.check_name("cat", real)
+
+
+def test_a_matrix_without_free_rows_is_refused(real):
+    with pytest.raises(UserError, match="1 free rows"):
+        placeholder.assign_slots([TOKEN, "<abc>"], real, 151666)
+
+
+@pytest.mark.parametrize("std", [-1e-9, 0.2, float("nan"), float("inf")])
+def test_init_std_outside_its_range_is_refused_only_with_the_feature_on(std):
+    with pytest.raises(UserError, match="placeholder_init_std"):
+        TrainConfig(train_placeholder_token=True, placeholder_init_std=std)
+    TrainConfig(train_placeholder_token=False, placeholder_init_std=std)
+
+
+# --- the row --------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_the_full_matrix_masked_to_the_row(components, random_model):
+    row = torch.randn(128, generator=torch.Generator().manual_seed(0)) * 1e-5
+    ours = with_row(components, row.clone().requires_grad_())
+    ours.rows.retain_grad()
+    encode(components, [f"a photo of {TOKEN}, {TOKEN}s"], ours).states.square().sum().backward()
+
+    encoder = models.load_text_encoder(random_model, components.place)
+    matrix = placeholder.embedding_matrix(encoder).requires_grad_()
+    with torch.no_grad():
+        matrix[ours.ids[0]] = row
+    ids = torch.tensor([models.prompt_ids(components.tokenizer, f"a photo of {TOKEN}, {TOKEN}s", ours)])
+    states = encoder(input_ids=ids, use_cache=False).last_hidden_state[:, qwen.TEMPLATE_PREFIX_TOKENS :]
+    states.square().sum().backward()
+    assert ours.rows.grad is not None
+    assert matrix.grad is not None
+    torch.testing.assert_close(ours.rows.grad[0], matrix.grad[ours.ids[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_what_stands_in_the_matrixs_free_rows_never_reaches_an_output(components, random_model):
+    placeholders = with_row(components, torch.randn(128))
+    clean = encode(components, [f"a photo of {TOKEN}"], placeholders).states
+    encoder = models.load_text_encoder(random_model, components.place)
+    with torch.no_grad():
+        placeholder.embedding_matrix(encoder)[len(components.tokenizer) :] = torch.nan
+    poisoned = models.encode_text(encoder, components.tokenizer, [f"a photo of {TOKEN}"], placeholders).states
+    assert torch.equal(clean, poisoned)
+
+
+def test_the_row_matters_and_its_token_alone(components):
+    one, other = with_row(components, torch.randn(128)), with_row(components, torch.randn(128))
+    prompt = f"a photo of {TOKEN} on a pink background"
+    assert not torch.allclose(encode(components, [prompt], one).states, encode(components, [prompt], other).states)
+    plain = "a photo of a red circle"
+    assert torch.equal(
+        encode(components, [plain], one).states, encode(components, [plain], placeholder.no_placeholders()).states
+    )
+
+
+def test_splicing_changes_neither_encoder_nor_tokenizer(components):
+    def fingerprint():
+        state = components.text_encoder.state_dict()
+        return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
+
+    before, words = fingerprint(), len(components.tokenizer)
+    with pytest.raises(KeyboardInterrupt), placeholder.spliced(components.text_encoder, with_row(components, torch.ones(128))):
+        raise KeyboardInterrupt
+    assert fingerprint() == before
+    assert len(components.tokenizer) == words
+    assert not components.text_encoder.get_submodule("embed_tokens")._forward_hooks
+
+
+def test_undefined_tokens_and_near_misses_are_found(components):
+    slots = {TOKEN: 1}
+    found = placeholder.undefined_tokens("a <zwx> and <abc>, <tool_call>, <|im_end|>, a < b > c", components.tokenizer, slots)
+    assert found == ["<abc>"]

@@ -1,0 +1,183 @@
+"""Training: the loss is the formula, a run is a function of config, data and seed, and only what should learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lora_utils import flow, models, training
+from lora_utils.archive import unpack
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
+from lora_utils.errors import UserError
+from lora_utils.placeholder import embedding_matrix
+
+BASELINE = TrainConfig(steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
+TOKEN = replace(BASELINE, train_placeholder_token=True)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    from examples import demo  # noqa: PLC0415 (only this fixture draws)
+
+    folder = tmp_path_factory.mktemp("dataset")
+    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>")
+    unpack(folder / "d.zip", folder / "pictures")
+    return read_dataset(folder / "pictures", (64,), "")
+
+
+@pytest.fixture
+def prepare(dataset, random_model):
+    def make(config: TrainConfig, data=dataset) -> training.Run:
+        return training.prepare(config, data, random_model, models.default_place())
+
+    return make
+
+
+def losses(run: training.Run) -> list[float]:
+    return [report.loss for report in training.train(run)]
+
+
+def test_the_loss_of_a_batch_is_the_formula(prepare):
+    run = prepare(BASELINE)
+    batch = run.examples[:3]
+    generators = [training.generator_for(0, purpose) for purpose in ("noise", "sigma", "dropout")]
+    loss = training.batch_loss(run, batch, training.Streams(*generators))
+
+    noise_generator, sigma_generator = (training.generator_for(0, purpose) for purpose in ("noise", "sigma"))
+    clean = torch.stack([example.latents for example in batch])
+    noise = torch.randn(clean.shape, generator=noise_generator)
+    sigma = flow.draw_sigmas(3, run.schedule.mu(16), sigma_generator)
+    total = 0.0
+    for i, example in enumerate(batch):  # one by one, without padding or masks
+        noisy = (1 - sigma[i]) * clean[i] + sigma[i] * noise[i]
+        velocity = run.transformer(
+            hidden_states=noisy[None],
+            timestep=sigma[i : i + 1],
+            encoder_hidden_states=run.texts[example.caption][None],
+            encoder_hidden_states_mask=None,
+            img_shapes=[[(1, 4, 4)]],
+        ).sample[0]
+        total += F.mse_loss(velocity, noise[i] - clean[i]).item() / 3
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_captions_of_unequal_length_give_the_loss_of_one_by_one(prepare):
+    run = prepare(replace(BASELINE, caption_dropout=0.0))
+    lengths = {len(run.texts[example.caption]) for example in run.examples}
+    assert len(lengths) > 1
+    short = min(run.examples, key=lambda e: len(run.texts[e.caption]))
+    long = max(run.examples, key=lambda e: len(run.texts[e.caption]))
+    text = training.batch_text(run, [short.caption, long.caption])
+    assert text.mask is not None
+    assert text.mask.sum(dim=1).tolist() == [len(run.texts[short.caption]), len(run.texts[long.caption])]
+
+
+@pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(config, prepare):
+    first, second = prepare(config), prepare(config)
+    assert losses(first) == losses(second)
+    one, two = training.finish(first), training.finish(second)
+    assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
+    assert all(torch.equal(row, two.rows[token]) for token, row in one.rows.items())
+    assert losses(prepare(replace(config, seed=1))) != losses(prepare(config))
+
+
+def test_with_the_feature_off_its_inputs_change_nothing(prepare):
+    odd = replace(BASELINE, placeholder_token="<other>", placeholder_init_std=0.05, placeholder_learning_rate=1.0)
+    assert losses(prepare(BASELINE)) == losses(prepare(odd))
+
+
+def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(prepare):
+    """The row starts near zero and has a clip and a generator of its own, so it doesn't disturb the LoRA."""
+    frozen, trained = (prepare(replace(TOKEN, steps=1, placeholder_learning_rate=rate)) for rate in (0.0, 1e-3))
+    losses(frozen), losses(trained)
+    one, two = training.finish(frozen), training.finish(trained)
+    assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
+    assert not torch.equal(one.rows["<zwx>"], two.rows["<zwx>"])
+
+
+def test_only_the_row_of_the_text_encoder_learns(prepare):
+    run = prepare(TOKEN)
+    assert run.text_encoder is not None
+    before = {name: value.clone() for name, value in run.text_encoder.state_dict().items()}
+    base = {name: p.clone() for name, p in run.transformer.named_parameters() if not p.requires_grad}
+    losses(run)
+    assert all(torch.equal(before[name], value) for name, value in run.text_encoder.state_dict().items())
+    now = dict(run.transformer.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in base.items())
+    assert len(embedding_matrix(run.text_encoder)) == 576  # never resized
+    assert not torch.equal(run.placeholders.rows, run.first_rows)
+
+
+def test_without_the_token_text_encoder_and_vae_are_gone_before_training(prepare):
+    run = prepare(BASELINE)
+    assert run.text_encoder is None
+    assert set(run.texts) == {example.caption for example in run.examples} | {training.EMPTY_CAPTION}
+
+
+def test_training_lowers_the_loss(prepare):
+    curve = losses(prepare(replace(TOKEN, steps=60, learning_rate=3e-3)))
+    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
+
+
+def test_accumulation_counts_optimizer_steps_and_averages_micro_batches(prepare):
+    run = prepare(replace(BASELINE, steps=2, batch_size=1, gradient_accumulation=5))
+    reports = list(training.train(run))
+    assert [report.step for report in reports] == [1, 2]
+
+
+def test_a_batch_never_mixes_buckets_and_an_epoch_shows_every_picture_once(prepare):
+    run = prepare(BASELINE)
+    mixed = [replace(e, size=models.Size(96, 48)) if i % 2 else e for i, e in enumerate(run.examples)]
+    stream = training.batches(mixed, batch_size=2, seed=0)
+    epoch = [next(stream) for _ in range(6)]  # 5 + 5 pictures in batches of two: 3 + 3
+    assert all(len({example.size for example in batch}) == 1 for batch in epoch)
+    assert sorted(e.image_name for batch in epoch for e in batch) == sorted(e.image_name for e in mixed)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.1]), ("cosine", [1, 0.5, 0.0245])]
+)
+def test_rates_warm_up_and_then_follow_the_schedule(scheduler, expected):
+    config = replace(BASELINE, steps=14, warmup_steps=4, lr_scheduler=scheduler)
+    assert [training.rate_factor(step, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [training.rate_factor(step, config) for step in (4, 9, 13)] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_pictures_and_sigma(prepare):
+    run = prepare(BASELINE)
+    run.examples[0] = replace(run.examples[0], latents=torch.full_like(run.examples[0].latents, torch.nan))
+    with pytest.raises(UserError, match=r"the loss is nan at step \d.*00\.png.*sigma"):
+        list(training.train(run))
+
+
+def test_captions_without_the_token_are_refused_and_some_are_counted(prepare, dataset, caplog):
+    none = replace(dataset, examples=[replace(example, caption="a mushroom") for example in dataset.examples])
+    with pytest.raises(UserError, match=r"none of the 10 captions holds .*'<zwx>'; the first is 'a mushroom'"):
+        prepare(TOKEN, none)
+    some = replace(dataset, examples=[*dataset.examples[:8], *none.examples[8:]])
+    training.log.propagate = True
+    prepare(TOKEN, some)
+    assert "2 of 10 captions lack <zwx>" in caplog.text
+
+
+def test_a_token_behind_what_the_model_reads_is_refused(prepare, dataset):
+    late = [replace(example, caption="red " * 1100 + "<zwx>") for example in dataset.examples]
+    with pytest.raises(UserError, match="reads 1024 tokens"):
+        prepare(TOKEN, replace(dataset, examples=late))
+
+
+def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
+    run = prepare(TOKEN)
+    run.texts.update(training.encode_fixed_captions(run.text_encoder, run.tokenizer, [e.caption for e in run.examples]))
+    assert {report.row_grad_norm for report in training.train(run)} == {None}
+    with pytest.raises(RuntimeError, match="row of <zwx> hasn't moved in 6 steps"):
+        training.finish(run)
+
+
+def test_random_streams_are_independent_of_each_other():
+    draws = {purpose: torch.rand(4, generator=training.generator_for(0, purpose)) for purpose in ("noise", "row", "lora")}
+    assert not torch.equal(draws["noise"], draws["row"])
+    assert torch.equal(draws["row"], torch.rand(4, generator=training.generator_for(0, "row")))
