@@ -25,7 +25,7 @@ def random_seed() -> int:
 
 def _whole(name: str, value: object, least: int, most: int) -> int:
     """`value` as an integer in a range; a JSON client's 20.0 is 20."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise UserError(f"{name} must be a whole number from {least} to {most}, got {value!r}.")
     if not least <= value <= most:
         raise UserError(f"{name} must be from {least} to {most}, got {value}.")

@@ -60,8 +60,7 @@ class LoraFile:
 
     layers: dict[str, LowRank]
     rows: dict[str, Tensor] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    sha256: str = ""
+    sha256: str = ""  # of the file it was read from
 
 
 def file_sha256(path: Path) -> str:
@@ -147,7 +146,7 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
             raise UserError(f"{name}: layer {module!r} has the shapes {shapes}, expected [R, D_in] and [D_out, R].")
         alpha = float(part["alpha"]) if "alpha" in part else alphas.get(module, default_alpha or rank)
         layers[module] = LowRank(part["down"], part["up"], alpha)
-    return LoraFile(layers, rows, metadata, file_sha256(path))
+    return LoraFile(layers, rows, file_sha256(path))
 
 
 def write_lora_file(path: Path, lora: LoraFile) -> None:
@@ -166,4 +165,4 @@ def write_lora_file(path: Path, lora: LoraFile) -> None:
     rank = max(layer.rank for layer in lora.layers.values())
     config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora.layers), "bias": "none"}
     header = json.dumps({f"transformer.{key}": value for key, value in config.items()})
-    save_file(tensors, path, {"format": "pt", **lora.metadata, HEADER_KEY: header})
+    save_file(tensors, path, {HEADER_KEY: header})  # one entry: safetensors writes several in random order

@@ -31,7 +31,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for parameter in transformer.parameters():  # away from the tame initialisation, so that differences show
         torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else None
-    vae = pretrain.new_vae(latents_mean=[0.1 * i - 0.8 for i in range(16)], latents_std=[0.5 + 0.1 * i for i in range(16)])
+    vae = pretrain.new_vae(
+        latents_mean=[0.1 * i - 0.8 for i in range(16)], latents_std=[0.5 + 0.1 * i for i in range(16)]
+    )
     pipeline = QwenImagePipeline(
         pretrain.new_scheduler(), vae, pretrain.new_text_encoder(tokenizer), tokenizer, transformer
     )

@@ -26,7 +26,13 @@ def tar(path, members, mode="w"):
 
 def test_a_nested_zip_is_unpacked_without_litter(write_zip, tmp_path):
     path = write_zip(
-        {"a/b/one.png": PICTURE, "a/b/one.txt": "x", "__MACOSX/a/._one.png": b"x", "a/.DS_Store": b"x", "a/._one.png": b"x"}
+        {
+            "a/b/one.png": PICTURE,
+            "a/b/one.txt": "x",
+            "__MACOSX/a/._one.png": b"x",
+            "a/.DS_Store": b"x",
+            "a/._one.png": b"x",
+        }
     )
     files = archive.unpack(path, tmp_path / "out")
     assert sorted(str(file.relative_to(tmp_path / "out")) for file in files) == ["a/b/one.png", "a/b/one.txt"]

@@ -23,7 +23,9 @@ def real():
 
 
 def with_row(components, row):
-    slots = placeholder.assign_slots([TOKEN], components.tokenizer, len(placeholder.embedding_matrix(components.text_encoder)))
+    slots = placeholder.assign_slots(
+        [TOKEN], components.tokenizer, len(placeholder.embedding_matrix(components.text_encoder))
+    )
     return Placeholders((TOKEN,), (slots[TOKEN],), row.view(1, -1))
 
 
@@ -49,7 +51,26 @@ def test_unregistered_the_name_is_four_ordinary_tokens(real):
 
 
 def test_piecewise_encoding_is_that_of_an_added_token(real):
-    words = ["a", "photo", "of", TOKEN, "<abc>", "\n", " ", "  ", "s", ",", "'s", "Bär", "🐻", "1st", "<", ">", "zwx", "<|im_end|>"]
+    words = [
+        "a",
+        "photo",
+        "of",
+        TOKEN,
+        "<abc>",
+        "\n",
+        " ",
+        "  ",
+        "s",
+        ",",
+        "'s",
+        "Bär",
+        "🐻",
+        "1st",
+        "<",
+        ">",
+        "zwx",
+        "<|im_end|>",
+    ]
     added = qwen_tokenizer()
     added.add_tokens([AddedToken(token, normalized=False) for token in (TOKEN, "<abc>")])
     slots = placeholder.assign_slots([TOKEN, "<abc>"], real, ROWS)
@@ -62,7 +83,9 @@ def test_piecewise_encoding_is_that_of_an_added_token(real):
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["zwx", "<>", "<1a>", "<a b>", "<a>b", "< zwx >", "<ä>", "<" + "a" * 32 + ">", "<a,b>", ""])
+@pytest.mark.parametrize(
+    "name", ["zwx", "<>", "<1a>", "<a b>", "<a>b", "< zwx >", "<ä>", "<" + "a" * 32 + ">", "<a,b>", ""]
+)
 def test_names_that_are_no_names_are_refused(name):
     with pytest.raises(UserError, match="valid name"):
         TrainConfig(train_placeholder_token=True, placeholder_token=name)
@@ -135,7 +158,10 @@ def test_splicing_changes_neither_encoder_nor_tokenizer(components):
         return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
 
     before, words = fingerprint(), len(components.tokenizer)
-    with pytest.raises(KeyboardInterrupt), placeholder.spliced(components.text_encoder, with_row(components, torch.ones(128))):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        placeholder.spliced(components.text_encoder, with_row(components, torch.ones(128))),
+    ):
         raise KeyboardInterrupt
     assert fingerprint() == before
     assert len(components.tokenizer) == words
@@ -144,5 +170,7 @@ def test_splicing_changes_neither_encoder_nor_tokenizer(components):
 
 def test_undefined_tokens_and_near_misses_are_found(components):
     slots = {TOKEN: 1}
-    found = placeholder.undefined_tokens("a <zwx> and <abc>, <tool_call>, <|im_end|>, a < b > c", components.tokenizer, slots)
+    found = placeholder.undefined_tokens(
+        "a <zwx> and <abc>, <tool_call>, <|im_end|>, a < b > c", components.tokenizer, slots
+    )
     assert found == ["<abc>"]

@@ -178,6 +178,8 @@ def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
 
 
 def test_random_streams_are_independent_of_each_other():
-    draws = {purpose: torch.rand(4, generator=training.generator_for(0, purpose)) for purpose in ("noise", "row", "lora")}
+    draws = {
+        purpose: torch.rand(4, generator=training.generator_for(0, purpose)) for purpose in ("noise", "row", "lora")
+    }
     assert not torch.equal(draws["noise"], draws["row"])
     assert torch.equal(draws["row"], torch.rand(4, generator=training.generator_for(0, "row")))

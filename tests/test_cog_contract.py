@@ -1,0 +1,138 @@
+"""The package as `cog build` reads it, and the requirements as it rewrites them."""
+
+import ast
+import re
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from lora_utils import qwen
+from lora_utils.config import LR_SCHEDULERS, OUTPUT_FORMATS, SampleRequest, TrainConfig
+from tests import cog_contract
+from tests.conftest import ROOT
+
+SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "predict")}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_signature_keeps_every_rule(name):
+    assert cog_contract.problems(SOURCES[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "rule"),
+    [
+        ("x: int = Input(default=None, description='d')", "go together"),
+        ("x: int = Input(default=DEFAULT, description='d')", "no plain literal"),
+        ("x: int = Input(default=5, ge=6, description='d')", "below ge"),
+        ("x: str = Input(default='a', choices=['b'], description='d')", "no choice"),
+        ("x: str = Input(default='a', description='d' 'e')", "isn't one literal"),
+        ("x: list = Input(default=1, description='d')", "type list"),
+    ],
+)
+def test_the_rules_can_fail(broken, rule):
+    source = f"def train({broken}) -> Path:\n    ...\n"
+    assert any(rule in problem for problem in cog_contract.problems(source))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("train", TrainConfig), ("predict", SampleRequest)])
+def test_literals_are_the_defaults_of_the_dataclass_behind_them(name, settings):
+    declared = {item.name: item for item in cog_contract.inputs(SOURCES[name])}
+    own = {item.name: item.default for item in fields(settings) if item.name not in ("seed", "prompt")}
+    assert {item: declared[item].literal("default") for item in own} == own
+    extra = set(declared) - set(own)
+    assert extra == {"dataset", "seed"} if name == "train" else extra == {"prompt", "seed", "replicate_weights"}
+
+
+@pytest.mark.parametrize(("name", "settings"), [("train", TrainConfig), ("predict", SampleRequest)])
+def test_ranges_are_those_of_the_dataclass(name, settings):
+    given = {"prompt": "x"} if name == "predict" else {"train_placeholder_token": True}
+    for item in cog_contract.inputs(SOURCES[name]):
+        for bound, beyond in (("ge", -1e-3), ("le", 1e-3)):
+            if bound not in item.options or item.name == "seed":
+                continue
+            edge = item.literal(bound)
+            other = {"width": "height", "height": "width"}.get(item.name)
+            pair = {other: 64} if other else {}
+            settings(**given, **pair, **{item.name: edge})
+            step = (1 if beyond > 0 else -1) if item.type == "int" else edge * 0.5 * (beyond > 0) + beyond
+            with pytest.raises(ValueError, match=item.name):
+                settings(**given, **pair, **{item.name: edge + step})
+
+
+def test_choices_are_the_librarys():
+    declared = {item.name: item for name in SOURCES for item in cog_contract.inputs(SOURCES[name])}
+    assert declared["lora_targets"].literal("choices") == list(qwen.LORA_TARGETS)
+    assert declared["lr_scheduler"].literal("choices") == list(LR_SCHEDULERS)
+    assert declared["output_format"].literal("choices") == list(OUTPUT_FORMATS)
+    assert declared["aspect_ratio"].literal("choices") == list(qwen.OFFICIAL_SIZES_PX)
+
+
+def test_whole_numbers_may_come_as_floats_and_broken_ones_are_refused():
+    assert TrainConfig(rank=8.0, seed=1).rank == 8  # type: ignore[arg-type]
+    for bad in (8.5, True, "8", float("nan")):
+        with pytest.raises(ValueError, match="rank must be a whole number"):
+            TrainConfig(rank=bad)  # type: ignore[arg-type]
+
+
+def test_cog_yaml_has_what_every_cog_takes():
+    config = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    assert config["predict"] == "predict.py:Predictor"
+    assert config["train"] == "train.py:train"
+    build = config["build"]
+    assert build["gpu"] is True
+    assert build["python_requirements"] == "requirements.txt"
+    assert {"cuda", "python_version", "sdk_version"} <= set(build)
+    assert "BASE_MODEL=Qwen/Qwen-Image" in config["environment"]
+
+
+def test_requirements_are_exact_pins_that_cog_can_rewrite():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9A-Za-z.]*", line) for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"} <= names
+    assert not names & {"torchvision", "cog", "coglet", "ai-toolkit"}
+
+
+FLOORS = [
+    {"train", "predict"},
+    {"training", "sampling", "weights"},
+    {"models", "adapters", "caching", "placeholder", "single_frame"},
+    {"dataset", "archive", "lora_file", "outputs", "fetch"},
+    {"flow", "sizes", "console"},
+    {"config", "errors", "qwen"},
+]
+SIDEWAYS = {  # within a floor, only these
+    ("adapters", "models"),
+    ("caching", "models"),
+    ("caching", "placeholder"),
+    ("models", "placeholder"),
+    ("models", "single_frame"),
+    ("dataset", "archive"),
+    ("config", "errors"),
+    ("config", "qwen"),
+}
+
+
+def test_imports_go_down_only_and_heavy_libraries_have_one_home():
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    files = [ROOT / "train.py", ROOT / "predict.py", *sorted((ROOT / "lora_utils").glob("*.py"))]
+    assert {file.stem for file in files} - {"__init__"} == set(floor_of)
+    for file in files:
+        if file.stem == "__init__":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "lora_utils":
+                rooms = [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_utils."):
+                rooms = [str(node.module).split(".")[1]]
+            else:
+                rooms = []
+            for room in rooms:
+                down = floor_of[room] > floor_of[file.stem] or (file.stem, room) in SIDEWAYS
+                assert down, f"{file.stem} imports {room}, which isn't below it"
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                module = getattr(node, "module", None) or node.names[0].name
+                if module.split(".")[0] in {"diffusers", "transformers", "peft"}:
+                    assert floor_of[file.stem] <= 2, f"{file.stem} imports {module}"

@@ -1,0 +1,297 @@
+"""Prediction through the Predictor: what a user asks for, and no trace of it in the next call."""
+
+import hashlib
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from examples.demo import call
+from lora_utils.archive import LORA_MEMBER, META_MEMBER
+from lora_utils.errors import UserError
+from lora_utils.outputs import read_settings
+from predict import Predictor
+from train import train
+
+SMALL = {"steps": 2, "width": 64, "height": 64, "output_format": "png", "seed": 5}
+TOKEN_PROMPT = "a photo of <zwx> on a pink background"
+PLAIN_PROMPT = "a red circle on a gray background"
+
+
+@pytest.fixture(autouse=True)
+def _base_model(random_model, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.delenv("COG_WEIGHTS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory, random_model):
+    """Archives of a training with the token, another one with it, and one without."""
+    from examples import demo  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("archives")
+    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>")
+    settings = {"steps": 3, "rank": 2, "learning_rate": 0.05, "batch_size": 2, "resolution": "64"}
+    runs = {"token": {"seed": 1}, "other": {"seed": 2}, "baseline": {"seed": 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASE_MODEL", str(random_model))
+        for name, given in runs.items():
+            output = call(
+                train, dataset=folder / "d.zip", train_placeholder_token=name != "baseline", **settings, **given
+            )
+            Path(str(output.weights)).rename(folder / f"{name}.zip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(random_model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASE_MODEL", str(random_model))
+        patch.delenv("COG_WEIGHTS", raising=False)
+        ready = Predictor()
+        ready.record_metric = lambda name, value: None
+        ready.setup()
+    return ready
+
+
+def draw(predictor, prompt=PLAIN_PROMPT, **given):
+    paths = call(predictor.predict, prompt=prompt, **{**SMALL, **given})
+    pictures = []
+    for path in paths:
+        with Image.open(path) as picture:
+            pictures.append(np.array(picture))
+    return pictures
+
+
+def one(predictor, prompt=PLAIN_PROMPT, **given):
+    (picture,) = draw(predictor, prompt, **given)
+    return picture
+
+
+def same(a, b):
+    return np.array_equal(a, b)
+
+
+# --- no trace -------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_picture_is_bit_identical_before_and_after_any_lora(predictor, archives):
+    def fingerprint():
+        parts = (predictor.components.text_encoder, predictor.components.transformer, predictor.components.vae)
+        states = [value.numpy().tobytes() for part in parts for value in part.state_dict().values()]
+        return hashlib.sha256(b"".join(states)).hexdigest(), len(predictor.components.tokenizer)
+
+    before, state = one(predictor), fingerprint()
+    with_a = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
+    with_b = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "other.zip")
+    assert not same(with_a, with_b)
+    assert same(one(predictor), before)
+    assert same(one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip"), with_a)
+    with pytest.raises(UserError):
+        one(predictor, TOKEN_PROMPT)
+    assert same(one(predictor), before)
+    assert fingerprint() == state
+
+
+def test_lora_scale_zero_is_the_base_and_other_scales_are_not(predictor, archives):
+    base = one(predictor)
+    assert same(one(predictor, replicate_weights=archives / "token.zip", lora_scale=0.0), base)
+    pictures = [
+        one(predictor, replicate_weights=archives / "token.zip", lora_scale=scale) for scale in (-0.5, 0.5, 1.0)
+    ]
+    assert not any(same(picture, base) for picture in pictures)
+    assert not same(pictures[1], pictures[2])
+
+
+def test_the_same_content_is_loaded_once_whatever_its_name(predictor, archives, tmp_path, capsys):
+    (tmp_path / "copy").write_bytes((archives / "baseline.zip").read_bytes())
+    one(predictor, replicate_weights=archives / "baseline.zip")
+    capsys.readouterr()
+    one(predictor, replicate_weights=tmp_path / "copy")
+    assert "loaded a LoRA" not in capsys.readouterr().out
+
+
+def test_a_cancel_within_a_step_leaves_no_trace(predictor, archives, monkeypatch):
+    before = one(predictor)
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(*_):
+        raise Cancelled
+
+    with monkeypatch.context() as patch:
+        patch.setattr("predict.progress_lines", lambda request: cancel)
+        with pytest.raises(Cancelled):
+            one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
+    assert same(one(predictor), before)
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def test_picture_i_is_the_picture_of_seed_plus_i_alone(predictor):
+    several = draw(predictor, num_outputs=3, seed=10)
+    assert all(same(picture, one(predictor, seed=10 + index)) for index, picture in enumerate(several))
+    assert not same(several[0], several[1])
+
+
+def test_no_seed_is_random_and_reported(predictor, capsys):
+    pictures = []
+    for given in ({"seed": None}, {"seed": -1}):
+        pictures.append(one(predictor, **given))
+        out = capsys.readouterr().out
+        assert same(pictures[-1], one(predictor, seed=int(out.split("seed ")[1].split(",")[0])))
+        capsys.readouterr()
+    assert not same(*pictures)
+
+
+def test_guidance_of_one_or_less_turns_cfg_off(predictor):
+    off = one(predictor, guidance=1.0)
+    assert same(one(predictor, guidance=0.0, negative_prompt="something else"), off)
+    assert not same(one(predictor, guidance=4.0), off)
+
+
+def test_odd_sizes_are_rounded_and_said_so(predictor, capsys):
+    picture = one(predictor, width=70, height=90, steps=1)
+    assert picture.shape == (96, 64, 3)
+    assert "70x90 rounded to 64x96" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output_format", ["webp", "jpg", "png"])
+def test_files_have_unique_names_and_carry_their_settings(predictor, archives, output_format):
+    paths = call(
+        predictor.predict,
+        prompt=TOKEN_PROMPT,
+        replicate_weights=archives / "token.zip",
+        num_outputs=2,
+        **{**SMALL, "output_format": output_format},
+    )
+    assert len({Path(path).name for path in paths}) == 2
+    assert {Path(path).suffix for path in paths} == {f".{output_format}"}
+    settings = [read_settings(Path(path)) for path in paths]
+    assert [item["seed"] for item in settings] == [5, 6]
+    assert settings[0]["prompt"] == TOKEN_PROMPT
+    assert len(str(settings[0]["lora_sha256"])) == 64
+    assert "diffusers" in settings[0]["versions"]  # type: ignore[operator]
+
+
+def test_progress_has_at_most_ten_lines_a_picture(predictor, capsys):
+    one(predictor, steps=37)
+    assert 5 <= sum(" step " in line for line in capsys.readouterr().out.splitlines()) <= 10
+
+
+# --- weights in their forms -----------------------------------------------------------------------------------------
+
+
+def test_a_zip_a_tar_and_the_bare_file_give_the_same_picture(predictor, archives, tmp_path):
+    with zipfile.ZipFile(archives / "token.zip") as packed:
+        packed.extractall(tmp_path)
+    with tarfile.open(tmp_path / "w.tar", "w") as packed:
+        for name in (LORA_MEMBER, META_MEMBER):
+            packed.add(tmp_path / name, name)
+    forms = (archives / "token.zip", tmp_path / "w.tar", tmp_path / LORA_MEMBER)
+    pictures = [one(predictor, TOKEN_PROMPT, replicate_weights=form) for form in forms]
+    assert same(pictures[0], pictures[1])
+    assert same(pictures[0], pictures[2])
+
+
+def test_cog_weights_are_the_default_and_replicate_weights_win(archives, predictor, monkeypatch):
+    expected = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
+    monkeypatch.setenv("COG_WEIGHTS", str(archives / "token.zip"))
+    ready = Predictor()
+    ready.record_metric = lambda name, value: None
+    ready.setup()
+    assert same(one(ready, TOKEN_PROMPT), expected)
+    other = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "other.zip")
+    assert same(one(ready, TOKEN_PROMPT, replicate_weights=archives / "other.zip"), other)
+
+
+def altered(archives, tmp_path, change):
+    """token.zip with its tensors changed: as a package that forgets or loses the row would write it."""
+    with zipfile.ZipFile(archives / "token.zip") as packed:
+        packed.extractall(tmp_path)
+    tensors = load_file(tmp_path / LORA_MEMBER)
+    save_file(change(tensors), tmp_path / LORA_MEMBER)
+    with zipfile.ZipFile(tmp_path / "altered.zip", "w") as packed:
+        packed.write(tmp_path / LORA_MEMBER, LORA_MEMBER)
+        packed.write(tmp_path / META_MEMBER, META_MEMBER)
+    return tmp_path / "altered.zip"
+
+
+ROW = "bundle_emb.<zwx>.lora.qwen25_7b"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != ROW}, r"meta\.json speaks of <zwx>, the LoRA file holds none"),
+        (lambda t: {**t, ROW: torch.zeros_like(t[ROW])}, "row of <zwx> is zero"),
+        (lambda t: {**t, ROW: t[ROW] * torch.nan}, "not finite"),
+        (lambda t: {**t, ROW: t[ROW].flip(-1)}, r"isn't the one that meta\.json describes"),
+        (lambda t: {**t, ROW: torch.ones(1, 64)}, r"has the shape \(1, 64\), the model takes \(1, 128\)"),
+    ],
+)
+def test_a_row_that_was_lost_or_changed_is_an_error(change, message, predictor, archives, tmp_path):
+    with pytest.raises(UserError, match=message):
+        one(predictor, TOKEN_PROMPT, replicate_weights=altered(archives, tmp_path, change))
+
+
+def test_the_row_is_part_of_the_picture(predictor, archives, tmp_path):
+    """Another row under the same LoRA, as a bare file that no meta vouches for, gives another picture."""
+    with zipfile.ZipFile(archives / "token.zip") as packed:
+        packed.extractall(tmp_path)
+    tensors = load_file(tmp_path / LORA_MEMBER)
+    save_file({**tensors, ROW: torch.randn(1, 128)}, tmp_path / "swapped.safetensors")
+    with_row = one(predictor, TOKEN_PROMPT, replicate_weights=tmp_path / LORA_MEMBER)
+    swapped = one(predictor, TOKEN_PROMPT, replicate_weights=tmp_path / "swapped.safetensors")
+    assert np.abs(with_row.astype(int) - swapped).max() > 3
+
+
+def test_older_archives_without_a_meta_or_with_few_fields_load(predictor, archives, tmp_path):
+    with zipfile.ZipFile(archives / "baseline.zip") as packed:
+        packed.extractall(tmp_path)
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as packed:
+        packed.write(tmp_path / LORA_MEMBER, LORA_MEMBER)
+        packed.writestr(META_MEMBER, '{"base_model": "Qwen/Qwen-Image", "rank": 2}')
+    expected = one(predictor, replicate_weights=archives / "baseline.zip")
+    assert same(one(predictor, replicate_weights=tmp_path / "old.zip"), expected)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_nothing_defines_is_refused(predictor, archives):
+    with pytest.raises(UserError, match=r"holds '<zwx>', but no weights that define it are given"):
+        one(predictor, TOKEN_PROMPT)
+    with pytest.raises(UserError, match=r"holds '<abc>', but the weights define <zwx>"):
+        one(predictor, "a photo of <abc>", replicate_weights=archives / "token.zip")
+    with pytest.raises(UserError, match="no weights that define it"):
+        one(predictor, TOKEN_PROMPT, replicate_weights=archives / "baseline.zip")
+
+
+def test_a_prompt_without_the_token_is_drawn_with_a_hint(predictor, archives, capsys):
+    one(predictor, "a photo of zwx", replicate_weights=archives / "token.zip")
+    assert "hint: the prompt doesn't hold <zwx>" in capsys.readouterr().out
+
+
+def test_what_is_no_lora_or_another_models_is_refused(predictor, tmp_path):
+    (tmp_path / "x.safetensors").write_text("hello")
+    with pytest.raises(UserError, match=r"x\.safetensors is no safetensors file"):
+        one(predictor, replicate_weights=tmp_path / "x.safetensors")
+    flux = {f"transformer.single_transformer_blocks.0.proj_out.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
+    save_file(flux, tmp_path / "flux.safetensors")
+    with pytest.raises(UserError, match="0 of its 1 layers match"):
+        one(predictor, replicate_weights=tmp_path / "flux.safetensors")
+    with pytest.raises(UserError, match="there is no weights file"):
+        one(predictor, replicate_weights=tmp_path / "missing.zip")
+
+
+def test_one_side_without_the_other_is_refused(predictor):
+    with pytest.raises(UserError, match="width and height come together"):
+        one(predictor, width=64, height=None)
