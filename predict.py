@@ -144,6 +144,8 @@ class Predictor(BasePredictor):
     def draw(self, request: SampleRequest, weights: Weights | None) -> list[LocalPath]:
         """Sample and save. The LoRA and its rows are in place within this call only."""
         placeholders = self.placeholders(request, weights)
+        if warning := models.length_warning(self.components.tokenizer, request.prompt, placeholders):
+            print(f"warning: prompt {warning}")
         size = picture_size(request.width, request.height, request.aspect_ratio)
         if request.width and request.height and (size.width_px, size.height_px) != (request.width, request.height):
             print(f"size {request.width}x{request.height} rounded to {size}: sides are multiples of 16")

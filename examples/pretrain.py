@@ -43,6 +43,7 @@ OUT = Path(__file__).parent / "tiny_qwen_image"
 @dataclass(frozen=True, slots=True)
 class VaeSettings:
     steps: int = 3400
+    decoder_steps: int = 1200  # afterwards, of the decoder alone
     batch_size: int = 16
     learning_rate: float = 6e-4  # 2e-3 gets stuck
     warmup_steps: int = 100
@@ -52,7 +53,7 @@ class VaeSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    steps: int = 11000
+    steps: int = 7500
     captions: int = 32  # a batch: so many captions, each with its picture ...
     draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
     learning_rate: float = 1.5e-3
@@ -109,48 +110,57 @@ def psnr_db(vae: AutoencoderKLQwenImage, pictures: Tensor) -> float:
     return float(10 * torch.log10(4.0 / (decoded - pictures).pow(2).mean()))
 
 
-def train_vae(settings: VaeSettings) -> Path:
-    """On the world's pictures and on random drawings: users' objects must survive it too."""
-    checkpoint = WORK / "vae.pt"
+def vae_loss(vae: AutoencoderKLQwenImage, x: Tensor, kl_weight: float) -> Tensor:
+    """Absolute and squared error of pictures decoded from a draw of their latents, and a little KL."""
+    mean, log_variance = encode_frame(vae, x)
+    y = decode_frame(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance))
+    kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + kl_weight * kl
+
+
+def train_vae(settings: VaeSettings, decoder_only: bool = False) -> Path:
+    """On the world's pictures and on random drawings: users' objects must survive it too.
+
+    `decoder_only` goes on from a trained VAE whose latents stay as they are.
+    """
+    checkpoint = WORK / ("decoder.pt" if decoder_only else "vae.pt")
+    steps = settings.decoder_steps if decoder_only else settings.steps
     torch.manual_seed(0)
     vae = fold_temporal_convolutions(new_vae())
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    if decoder_only:
+        vae.load_state_dict(torch.load(WORK / "vae.pt")["vae"])
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=0.0)
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint)
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-        log(f"vae: resumed at step {start}")
-    rng = np.random.default_rng(start + 1)
+        log(f"{checkpoint.stem}: resumed at step {start}")
+    rng = np.random.default_rng([start + 1, decoder_only])
     held_out = np.random.default_rng(0)
-    test_world = to_tensor([world_picture(held_out) for _ in range(48)])
+    test_world = to_tensor([world_picture(held_out) for _ in range(96)])
     test_random = to_tensor([shapes.random_drawing(held_out) for _ in range(48)])
     began = time.monotonic()
-    for step in range(start, settings.steps):
+    for step in range(start, steps):
         batch = [random_or_world_picture(rng, settings.random_share) for _ in range(settings.batch_size)]
-        x = to_tensor(batch)
-        mean, log_variance = encode_frame(vae, x)
-        z = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
-        y = decode_frame(vae, z)
-        kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
-        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + settings.kl_weight * kl
+        loss = vae_loss(vae, to_tensor(batch), settings.kl_weight)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * anneal(step, settings.steps, settings.warmup_steps)
+            group["lr"] = settings.learning_rate * anneal(step, steps, settings.warmup_steps)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
-            log(
-                f"vae step {step + 1}/{settings.steps} loss {loss.item():.4f} kl {kl.item():.2f} "
-                f"psnr world {psnr_db(vae, test_world):.1f} random {psnr_db(vae, test_random):.1f} {seconds:.2f} s/step"
-            )
-        if (step + 1) % 200 == 0 or step + 1 == settings.steps:
-            save_checkpoint(
-                checkpoint, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            )
+            psnr = f"psnr world {psnr_db(vae, test_world):.2f} random {psnr_db(vae, test_random):.2f}"
+            log(f"{checkpoint.stem} step {step + 1}/{steps} loss {loss.item():.4f} {psnr} {seconds:.2f} s/step")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_checkpoint(checkpoint, state)
     return checkpoint
 
 
@@ -397,7 +407,7 @@ def write_model(out: Path, settings: ModelSettings) -> None:
     """The diffusers folder: EMA weights; transformer and VAE stored as fp16, which loads back as fp32."""
     world = encode_world(new_vae(), settings.pictures)
     folded = fold_temporal_convolutions(new_vae())
-    folded.load_state_dict(torch.load(WORK / "vae.pt")["vae"])
+    folded.load_state_dict(torch.load(WORK / "decoder.pt")["vae"])
     vae = new_vae(world.latents_mean.tolist(), world.latents_std.tolist())
     vae.load_state_dict(unfolded_state(folded))
     torch.manual_seed(0)
@@ -416,11 +426,15 @@ def write_model(out: Path, settings: ModelSettings) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["vae", "model", "write"], help="one stage alone; all of them if left out")
+    parser.add_argument(
+        "--stage", choices=["vae", "decoder", "model", "write"], help="one stage alone; all of them if left out"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     if arguments.stage in (None, "vae"):
         train_vae(VaeSettings())
+    if arguments.stage in (None, "decoder"):
+        train_vae(VaeSettings(), decoder_only=True)
     if arguments.stage in (None, "model"):
         train_model(ModelSettings())
     if arguments.stage in (None, "write"):

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
-import httpx
-from huggingface_hub import HfApi, snapshot_download
+import httpx2
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lora_utils.errors import UserError
 
@@ -33,15 +35,31 @@ def fetch_model(base_model: str) -> Path:
         return folder
     if folder.is_absolute() or base_model.count("/") != 1:
         raise UserError(f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {DEFAULT_BASE_MODEL!r}.")
+    missing_bytes = _missing_bytes(base_model)
+    if missing_bytes:
+        print(f"fetching {base_model} from the hub: {missing_bytes / 1e9:.1f} GB", flush=True)
     try:
-        return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES, local_files_only=True))
-    except FileNotFoundError:  # not in the cache, or only in part
-        pass
-    files = HfApi().model_info(base_model, files_metadata=True).siblings or []
-    wanted = [file for file in files if any(Path(file.rfilename).match(pattern) for pattern in _MODEL_FILES)]
-    total_bytes = sum(file.size or 0 for file in wanted)
-    print(f"fetching {base_model} from the hub: {len(wanted)} files, {total_bytes / 1e9:.1f} GB", flush=True)
-    return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES))
+        return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES))
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"BASE_MODEL {base_model!r} is neither on this machine nor to be had from the hub; give a folder."
+        ) from error
+
+
+def _missing_bytes(base_model: str) -> int:
+    """What a download would fetch; 0 where the hub can't be asked, for then the cache is all there is."""
+    try:
+        files = HfApi().model_info(base_model, files_metadata=True).siblings or []
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no model {base_model!r}, or it is private: check BASE_MODEL and HF_TOKEN."
+        ) from error
+    except (OSError, httpx2.HTTPError):  # offline: OfflineModeIsEnabled is an OSError
+        return 0
+    wanted = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _MODEL_FILES)]
+    return sum(
+        file.size or 0 for file in wanted if not isinstance(try_to_load_from_cache(base_model, file.rfilename), str)
+    )
 
 
 def fetch_file(source: str, folder: Path) -> Path:
@@ -57,14 +75,14 @@ def fetch_file(source: str, folder: Path) -> Path:
     partial = target.with_suffix(".partial")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with httpx.stream("GET", source, follow_redirects=True, timeout=60) as reply, partial.open("wb") as sink:
+        with httpx2.stream("GET", source, follow_redirects=True, timeout=60) as reply, partial.open("wb") as sink:
             reply.raise_for_status()
             for chunk in reply.iter_bytes(1 << 20):
                 sink.write(chunk)
                 if sink.tell() > MAX_DOWNLOAD_BYTES:
                     raise UserError(f"{source} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
         partial.replace(target)
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         raise UserError(f"{source} can't be downloaded: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -161,6 +161,16 @@ def prompt_ids(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeholder
     return tokenize(tokenizer, text, placeholders.slots)[: qwen.TEMPLATE_PREFIX_TOKENS + qwen.MAX_PROMPT_TOKENS]
 
 
+def length_warning(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeholders) -> str | None:
+    """What to tell of a prompt that is longer than the model reads, or than it saw in training."""
+    tokens = len(tokenize(tokenizer, prompt, placeholders.slots))
+    if tokens > qwen.MAX_PROMPT_TOKENS:
+        return f"{prompt[:60]!r}... has {tokens} tokens; the model reads {qwen.MAX_PROMPT_TOKENS}, the rest is cut off"
+    if tokens > qwen.TRAINED_PROMPT_TOKENS:
+        return f"{prompt[:60]!r}... has {tokens} tokens; the model was trained on up to {qwen.TRAINED_PROMPT_TOKENS}"
+    return None
+
+
 def encode_text(
     text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, prompts: Sequence[str], placeholders: Placeholders
 ) -> Text:

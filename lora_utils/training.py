@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,20 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, models, qwen
+from lora_utils import flow, fresh_token, models
 from lora_utils.adapters import attach_trainable_lora, trained_lora
 from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset
 from lora_utils.errors import UserError
-from lora_utils.lora_file import LoraFile, row_sha256
-from lora_utils.placeholder import (
-    Placeholders,
-    RowReport,
-    assign_slots,
-    embedding_matrix,
-    fresh_row,
-    no_placeholders,
-    report_row,
-)
+from lora_utils.lora_file import LoraFile
+from lora_utils.placeholder import Placeholders, RowReport
 
 log = logging.getLogger(__name__)
 
 EMPTY_CAPTION = " "  # what a dropped caption becomes: the sampler's default negative prompt
 MAX_GRAD_NORM = 1.0  # for the LoRA and for the row, each by itself
 WEIGHT_DECAY = 1e-4  # of the LoRA; the row has none
-ROW_RATE_SHARE = 1 / 30  # the row's default learning rate as a share of the median row's rms: 5e-4 for Qwen
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +66,7 @@ class Run:
     text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
     tokenizer: Qwen2Tokenizer
     optimizer: torch.optim.Optimizer
-    first_rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    first_rows: Tensor  # as they were drawn
 
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:
@@ -87,44 +78,17 @@ def generator_for(seed: int, purpose: str) -> torch.Generator:
 # --- preparing ------------------------------------------------------------------------------------------------------
 
 
-def check_captions(captions: Sequence[str], token: str, tokenizer: Qwen2Tokenizer, placeholders: Placeholders) -> None:
-    """Refuse captions that could never train the token; warn where some lack it."""
-    without = [caption for caption in captions if token not in caption]
-    if len(without) == len(captions):
-        raise UserError(
-            f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is {captions[0]!r}."
-            f" Write {token!r} into the captions, or set default_caption to something like 'a photo of {token}'."
-        )
-    if without:
-        log.warning("%d of %d captions lack %s, the first is %r", len(without), len(captions), token, without[0])
-    for caption in captions:
-        if token in caption and placeholders.ids[0] not in models.prompt_ids(tokenizer, caption, placeholders):
-            raise UserError(
-                f"the model reads {qwen.MAX_PROMPT_TOKENS} tokens, and {token!r} stands behind them in the caption "
-                f"{caption[:80]!r}...; put it nearer to the start."
-            )
-
-
-def new_placeholders(config: TrainConfig, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel) -> Placeholders:
-    """The fresh, trainable row of the run's token; no rows if none is trained."""
-    if config.token is None:
-        return no_placeholders()
-    matrix = embedding_matrix(text_encoder)
-    slots = assign_slots([config.token], tokenizer, matrix.shape[0])
-    row = fresh_row(matrix.shape[1], config.placeholder_init_std, generator_for(config.seed, "row"))
-    if config.placeholder_init_std > 1e-3:
-        log.warning("placeholder_init_std %g isn't near zero any more", config.placeholder_init_std)
-    rows = row.unsqueeze(0).to(matrix.device).requires_grad_(config.placeholder_learning_rate != 0)
-    return Placeholders(tuple(slots), tuple(slots.values()), rows)
-
-
 def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place) -> Run:
     """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA."""
+    models.release_memory()  # of a run that was cancelled
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
     text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
-    placeholders = new_placeholders(config, tokenizer, text_encoder)
+    placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
     if config.token is not None:
-        check_captions(dataset.captions, config.token, tokenizer, placeholders)
+        fresh_token.check_captions(dataset.captions, config.token, tokenizer, placeholders)
+    for caption in dict.fromkeys(dataset.captions):
+        if warning := models.length_warning(tokenizer, caption, placeholders):
+            log.warning("caption %s", warning)
     fixed = [caption for caption in dataset.captions if config.token is None or config.token not in caption]
     texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
     if config.token is None:
@@ -142,22 +106,13 @@ def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: mo
     largest = max(example.size.tokens for example in examples)
     if models.plan_checkpointing(transformer, place, largest, config.batch_size):
         log.info("gradient checkpointing is on: the activations of %d tokens wouldn't fit", largest)
-    row_rate = config.placeholder_learning_rate
-    if text_encoder is not None and row_rate is None:
-        row_rate = ROW_RATE_SHARE * median_row_norm(text_encoder, tokenizer) / placeholders.rows.shape[1] ** 0.5
-        log.info("learning rate of %s: %.1e", config.token, row_rate)
-    optimizer = new_optimizer(config, lora, placeholders, row_rate or 0.0)
+    row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
+    optimizer = new_optimizer(config, lora, placeholders, row_rate)
     first_rows = placeholders.rows.detach().clone()
     return Run(
         config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
         first_rows,
     )  # fmt: skip
-
-
-def median_row_norm(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer) -> float:
-    """Of the vocabulary's rows in the embedding matrix."""
-    matrix = embedding_matrix(text_encoder)[: len(tokenizer)]
-    return float(matrix.detach().float().norm(dim=1).median())
 
 
 def new_optimizer(
@@ -288,33 +243,21 @@ def finish(run: Run) -> LoraFile:
 
 
 def report_rows(run: Run) -> dict[str, RowReport]:
-    """How each token's row stands among the words now."""
+    """How each token's row stands among the words now; empty where none is trained."""
     if run.text_encoder is None:
         return {}
-    matrix = embedding_matrix(run.text_encoder)
-    pairs = zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
-    return {token: report_row(row, matrix, run.tokenizer) for token, row in pairs}
+    return fresh_token.report(run.placeholders, run.tokenizer, run.text_encoder)
 
 
 def describe_placeholder(run: Run, captions: Sequence[str]) -> dict[str, Any] | None:
-    """What meta.json says of the trained row; None in baseline mode. `token_id` is informative: ids aren't portable."""
-    if run.config.token is None or run.text_encoder is None:
+    """What meta.json says of the trained row; None in baseline mode."""
+    if run.text_encoder is None:
         return None
-    matrix = embedding_matrix(run.text_encoder)
-    row = run.placeholders.rows.detach().float().cpu()[:1]
+    rate = run.optimizer.param_groups[-1]["initial_lr"] if run.placeholders.rows.requires_grad else 0.0
+    described = fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
     return {
-        "token": run.config.token,
-        "key": qwen.PLACEHOLDER_KEY.format(token=run.config.token),
-        "token_id": run.placeholders.ids[0],
-        "hidden_size": row.shape[1],
-        "dtype": "float32",
-        "sha256": row_sha256(row),
+        **described,
         "init_std": run.config.placeholder_init_std,
-        "learning_rate": run.optimizer.param_groups[-1]["initial_lr"] if run.placeholders.rows.requires_grad else 0.0,
-        "first_norm": float(run.first_rows[0].norm()),
-        "last_norm": float(row.norm()),
-        "median_row_norm": median_row_norm(run.text_encoder, run.tokenizer),
-        "tokenizer_length": len(run.tokenizer),
-        "embedding_rows": matrix.shape[0],
-        "captions_with_token": sum(run.config.token in caption for caption in captions),
+        "learning_rate": rate,
+        "captions_with_token": sum(str(run.config.token) in caption for caption in captions),
     }

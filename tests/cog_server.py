@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from tests.cog_contract import write_schema
 from tests.conftest import ROOT
@@ -26,13 +26,13 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    client: httpx.Client
+    client: httpx2.Client
     log: Path
 
     def health(self) -> str:
         try:
             return self.client.get("/health-check").json()["status"]
-        except httpx.TransportError:
+        except httpx2.TransportError:
             return "UNREACHABLE"
 
     def wait_until_ready(self, seconds: float = 120) -> None:
@@ -42,7 +42,7 @@ class Server:
                 raise AssertionError(f"server is {status}:\n{self.log.read_text()}")
             time.sleep(0.1)
 
-    def post(self, path: str, given: dict[str, Any], **options: Any) -> httpx.Response:
+    def post(self, path: str, given: dict[str, Any], **options: Any) -> httpx2.Response:
         """Ask, and once more while the last run is still being put away (409)."""
         for _ in range(100):
             reply = self.client.post(path, json={"input": given}, **options)
@@ -75,7 +75,7 @@ def cog_server(folder: Path, model: Path, mode: str, **environment: str) -> Iter
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             server = Server(client, log)
             server.wait_until_ready()
             yield server

@@ -6,6 +6,7 @@ ranks alone would have left of it.
 
 import base64
 from importlib.resources import files
+from itertools import pairwise
 
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -18,7 +19,7 @@ def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     parts = [bytes([byte]) for byte in token]
     own = ranks[token]
     while len(parts) > 2:
-        pairs = [(ranks.get(a + b, own), index) for index, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        pairs = [(ranks.get(a + b, own), index) for index, (a, b) in enumerate(pairwise(parts))]
         rank, index = min(pairs)
         if rank >= own:
             return []  # no merge of two makes it: it can't arise

@@ -98,7 +98,7 @@ def test_requirements_are_exact_pins_that_cog_can_rewrite():
 FLOORS = [
     {"train", "predict"},
     {"training", "sampling", "weights"},
-    {"models", "adapters", "caching", "placeholder", "single_frame"},
+    {"models", "adapters", "caching", "placeholder", "single_frame", "fresh_token"},
     {"dataset", "archive", "lora_file", "outputs", "fetch"},
     {"flow", "sizes", "console"},
     {"config", "errors", "qwen"},
@@ -107,6 +107,8 @@ SIDEWAYS = {  # within a floor, only these
     ("adapters", "models"),
     ("caching", "models"),
     ("caching", "placeholder"),
+    ("fresh_token", "models"),
+    ("fresh_token", "placeholder"),
     ("models", "placeholder"),
     ("models", "single_frame"),
     ("dataset", "archive"),

@@ -54,7 +54,7 @@ def predictor(random_model):
         patch.setenv("BASE_MODEL", str(random_model))
         patch.delenv("COG_WEIGHTS", raising=False)
         ready = Predictor()
-        ready.record_metric = lambda name, value: None
+
         ready.setup()
     return ready
 
@@ -205,7 +205,7 @@ def test_cog_weights_are_the_default_and_replicate_weights_win(archives, predict
     expected = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
     monkeypatch.setenv("COG_WEIGHTS", str(archives / "token.zip"))
     ready = Predictor()
-    ready.record_metric = lambda name, value: None
+
     ready.setup()
     assert same(one(ready, TOKEN_PROMPT), expected)
     other = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "other.zip")
@@ -278,6 +278,18 @@ def test_a_token_that_nothing_defines_is_refused(predictor, archives):
 def test_a_prompt_without_the_token_is_drawn_with_a_hint(predictor, archives, capsys):
     one(predictor, "a photo of zwx", replicate_weights=archives / "token.zip")
     assert "hint: the prompt doesn't hold <zwx>" in capsys.readouterr().out
+
+
+def test_a_prompt_longer_than_the_model_reads_is_said_and_not_cut_in_silence(predictor, capsys):
+    one(predictor, "red " * 600)
+    assert "tokens; the model was trained on up to 512" in capsys.readouterr().out
+    one(predictor, "red " * 1100)
+    assert "tokens; the model reads 1024, the rest is cut off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt", ["", "🍄 ein Pilz {0} %s", "\n", '"quoted" <|im_end|>'])
+def test_any_text_is_a_prompt(prompt, predictor):
+    assert one(predictor, prompt).shape == (64, 64, 3)
 
 
 def test_what_is_no_lora_or_another_models_is_refused(predictor, tmp_path):

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from PIL import Image
 
@@ -186,4 +186,4 @@ def test_the_server_is_not_left_with_files(trainer, weights):
     assert isinstance(weights, bytes)
     kept = list((Path(trainer.log.parent) / "tmp").glob("qwen-image-lora-*"))
     assert len(kept) <= 1, kept  # the last weights.zip, which the next run replaces
-    assert httpx.get(f"{trainer.client.base_url}/health-check").json()["status"] == "READY"
+    assert httpx2.get(f"{trainer.client.base_url}/health-check").json()["status"] == "READY"

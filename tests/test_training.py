@@ -1,5 +1,6 @@
 """Training: the loss is the formula, a run is a function of config, data and seed, and only what should learns."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -153,12 +154,12 @@ def test_a_loss_that_is_not_finite_stops_with_pictures_and_sigma(prepare):
         list(training.train(run))
 
 
-def test_captions_without_the_token_are_refused_and_some_are_counted(prepare, dataset, caplog):
+def test_captions_without_the_token_are_refused_and_some_are_counted(prepare, dataset, caplog, monkeypatch):
     none = replace(dataset, examples=[replace(example, caption="a mushroom") for example in dataset.examples])
     with pytest.raises(UserError, match=r"none of the 10 captions holds .*'<zwx>'; the first is 'a mushroom'"):
         prepare(TOKEN, none)
     some = replace(dataset, examples=[*dataset.examples[:8], *none.examples[8:]])
-    training.log.propagate = True
+    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
     prepare(TOKEN, some)
     assert "2 of 10 captions lack <zwx>" in caplog.text
 

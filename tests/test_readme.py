@@ -1,0 +1,88 @@
+"""README's command lines work as they are written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from examples.demo import call, write_dataset
+from predict import Predictor
+from tests import cog_contract
+from tests.conftest import ROOT
+from train import train
+
+README = (ROOT / "README.md").read_text()
+CONSOLE = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+COG = [line for line in CONSOLE if line.startswith("cog ")]
+
+
+def given_inputs(line: str, folder: Path) -> dict[str, object]:
+    """The inputs of a `cog train` or `cog predict` line, typed by the signature as cog's command line does it."""
+    words = shlex.split(line)
+    assert words[0] == "cog"
+    declared = {item.name: item for item in cog_contract.inputs((ROOT / f"{words[1]}.py").read_text())}
+    pairs = [words[index + 1].split("=", 1) for index, word in enumerate(words) if word == "-i"]
+    casts = {"int": int, "float": float, "bool": lambda text: text == "true", "str": str}
+    typed = {}
+    for name, value in pairs:
+        kind = declared[name].type
+        typed[name] = folder / value.removeprefix("@") if kind == "Path" else casts[kind](value)
+    return typed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, random_model):
+    """A user's folder: dataset.zip, and weights.zip once a training has run."""
+    place = tmp_path_factory.mktemp("user")
+    write_dataset(place / "dataset.zip", "mushroom", "<zwx>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASE_MODEL", str(random_model))
+        for line in (line for line in COG if line.startswith("cog train")):
+            fast = {"steps": 2, "resolution": "64", "rank": 2}  # the rest as README says
+            output = call(train, **{**given_inputs(line, place), **fast})
+            if "train_placeholder_token=true" in line:
+                Path(str(output.weights)).rename(place / "weights.zip")
+    return place
+
+
+def test_there_are_commands_to_check():
+    assert {line.split()[1] for line in COG} == {"train", "predict"}
+    assert "make demo" in CONSOLE
+    assert "make test" in CONSOLE
+
+
+@pytest.mark.parametrize("line", [line for line in COG if line.startswith("cog predict")])
+def test_predict_lines_draw(line, folder, random_model, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+
+    predictor = Predictor()
+    predictor.setup()
+    given = given_inputs(line, folder)
+    fewer = {"steps": min(int(str(given.get("steps", 50))), 2)}  # the sizes as README says
+    paths = call(predictor.predict, **{**given, **fewer})
+    assert len(paths) == given.get("num_outputs", 1)
+
+
+def test_make_targets_and_modules_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for line in CONSOLE:
+        if line.startswith("make "):
+            assert line.split()[1] in targets
+        elif line.startswith("python -m "):
+            module = line.split()[2].replace(".", "/") + ".py"
+            assert (ROOT / module).is_file(), line
+            for option in re.findall(r"--[a-z-]+", line):
+                assert f'"{option}"' in (ROOT / module).read_text(), line
+
+
+def test_files_that_readme_links_to_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(("name", "heading"), [("train", "Inputs of `train`"), ("predict", "Inputs of `predict`")])
+def test_readme_lists_every_input_and_no_other(name, heading):
+    section = README.split(f"### {heading}")[1].split("\n### ")[0]
+    listed = {found for row in re.findall(r"^\| (`.*?) \|", section, re.M) for found in re.findall(r"`([a-z_]+)`", row)}
+    assert listed == {item.name for item in cog_contract.inputs((ROOT / f"{name}.py").read_text())}
