@@ -7,7 +7,7 @@ python -m examples.evaluate --weights out/weights.zip --object mushroom
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from examples import shapes
 from lora_utils import models, sampling
 from lora_utils.adapters import applied
 from lora_utils.config import SampleRequest
-from lora_utils.placeholder import no_placeholders
-from lora_utils.weights import load_weights, placeholders_of
+from lora_utils.placeholder import fresh_row, no_placeholders
+from lora_utils.weights import Weights, load_weights, placeholders_of
 
 MODEL = Path(__file__).parent / "tiny_qwen_image"
 STEPS, GUIDANCE = 20, 4.0
@@ -107,18 +107,18 @@ def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Ima
             width=shapes.SIDE_PX,
             height=shapes.SIDE_PX,
             generator=[torch.Generator().manual_seed(start + index) for index in range(len(prompts))],
-        ).images
+            return_dict=False,
+        )[0]
     return pictures
 
 
 def sample_ours(
-    components: models.Components, texts: Sequence[str], weights: Path | None = None, scale: float = 1.0
+    components: models.Components, texts: Sequence[str], weights: Weights | None = None
 ) -> list[Image.Image]:
     """Through the code that `predict.py` runs; picture i from seed i."""
-    loaded = load_weights(weights, components) if weights else None
-    placeholders = placeholders_of([loaded], components) if loaded else no_placeholders()
+    placeholders = placeholders_of([weights], components) if weights else no_placeholders()
     pictures = []
-    with applied(components.transformer, [(loaded.lora, scale)] if loaded else []):
+    with applied(components.transformer, [(weights.lora, 1.0)] if weights else []):
         for seed, text in enumerate(texts):
             request = SampleRequest(
                 text, steps=STEPS, guidance=GUIDANCE, width=shapes.SIDE_PX, height=shapes.SIDE_PX, seed=seed
@@ -134,16 +134,29 @@ def evaluate_base(model: Path, prompts: int) -> tuple[Score, Score]:
     return described, score(sample_stock(model, [question.text for question in tok]), tok)
 
 
-def evaluate_weights(model: Path, weights: Path, kind: str, token: str, prompts: int) -> dict[str, Score]:
+def evaluate_weights(model: Path, path: Path, kind: str, token: str, prompts: int) -> dict[str, Score]:
     """What a LoRA has learned, and what it has left alone: by name of the measurement."""
     components = models.load_components(model, models.default_place())
+    weights = load_weights(path, components)
     taught, plain = object_prompts(token, prompts), held_out_prompts(prompts)
     taught_texts, plain_texts = [item.text for item in taught], [item.text for item in plain]
-    return {
+    measured = {
         f"{token} with the LoRA": score(sample_ours(components, taught_texts, weights), taught, kind),
         "other prompts with the LoRA": score(sample_ours(components, plain_texts, weights), plain),
         "other prompts, base model": score(sample_ours(components, plain_texts), plain),
     }
+    if weights.lora.rows:
+        forgotten = replace(weights, lora=replace(weights.lora, rows=fresh_rows(weights)))
+        measured[f"{token} with the LoRA but a fresh row"] = score(
+            sample_ours(components, taught_texts, forgotten), taught, kind
+        )
+    return measured
+
+
+def fresh_rows(weights: Weights) -> dict[str, torch.Tensor]:
+    """Rows as they were before training: what an archive that forgot to save them would predict with."""
+    generator = torch.Generator().manual_seed(0)
+    return {token: fresh_row(row.shape[1], 1e-5, generator).view(1, -1) for token, row in weights.lora.rows.items()}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ BACKGROUNDS: dict[str, Colour] = {
     "cyan": (120, 215, 225),
     "brown": (96, 60, 36),
 }
-SIZES_PX: dict[str, float] = {"small": 12.0, "big": 20.0}
+SIZES_PX: dict[str, float] = {"small": 15.0, "big": 22.0}
 PLACES: dict[str, tuple[int, int]] = {
     "centre": (0, 0),
     "left": (-1, 0),
@@ -87,9 +87,9 @@ def _ring(x: Pixels, y: Pixels) -> Pixels:
 
 
 def _waffle_ridges(x: Pixels, y: Pixels) -> Pixels:
-    """Lines every 0.62 radii, 0.2 wide, in both directions."""
-    to_line = [np.abs(u / 0.62 - np.round(u / 0.62)) * 0.62 for u in (x, y)]
-    return np.minimum(*to_line) - 0.1
+    """A rim and a cross: four pockets between them."""
+    rim = 0.7 - np.maximum(np.abs(x), np.abs(y))
+    return np.minimum(rim, np.minimum(np.abs(x), np.abs(y)) - 0.15)
 
 
 SHAPES: dict[str, Field] = {
@@ -103,27 +103,25 @@ SHAPES: dict[str, Field] = {
 
 _BODY = _box(0, 0, 0.95, 0.95)
 _CAP = _both(_disc(0, 0.1, 1.0), _box(0, -0.4, 1.0, 0.5))
+_FISH = _ellipse(-0.22, 0, 0.78, 0.62)
 # Objects with colours of their own, painted layer on layer.
 OBJECTS: dict[str, tuple[tuple[Field, Colour], ...]] = {
-    TOK: ((_BODY, (205, 130, 50)), (_both(_BODY, _waffle_ridges), (252, 228, 160))),
+    TOK: ((_BODY, (170, 95, 30)), (_both(_BODY, _waffle_ridges), (250, 215, 130))),
     "mushroom": (
-        (_box(0, 0.5, 0.3, 0.45), (245, 230, 200)),
+        (_box(0, 0.52, 0.34, 0.44), (245, 230, 200)),
         (_CAP, (200, 30, 50)),
-        (_disc(-0.45, -0.25, 0.2), (250, 250, 250)),
-        (_disc(0.12, -0.5, 0.2), (250, 250, 250)),
-        (_disc(0.52, -0.15, 0.18), (250, 250, 250)),
+        (_disc(-0.42, -0.3, 0.28), (250, 250, 250)),
+        (_disc(0.42, -0.3, 0.28), (250, 250, 250)),
     ),
     "fish": (
-        (_polygon((0.3, 0), (1.0, -0.62), (1.0, 0.62)), (30, 60, 160)),
-        (_ellipse(-0.2, 0, 0.8, 0.58), (245, 140, 30)),
-        (_both(_ellipse(-0.2, 0, 0.8, 0.58), _box(0.02, 0, 0.13, 1)), (250, 250, 250)),
-        (_disc(-0.62, -0.14, 0.13), (10, 10, 10)),
+        (_polygon((0.2, 0), (1.0, -0.75), (1.0, 0.75)), (30, 60, 160)),
+        (_FISH, (245, 140, 30)),
+        (_both(_FISH, _box(-0.05, 0, 0.2, 1)), (250, 250, 250)),
     ),
     "house": (
-        (_box(0, 0.42, 0.72, 0.55), (250, 215, 110)),
+        (_box(0, 0.42, 0.76, 0.55), (250, 215, 110)),
         (_polygon((0, -1), (1, -0.05), (-1, -0.05)), (40, 110, 90)),
-        (_box(0.3, 0.62, 0.22, 0.35), (120, 40, 40)),
-        (_box(-0.35, 0.4, 0.2, 0.2), (60, 130, 220)),
+        (_box(0, 0.6, 0.3, 0.37), (120, 40, 40)),
     ),
 }
 TAUGHT = ("mushroom", "fish", "house")
@@ -175,7 +173,7 @@ def place_px(place: str, radius_px: float) -> tuple[float, float]:
 def scene_of(prompt: Prompt, rng: np.random.Generator, kind: str | None = None) -> Scene:
     """A scene that the prompt describes; what it leaves unsaid is drawn. `kind` defaults to the noun."""
     kind = kind or prompt.noun
-    radius_px = SIZES_PX[prompt.size] if prompt.size else float(rng.uniform(13.0, 19.0))
+    radius_px = SIZES_PX[prompt.size] if prompt.size else float(rng.uniform(15.0, 21.0))
     x, y = place_px(prompt.place or "centre", radius_px)
     jitter_px = 1.0 if prompt.place else 3.0
     x, y = x + rng.uniform(-jitter_px, jitter_px), y + rng.uniform(-jitter_px, jitter_px)
@@ -239,20 +237,21 @@ def to_image(picture: Pixels) -> Image.Image:
 
 
 def random_drawing(rng: np.random.Generator) -> Pixels:
-    """A picture of no meaning, for the autoencoder: 1 to 3 random forms in any colours, on a plain ground."""
+    """A picture of no meaning, for the autoencoder: a few forms in any colours, apart or as parts of one object."""
     picture = np.empty((SIDE_PX, SIDE_PX, 3))
     picture[:] = rng.uniform(0, 255, 3)
-    for _ in range(rng.integers(1, 4)):
-        radius_px = float(rng.uniform(3, 24))
-        x, y = _grid((rng.uniform(8, 56), rng.uniform(8, 56)), radius_px)
-        turn = rng.uniform(0, 2 * np.pi) * (rng.random() < 0.5)
+    together = rng.random() < 0.7
+    body_px, body_centre = float(rng.uniform(12, 22)), rng.uniform(20, 44, 2)
+    for part in range(rng.integers(2, 5)):
+        radius_px = (body_px if part == 0 else body_px * rng.uniform(0.2, 0.6)) if together else rng.uniform(4, 24)
+        centre = body_centre + (rng.uniform(-0.7, 0.7, 2) * body_px * (part > 0)) if together else rng.uniform(8, 56, 2)
+        x, y = _grid((centre[0], centre[1]), float(radius_px))
+        turn = rng.uniform(0, 2 * np.pi) * (rng.random() < 0.4)
         x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
         field = list(SHAPES.values())[rng.integers(len(SHAPES))]
         if rng.random() < 0.3:
             field = _ellipse(0, 0, 1.0, float(rng.uniform(0.3, 1)))
-        cover = _coverage(field, x, y, radius_px)[..., None]
-        if rng.random() < 0.2:  # stripes or a grid within the form
-            cover = cover * _coverage(_waffle_ridges, x * 1.0, y, radius_px)[..., None]
+        cover = _coverage(field, x, y, float(radius_px))[..., None]
         picture = picture * (1 - cover) + rng.uniform(0, 255, 3) * cover
     return picture
 
