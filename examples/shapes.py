@@ -8,17 +8,14 @@ show. Everything is painted from signed distance fields, so the scorer's templat
 Legend: coordinates are in units of an object's radius, x to the right, y down; radii and centres are in pixels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-SIDE_PX = 64
-Pixels = NDArray[Any]
-Field = Callable[[Pixels, Pixels], Pixels]  # (x, y) -> signed distance, negative inside
+from examples import fields
+from examples.fields import SIDE_PX, Field, Pixels
+
 Colour = tuple[int, int, int]
 
 COLOURS: dict[str, Colour] = {
@@ -48,80 +45,36 @@ EDGE_GAP_PX = 3.0  # between an object and the border of the picture when it sta
 TOK = "TOK"
 
 
-def _disc(cx: float = 0.0, cy: float = 0.0, r: float = 1.0) -> Field:
-    return lambda x, y: np.hypot(x - cx, y - cy) - r
-
-
-def _box(cx: float, cy: float, w: float, h: float) -> Field:
-    return lambda x, y: np.maximum(np.abs(x - cx) - w, np.abs(y - cy) - h)
-
-
-def _ellipse(cx: float, cy: float, w: float, h: float) -> Field:
-    return lambda x, y: (np.hypot((x - cx) / w, (y - cy) / h) - 1.0) * min(w, h)
-
-
-def _polygon(*corners: tuple[float, float]) -> Field:
-    """A convex polygon, its corners clockwise as seen on the screen."""
-    edges = list(zip(corners, corners[1:] + corners[:1], strict=True))
-
-    def distance(x: Pixels, y: Pixels) -> Pixels:
-        sides = []
-        for (x0, y0), (x1, y1) in edges:
-            length = float(np.hypot(x1 - x0, y1 - y0))
-            sides.append(((x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)) / length)
-        return np.max(sides, axis=0)
-
-    return distance
-
-
-def _both(a: Field, b: Field) -> Field:
-    return lambda x, y: np.maximum(a(x, y), b(x, y))
-
-
-def _either(a: Field, b: Field) -> Field:
-    return lambda x, y: np.minimum(a(x, y), b(x, y))
-
-
-def _ring(x: Pixels, y: Pixels) -> Pixels:
-    return np.abs(np.hypot(x, y) - 0.74) - 0.26
-
-
-def _waffle_ridges(x: Pixels, y: Pixels) -> Pixels:
-    """A rim and a cross: four pockets between them."""
-    rim = 0.7 - np.maximum(np.abs(x), np.abs(y))
-    return np.minimum(rim, np.minimum(np.abs(x), np.abs(y)) - 0.15)
-
-
 SHAPES: dict[str, Field] = {
-    "circle": _disc(),
-    "square": _box(0, 0, 0.88, 0.88),
-    "triangle": _polygon((0, -1), (1, 0.8), (-1, 0.8)),
-    "ring": _ring,
-    "cross": _either(_box(0, 0, 1, 0.33), _box(0, 0, 0.33, 1)),
-    "bar": _box(0, 0, 1, 0.36),
+    "circle": fields.disc(),
+    "square": fields.box(0, 0, 0.88, 0.88),
+    "triangle": fields.polygon((0, -1), (1, 0.8), (-1, 0.8)),
+    "ring": fields.ring,
+    "cross": fields.either(fields.box(0, 0, 1, 0.33), fields.box(0, 0, 0.33, 1)),
+    "bar": fields.box(0, 0, 1, 0.36),
 }
 
-_BODY = _box(0, 0, 0.95, 0.95)
-_CAP = _both(_disc(0, 0.1, 1.0), _box(0, -0.4, 1.0, 0.5))
-_FISH = _ellipse(-0.22, 0, 0.78, 0.62)
+_BODY = fields.box(0, 0, 0.95, 0.95)
+_CAP = fields.both(fields.disc(0, 0.1, 1.0), fields.box(0, -0.4, 1.0, 0.5))
+_FISH = fields.ellipse(-0.22, 0, 0.78, 0.62)
 # Objects with colours of their own, painted layer on layer.
 OBJECTS: dict[str, tuple[tuple[Field, Colour], ...]] = {
-    TOK: ((_BODY, (170, 95, 30)), (_both(_BODY, _waffle_ridges), (250, 215, 130))),
+    TOK: ((_BODY, (170, 95, 30)), (fields.both(_BODY, fields.waffle_ridges), (250, 215, 130))),
     "mushroom": (
-        (_box(0, 0.52, 0.34, 0.44), (245, 230, 200)),
+        (fields.box(0, 0.52, 0.34, 0.44), (245, 230, 200)),
         (_CAP, (200, 30, 50)),
-        (_disc(-0.42, -0.3, 0.28), (250, 250, 250)),
-        (_disc(0.42, -0.3, 0.28), (250, 250, 250)),
+        (fields.disc(-0.42, -0.3, 0.28), (250, 250, 250)),
+        (fields.disc(0.42, -0.3, 0.28), (250, 250, 250)),
     ),
     "fish": (
-        (_polygon((0.2, 0), (1.0, -0.75), (1.0, 0.75)), (30, 60, 160)),
+        (fields.polygon((0.2, 0), (1.0, -0.75), (1.0, 0.75)), (30, 60, 160)),
         (_FISH, (245, 140, 30)),
-        (_both(_FISH, _box(-0.05, 0, 0.2, 1)), (250, 250, 250)),
+        (fields.both(_FISH, fields.box(-0.05, 0, 0.2, 1)), (250, 250, 250)),
     ),
     "house": (
-        (_box(0, 0.42, 0.76, 0.55), (250, 215, 110)),
-        (_polygon((0, -1), (1, -0.05), (-1, -0.05)), (40, 110, 90)),
-        (_box(0, 0.6, 0.3, 0.37), (120, 40, 40)),
+        (fields.box(0, 0.42, 0.76, 0.55), (250, 215, 110)),
+        (fields.polygon((0, -1), (1, -0.05), (-1, -0.05)), (40, 110, 90)),
+        (fields.box(0, 0.6, 0.3, 0.37), (120, 40, 40)),
     ),
 }
 TAUGHT = ("mushroom", "fish", "house")
@@ -207,16 +160,6 @@ def is_held_out(prompt: Prompt) -> bool:
     return sum(rank * weight for rank, weight in zip(ranks, (1, 3, 5, 2, 7), strict=True)) % 8 == 0
 
 
-def _grid(centre_px: tuple[float, float], radius_px: float) -> tuple[Pixels, Pixels]:
-    x, y = np.meshgrid(np.arange(SIDE_PX) + 0.5, np.arange(SIDE_PX) + 0.5)
-    return (x - centre_px[0]) / radius_px, (y - centre_px[1]) / radius_px
-
-
-def _coverage(field: Field, x: Pixels, y: Pixels, radius_px: float) -> Pixels:
-    """Share of each pixel inside the field [H, W]: one pixel of antialiasing."""
-    return np.clip(0.5 - field(x, y) * radius_px, 0.0, 1.0)
-
-
 def _layers(kind: str, colour: str | None) -> tuple[tuple[Field, Colour], ...]:
     return OBJECTS[kind] if kind in OBJECTS else ((SHAPES[kind], COLOURS[colour or "white"]),)
 
@@ -225,9 +168,9 @@ def draw(scene: Scene) -> Pixels:
     """The picture [H, W, 3], 0 to 255."""
     picture = np.empty((SIDE_PX, SIDE_PX, 3))
     picture[:] = BACKGROUNDS[scene.background]
-    x, y = _grid(scene.centre_px, scene.radius_px)
+    x, y = fields.grid(scene.centre_px, scene.radius_px)
     for field, colour in _layers(scene.kind, scene.colour):
-        cover = _coverage(field, x, y, scene.radius_px)[..., None]
+        cover = fields.coverage(field, x, y, scene.radius_px)[..., None]
         picture = picture * (1 - cover) + np.array(colour, float) * cover
     return picture
 
@@ -245,13 +188,13 @@ def random_drawing(rng: np.random.Generator) -> Pixels:
     for part in range(rng.integers(2, 5)):
         radius_px = (body_px if part == 0 else body_px * rng.uniform(0.2, 0.6)) if together else rng.uniform(4, 24)
         centre = body_centre + (rng.uniform(-0.7, 0.7, 2) * body_px * (part > 0)) if together else rng.uniform(8, 56, 2)
-        x, y = _grid((centre[0], centre[1]), float(radius_px))
+        x, y = fields.grid((centre[0], centre[1]), float(radius_px))
         turn = rng.uniform(0, 2 * np.pi) * (rng.random() < 0.4)
         x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
         field = list(SHAPES.values())[rng.integers(len(SHAPES))]
         if rng.random() < 0.3:
-            field = _ellipse(0, 0, 1.0, float(rng.uniform(0.3, 1)))
-        cover = _coverage(field, x, y, float(radius_px))[..., None]
+            field = fields.ellipse(0, 0, 1.0, float(rng.uniform(0.3, 1)))
+        cover = fields.coverage(field, x, y, float(radius_px))[..., None]
         picture = picture * (1 - cover) + rng.uniform(0, 255, 3) * cover
     return picture
 
@@ -304,10 +247,10 @@ def _nearest(colour: Pixels, palette: dict[str, Colour]) -> str:
 
 def _template(kind: str, radius_px: float, centre_px: tuple[float, float]) -> tuple[Pixels, Pixels]:
     """(cover [H*W], paint [H*W, 3] premultiplied by it): the object alone. A plain shape's paint is white."""
-    x, y = _grid(centre_px, radius_px)
+    x, y = fields.grid(centre_px, radius_px)
     cover, paint = np.zeros((SIDE_PX, SIDE_PX)), np.zeros((SIDE_PX, SIDE_PX, 3))
     for field, colour in _layers(kind, "white"):
-        layer = _coverage(field, x, y, radius_px)
+        layer = fields.coverage(field, x, y, radius_px)
         cover = cover + layer - cover * layer
         paint = paint * (1 - layer[..., None]) + np.array(colour, float) * layer[..., None]
     return cover.reshape(-1), paint.reshape(-1, 3)

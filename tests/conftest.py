@@ -13,7 +13,7 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from PIL import Image
 
-from examples import demo, pretrain
+from examples import demo, small_model
 from lora_utils import models
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
@@ -25,17 +25,17 @@ ROOT = Path(__file__).parent.parent
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights: two blocks, everything else as the small model has it."""
     torch.manual_seed(0)
-    tokenizer = pretrain.train_tokenizer()
+    tokenizer = small_model.train_tokenizer()
     transformer = QwenImageTransformer2DModel(
         num_layers=2, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
     )
     for parameter in transformer.parameters():  # away from the tame initialisation, so that differences show
         torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else None
-    vae = pretrain.new_vae(
+    vae = small_model.new_vae(
         latents_mean=[0.1 * i - 0.8 for i in range(16)], latents_std=[0.5 + 0.1 * i for i in range(16)]
     )
     pipeline = QwenImagePipeline(
-        pretrain.new_scheduler(), vae, pretrain.new_text_encoder(tokenizer), tokenizer, transformer
+        small_model.new_scheduler(), vae, small_model.new_text_encoder(tokenizer), tokenizer, transformer
     )
     folder = tmp_path_factory.mktemp("random_model")
     pipeline.save_pretrained(folder)

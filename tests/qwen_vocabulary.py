@@ -11,7 +11,7 @@ from itertools import pairwise
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from examples.pretrain import ADDED_TOKENS
+from examples.small_model import ADDED_TOKENS
 
 
 def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-from examples.pretrain import new_scheduler
+from examples.small_model import new_scheduler
 from lora_utils import flow
 from lora_utils.sizes import Size, buckets, choose_buckets, pack, picture_size, round_to_token, unpack
 

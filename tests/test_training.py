@@ -184,3 +184,18 @@ def test_random_streams_are_independent_of_each_other():
     }
     assert not torch.equal(draws["noise"], draws["row"])
     assert torch.equal(draws["row"], torch.rand(4, generator=training.generator_for(0, "row")))
+
+
+def test_in_bf16_the_lora_stays_fp32_and_learns(dataset, random_model):
+    """The way a GPU runs, on the CPU: base in bf16, matmuls under autocast, LoRA and row in fp32."""
+    place = models.Place(torch.device("cpu"), torch.bfloat16)
+    run = training.prepare(replace(TOKEN, steps=3), dataset, random_model, place)
+    assert {parameter.dtype for parameter in run.lora} == {torch.float32}
+    assert run.placeholders.rows.dtype == torch.float32
+    assert next(iter(run.texts.values())).dtype == torch.bfloat16
+    base = {p.dtype for p in run.transformer.parameters() if not p.requires_grad}
+    assert base == {torch.bfloat16}
+    in_bf16 = losses(run)
+    in_fp32 = losses(training.prepare(replace(TOKEN, steps=3), dataset, random_model, models.default_place()))
+    assert in_bf16 == pytest.approx(in_fp32, rel=0.02)
+    assert training.finish(run).rows["<zwx>"].dtype == torch.float32
