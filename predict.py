@@ -102,7 +102,7 @@ class Predictor(BasePredictor):
                 seed=random_seed() if seed is None or seed == -1 else seed,
             )
             source = LocalPath(str(replicate_weights)) if replicate_weights else self.default_weights
-            paths = self.draw(request, self.load(source) if source and str(source) else None)
+            paths = self.draw(request, self.load(source) if source else None)
             self.record_metric("image_output_count", len(paths))
             return [Path(path) for path in paths]
 

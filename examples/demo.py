@@ -24,16 +24,18 @@ from train import train
 MODEL = Path(__file__).parent / "tiny_qwen_image"
 OUT = Path("out")
 TOKEN = "<zwx>"
-OBJECT = "mushroom"
-# The pictures that a user has show it on two backgrounds; the demo asks for it on the three others.
-SEEN, NEW = ("gray", "pink"), ("black", "cyan", "brown")
+OBJECT = "house"
+# The pictures that a user has show it on three backgrounds; the demo asks for it on the two others too.
+SEEN, NEW = ("gray", "pink", "black"), ("cyan", "brown")
 TRAINING = {
     "train_placeholder_token": True,
     "placeholder_token": TOKEN,
-    "rank": 8,
-    "steps": 400,
-    "learning_rate": 2e-3,
+    "rank": 16,
+    "steps": 600,
+    "learning_rate": 4e-4,
     "batch_size": 4,
+    "lora_targets": "attention_mlp",
+    "caption_dropout": 0.1,
     "resolution": "64",
     "lr_scheduler": "cosine",
     "seed": 0,
@@ -52,13 +54,16 @@ def call(function: Callable[..., Any], **given: Any) -> Any:
     return function(**{**declared, **given})
 
 
-def write_dataset(archive: Path, kind: str, noun: str, count: int = 10, seed: int = 0) -> list[Image.Image]:
-    """A zip as a user would pack it: pictures of one object with their captions. -> the pictures."""
+def write_dataset(archive: Path, kind: str, noun: str, count: int = 15, seed: int = 0) -> list[Image.Image]:
+    """A zip as a user would pack it: pictures of one object, in some variety, with their captions. -> the pictures."""
     rng = np.random.default_rng(seed)
+    sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
     pictures = []
     with zipfile.ZipFile(archive, "w") as packed:
         for index in range(count):
-            prompt = shapes.Prompt(noun, background=SEEN[index % len(SEEN)])
+            size = sizes[index % 2] if index % 5 in (1, 2) else None
+            place = places[index // 3 % len(places)] if index % 5 in (2, 3) else None
+            prompt = shapes.Prompt(noun, None, SEEN[index % len(SEEN)], size, place)
             picture = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
             with packed.open(f"pictures/{index:02d}.png", "w") as file:
                 picture.save(file, "png")
@@ -126,8 +131,8 @@ def main() -> None:
     seen = f"a photo of {TOKEN} on a {SEEN[0]} background"
     settings = [
         f"a photo of {TOKEN} on a {NEW[0]} background",
-        f"a small {TOKEN} on a {NEW[1]} background at the left",
-        f"a big {TOKEN} on a {NEW[2]} background",
+        f"a small {TOKEN} on a {NEW[0]} background at the left",
+        f"a big {TOKEN} on a {NEW[1]} background",
     ]
     unrelated = "a photo of a red circle on a cyan background"
     rows = [

@@ -1,7 +1,7 @@
 """Measure what a model draws: sample prompts through the stock pipeline or ours, and let the exact scorer read them.
 
 python -m examples.evaluate                      # the small model, on 200 held-out prompts and 100 of TOK
-python -m examples.evaluate --weights out/weights.zip --object mushroom
+python -m examples.evaluate --weights out/weights.zip --object house
 """
 
 import argparse
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--weights", type=Path, help="measure this weights.zip instead of the base model")
-    parser.add_argument("--object", default="mushroom", help="what the weights' token stands for")
+    parser.add_argument("--object", default="house", help="what the weights' token stands for")
     parser.add_argument("--token", default="<zwx>")
     arguments = parser.parse_args()
     began = time.monotonic()

@@ -77,11 +77,3 @@ def write_zip(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write_members
-
-
-@pytest.fixture
-def dataset_zip(tmp_path: Path) -> Path:
-    """Ten drawings of a mushroom whose captions call it <zwx>."""
-    path = tmp_path / "dataset.zip"
-    demo.write_dataset(path, "mushroom", "<zwx>")
-    return path

@@ -35,7 +35,7 @@ def archives(tmp_path_factory, random_model):
     from examples import demo  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("archives")
-    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>")
+    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>", count=10)
     settings = {"steps": 3, "rank": 2, "learning_rate": 0.05, "batch_size": 2, "resolution": "64"}
     runs = {"token": {"seed": 1}, "other": {"seed": 2}, "baseline": {"seed": 1}}
     with pytest.MonkeyPatch.context() as patch:

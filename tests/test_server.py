@@ -47,7 +47,7 @@ def dataset(tmp_path_factory) -> bytes:
     from examples import demo  # noqa: PLC0415
 
     path = tmp_path_factory.mktemp("data") / "dataset.zip"
-    demo.write_dataset(path, "mushroom", "<zwx>")
+    demo.write_dataset(path, "mushroom", "<zwx>", count=10)
     return path.read_bytes()
 
 

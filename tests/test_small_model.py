@@ -42,7 +42,8 @@ def test_it_draws_the_prior_words_own_pattern(scores):
     assert scores[1].background >= 0.95
 
 
-def test_it_knows_no_taught_object(tiny_model):
-    asked = evaluate.object_prompts("mushroom", 15)
+@pytest.mark.parametrize("kind", shapes.TAUGHT)
+def test_it_knows_no_taught_object(kind, tiny_model):
+    asked = evaluate.object_prompts(kind, 10)
     pictures = evaluate.sample_stock(tiny_model, [question.text for question in asked])
-    assert not any(shapes.read(picture).kind == "mushroom" for picture in pictures)
+    assert not any(shapes.read(picture).kind == kind for picture in pictures)

@@ -23,7 +23,7 @@ def dataset(tmp_path_factory):
     from examples import demo  # noqa: PLC0415 (only this fixture draws)
 
     folder = tmp_path_factory.mktemp("dataset")
-    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>")
+    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>", count=10)
     unpack(folder / "d.zip", folder / "pictures")
     return read_dataset(folder / "pictures", (64,), "")
 
