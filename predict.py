@@ -126,7 +126,8 @@ class Predictor(BasePredictor):
     def placeholders(self, request: SampleRequest, weights: Weights | None) -> Placeholders:
         """The rows that this prompt may use, or an error for a token that nothing defines."""
         known = placeholders_of([weights], self.components) if weights else no_placeholders()
-        for token in undefined_tokens(request.prompt, self.components.tokenizer, known.slots):
+        text = f"{request.prompt} {request.negative_prompt}"
+        for token in undefined_tokens(text, self.components.tokenizer, known.slots):
             defined = (
                 f"the weights define {', '.join(known.tokens)}"
                 if known.tokens

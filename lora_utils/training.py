@@ -207,7 +207,9 @@ def clip_and_step(run: Run, step: int) -> tuple[float, float | None]:
     row_norm, rows = None, run.placeholders.rows
     if rows.grad is not None:
         row_norm = float(nn.utils.clip_grad_norm_([rows], MAX_GRAD_NORM))
-        if not 0 < row_norm < math.inf:
+        if row_norm == 0:
+            raise RuntimeError(f"no gradient reaches the row of {run.config.token} at step {step + 1}")
+        if not math.isfinite(row_norm):
             raise UserError(f"the gradient of {run.config.token} is {row_norm} at step {step + 1}; lower its rate.")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

@@ -269,6 +269,8 @@ def test_older_archives_without_a_meta_or_with_few_fields_load(predictor, archiv
 def test_a_token_that_nothing_defines_is_refused(predictor, archives):
     with pytest.raises(UserError, match=r"holds '<zwx>', but no weights that define it are given"):
         one(predictor, TOKEN_PROMPT)
+    with pytest.raises(UserError, match=r"holds '<zwx>', but no weights"):
+        one(predictor, negative_prompt="no <zwx>")
     with pytest.raises(UserError, match=r"holds '<abc>', but the weights define <zwx>"):
         one(predictor, "a photo of <abc>", replicate_weights=archives / "token.zip")
     with pytest.raises(UserError, match="no weights that define it"):
