@@ -17,6 +17,7 @@ from lora_utils.console import Progress, log_to_stdout, unexpected_errors_printe
 from lora_utils.errors import UserError
 from lora_utils.lora_file import file_sha256
 from lora_utils.placeholder import Placeholders, no_placeholders, undefined_tokens
+from lora_utils.sampling import GeneratedImage
 from lora_utils.sizes import picture_size
 from lora_utils.weights import Weights, load_weights, placeholders_of, versions
 
@@ -143,7 +144,7 @@ class Predictor(BasePredictor):
         return known if request.lora_scale != 0 else no_placeholders()
 
     def draw(self, request: SampleRequest, weights: Weights | None) -> list[LocalPath]:
-        """Sample and save. The LoRA and its rows are in place within this call only."""
+        """Sample and save. The LoRA and its rows are in place while it samples, and never longer."""
         placeholders = self.placeholders(request, weights)
         if warning := models.length_warning(self.components.tokenizer, request.prompt, placeholders):
             print(f"warning: prompt {warning}")
@@ -154,12 +155,16 @@ class Predictor(BasePredictor):
         loras = [(weights.lora, request.lora_scale)] if weights else []
         with applied(self.components.transformer, loras):
             images = sampling.sample(self.components, request, placeholders, progress_lines(request))
+        return self.save(images, request, weights)
+
+    def save(self, images: list[GeneratedImage], request: SampleRequest, weights: Weights | None) -> list[LocalPath]:
+        """Write the pictures, each with its settings, under names that no other call uses."""
         settings = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
             "steps": request.steps,
             "guidance": request.guidance,
-            "size": str(size),
+            "size": f"{images[0].pixels.width}x{images[0].pixels.height}",
             "lora_sha256": weights.lora.sha256 if weights else None,
             "lora_scale": request.lora_scale,
             "base_model": fetch.base_model_name(),

@@ -4,8 +4,9 @@ Must not know pictures, tensors or models. An archive is told by its content, no
 none.
 """
 
+import gzip
 import json
-import shutil
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -75,13 +76,28 @@ def _tar_members(archive: Path) -> Iterator[Member]:
                 raise UserError(f"{archive.name} holds {info.name!r}, a link or device; pack the file itself.")
             with source:
                 yield Member(info.name, info.size, source)
+        # tarfile stops at the end mark; only the compressed stream's own end holds its checksum.
+        while opened.fileobj is not None and opened.fileobj.read(1 << 20):
+            pass
+
+
+# What the readers of zip, tar, gzip, bzip2 and xz raise for bytes that aren't theirs.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+)
 
 
 @contextmanager
 def _damage_reported(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{archive.name} is damaged or cut short ({error}); pack or upload it again.") from error
 
 
@@ -166,6 +182,9 @@ class Meta:
             raise UserError(f"{META_MEMBER} in {source} isn't JSON ({error}).") from error
         if not isinstance(values, dict):
             raise UserError(f"{META_MEMBER} in {source} must be an object, got {type(values).__name__}.")
+        placeholder = values.get("placeholder")
+        if placeholder is not None and not (isinstance(placeholder, dict) and {"token", "sha256"} <= set(placeholder)):
+            raise UserError(f"{META_MEMBER} in {source}: placeholder must be null or name a token and its sha256.")
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -197,13 +216,13 @@ def unpack_weights(weights: Path, folder: Path) -> tuple[Path, Meta | None]:
         raise UserError(f"there is no file {weights}.")
     if not zipfile.is_zipfile(weights) and not tarfile.is_tarfile(weights):
         return weights, None  # bare safetensors; what it is shows when it is read
-    lora_paths, meta = [], None
+    lora_paths, meta, left_bytes = [], None, MAX_UNPACKED_BYTES
     for member in members(weights):
         path = PurePosixPath(member.name)
         if path.suffix == ".safetensors":
             lora_paths.append(folder / f"{len(lora_paths)}.safetensors")
-            with _damage_reported(weights), lora_paths[-1].open("wb") as sink:
-                shutil.copyfileobj(member.source, sink, 1 << 20)
+            with _damage_reported(weights):
+                left_bytes -= _copy_counted(weights, member.source, lora_paths[-1], left_bytes)
         elif path.name == META_MEMBER:
             with _damage_reported(weights):
                 meta = Meta.from_json(member.source.read(1 << 24).decode("utf-8", "replace"), weights.name)

@@ -96,11 +96,14 @@ def _split(key: str) -> tuple[str, str] | None:
     return None
 
 
-def _header_alphas(metadata: dict[str, str]) -> tuple[float | None, dict[str, float]]:
+def _header_alphas(metadata: dict[str, str], name: str) -> tuple[float | None, dict[str, float]]:
     """(alpha of all layers, alphas of single layers) from diffusers' header; None where it says nothing."""
     if HEADER_KEY not in metadata:
         return None, {}
-    config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[HEADER_KEY]).items()}
+    try:
+        config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[HEADER_KEY]).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{name}: the header's {HEADER_KEY} isn't a JSON object ({error}).") from error
     single = {name.removeprefix("^"): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()}
     return (float(config["lora_alpha"]) if config.get("lora_alpha") is not None else None), single
 
@@ -135,7 +138,7 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
         parts.setdefault(found[0], {})[found[1]] = tensor
     if not parts:
         raise UserError(f"{name} holds no LoRA layers.")
-    default_alpha, alphas = _header_alphas(metadata)
+    default_alpha, alphas = _header_alphas(metadata, name)
     layers = {}
     for module, part in parts.items():
         if not {"down", "up"} <= set(part):

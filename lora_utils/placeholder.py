@@ -91,11 +91,6 @@ def undefined_tokens(text: str, tokenizer: Qwen2Tokenizer, slots: Mapping[str, i
     return [token for token in found if token not in slots and token not in tokenizer.get_vocab()]
 
 
-def near_misses(text: str, tokens: Sequence[str]) -> list[str]:
-    """The tokens that a prompt doesn't hold, `<ZWX>`, `zwx` and `< zwx >` included: worth a hint."""
-    return [token for token in tokens if token not in text]
-
-
 def embedding_matrix(text_encoder: nn.Module) -> Tensor:
     """The text encoder's input embeddings [V, D]. V counts the spare rows too, 152064 for Qwen."""
     return cast(nn.Embedding, text_encoder.get_submodule("embed_tokens")).weight

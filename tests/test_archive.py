@@ -132,6 +132,19 @@ def test_metas_of_older_and_newer_versions_load(tmp_path):
         Meta.from_json("{", "x")
 
 
+def test_a_meta_whose_placeholder_is_broken_and_a_damaged_stream_are_named(tmp_path):
+    for broken in ('"<zwx>"', "{}", '{"token": "<zwx>"}'):
+        with pytest.raises(UserError, match="placeholder must be null or name"):
+            Meta.from_json(f'{{"placeholder": {broken}}}', "x")
+    for mode in ("w:gz", "w:bz2", "w:xz"):
+        path = tar(tmp_path / "w.tar", {"a.txt": bytes(range(256)) * 4000}, mode)
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 0xFF
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=r"w\.tar"):
+            archive.unpack(path, tmp_path / "out")
+
+
 def test_an_archive_with_two_loras_or_none_is_refused(tmp_path):
     for members in ({"a.safetensors": b"", "b.safetensors": b""}, {"readme.txt": b""}):
         with pytest.raises(UserError, match="expected one"):

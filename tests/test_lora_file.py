@@ -110,6 +110,14 @@ def test_half_a_pair_wrong_shapes_and_strangers_are_refused(lora, tmp_path):
         read_lora_file(path)
 
 
+def test_a_header_that_is_no_json_is_named(lora, tmp_path):
+    tensors = layout(lora, "transformer.{}", ".lora_A.weight", ".lora_B.weight")
+    for header in ("{", "[]"):
+        save_file(tensors, tmp_path / "l.safetensors", {HEADER_KEY: header})
+        with pytest.raises(UserError, match="isn't a JSON object"):
+            read_lora_file(tmp_path / "l.safetensors")
+
+
 def predict(components, text, latents):
     with torch.inference_mode():
         return models.predict_velocity(components.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
