@@ -37,7 +37,7 @@ def fetch_model(base_model: str) -> Path:
         raise UserError(f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {DEFAULT_BASE_MODEL!r}.")
     missing_bytes = _missing_bytes(base_model)
     if missing_bytes:
-        print(f"fetching {base_model} from the hub: {missing_bytes / 1e9:.1f} GB", flush=True)
+        print(f"fetching {base_model} from the hub: {missing_bytes / 1e9:.2f} GB", flush=True)
     try:
         return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES))
     except LocalEntryNotFoundError as error:

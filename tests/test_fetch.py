@@ -1,13 +1,19 @@
-"""From a name to a local path: folders, hub names that can't be had here, URLs."""
+"""From a name to a local path: folders, hub names, URLs."""
 
 import functools
 import http.server
+import os
+import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
+from diffusers import QwenImagePipeline
 
 from lora_utils import fetch
 from lora_utils.errors import UserError
+from tests import hub_server
 
 
 @pytest.fixture
@@ -40,6 +46,39 @@ def test_a_hub_name_without_a_network_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="nor to be had from the hub"):
         fetch.fetch_model("Qwen/Qwen-Image-2512")
+
+
+def fetch_in_a_fresh_process(name, endpoint, cache):
+    """The hub's client reads its settings once, when it is imported. -> (what was printed, the folder or the error)"""
+    code = (
+        "from lora_utils import errors, fetch\n"
+        "try:\n    print(fetch.fetch_model(%r))\nexcept errors.UserError as error:\n    print(error)" % name
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    *printed, last = done.stdout.splitlines()
+    return printed, last
+
+
+def test_a_hub_model_is_fetched_once_only_the_needed_files_with_a_line_of_their_size(tiny_model, tmp_path):
+    repository = tmp_path / "repository"
+    shutil.copytree(tiny_model, repository)
+    (repository / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"another format")
+    (repository / "demo.png").write_bytes(b"a picture")
+    with hub_server.serving(repository) as (endpoint, served):
+        printed, folder = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
+        needed = {str(file.relative_to(tiny_model)) for file in tiny_model.rglob("*") if file.is_file()} - {"README.md"}
+        size_gb = sum((tiny_model / name).stat().st_size for name in needed) / 1e9
+        assert printed == [f"fetching {hub_server.REPO} from the hub: {size_gb:.2f} GB"]
+        assert set(served) == needed
+        assert QwenImagePipeline.from_pretrained(folder).transformer is not None
+
+        again, same_folder = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
+        assert (again, same_folder, len(served)) == ([], folder, len(needed))
+        _, refused = fetch_in_a_fresh_process("Qwen/other", endpoint, tmp_path / "cache")
+        assert refused.startswith("the hub has no model 'Qwen/other'")
+    offline, kept = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
+    assert (offline, kept) == ([], folder), "with the hub gone, the cache is enough"
 
 
 def test_base_model_alone_selects_the_model(monkeypatch):
