@@ -50,10 +50,13 @@ def test_a_hub_name_without_a_network_is_a_clear_error(monkeypatch, tmp_path):
 
 def fetch_in_a_fresh_process(name, endpoint, cache):
     """The hub's client reads its settings once, when it is imported. -> (what was printed, the folder or the error)"""
-    code = (
-        "from lora_utils import errors, fetch\n"
-        "try:\n    print(fetch.fetch_model(%r))\nexcept errors.UserError as error:\n    print(error)" % name
-    )
+    code = f"""if True:
+        from lora_utils import errors, fetch
+        try:
+            print(fetch.fetch_model({name!r}))
+        except errors.UserError as error:
+            print(error)
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     *printed, last = done.stdout.splitlines()
