@@ -28,7 +28,8 @@ def train(
         description="Train a fresh token without any prior meaning along with the LoRA. Off: every placeholder input is ignored.",
     ),
     placeholder_token: str = Input(
-        default="<zwx>", description="The fresh token's name, as your captions and prompts write it."
+        default="<zwx>",
+        description="The fresh token's name, as your captions and prompts write it; several are separated by commas.",
     ),
     placeholder_init_std: float = Input(
         default=1e-5,
@@ -121,8 +122,8 @@ def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
         run = training.prepare(config, found, fetch.fetch_model(base_model), models.default_place())
     loss = consume(run)
     target = output_path()
-    placeholder = training.describe_placeholder(run, found.captions)
-    weights.save_weights(target, training.finish(run), config, base_model, found.num_images, loss, placeholder)
+    placeholders = training.describe_placeholders(run, found.captions)
+    weights.save_weights(target, training.finish(run), config, base_model, found.num_images, loss, placeholders)
     print(f"wrote weights.zip, {target.stat().st_size / 1e6:.1f} MB", flush=True)
     return target
 
@@ -139,7 +140,7 @@ def consume(run: training.Run) -> float:
             print(f"{line} grad {report.grad_norm:.2f} {progress.pace(report.step)}", flush=True)
             for token, row in training.report_rows(run).items():
                 near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
-                grad = f"grad {report.row_grad_norm or 0:.2g}"
+                grad = f"grad {report.row_grad_norms.get(token, 0):.2g}"
                 print(
                     f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True
                 )

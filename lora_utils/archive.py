@@ -150,15 +150,21 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
 # --- weights.zip --------------------------------------------------------------------------------------------------
 
 
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
 @dataclass(frozen=True, slots=True)
 class Meta:
     """What `meta.json` says of a training. Files of older versions lack fields: those read as None."""
 
     base_model: str | None = None
     train_placeholder_token: bool | None = None
-    placeholder_token: str | None = None  # this and the next are null in baseline mode
-    placeholder_token_id: int | None = None
-    placeholder: dict[str, Any] | None = None  # the learned row: token, key, norms, sha256, ...
+    placeholder_token: str | None = None  # this and the next two are null in baseline mode
+    placeholder_token_id: int | list[int] | None = None  # a list where a run trained several tokens; and so is the next
+    placeholder: dict[str, Any] | list[dict[str, Any]] | None = None  # the learned row: token, key, norms, sha256, ...
     rank: int | None = None
     lora_alpha: int | None = None
     lora_targets: str | None = None
@@ -174,6 +180,11 @@ class Meta:
     created: str | None = None  # ISO 8601, UTC
     schema: int = META_SCHEMA
 
+    @property
+    def placeholders(self) -> list[dict[str, Any]]:
+        """What it says of each learned row."""
+        return _as_list(self.placeholder)
+
     @classmethod
     def from_json(cls, text: str, source: str) -> "Meta":
         try:
@@ -182,9 +193,9 @@ class Meta:
             raise UserError(f"{META_MEMBER} in {source} isn't JSON ({error}).") from error
         if not isinstance(values, dict):
             raise UserError(f"{META_MEMBER} in {source} must be an object, got {type(values).__name__}.")
-        placeholder = values.get("placeholder")
-        if placeholder is not None and not (isinstance(placeholder, dict) and {"token", "sha256"} <= set(placeholder)):
-            raise UserError(f"{META_MEMBER} in {source}: placeholder must be null or name a token and its sha256.")
+        for placeholder in _as_list(values.get("placeholder")):
+            if not (isinstance(placeholder, dict) and {"token", "sha256"} <= set(placeholder)):
+                raise UserError(f"{META_MEMBER} in {source}: placeholder must be null or name a token and its sha256.")
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

@@ -58,12 +58,26 @@ def _resolutions(text: str) -> str:
     return ",".join(map(str, sides_px))
 
 
+def _token_names(text: str) -> str:
+    """'<zwx>' or '<anna>,<ben>', without spaces."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not PLACEHOLDER_PATTERN.fullmatch(name):
+            raise UserError(
+                f"placeholder_token {name!r} isn't a valid name: write '<', a letter, then up to 30 letters, digits, "
+                "'_' or '-', then '>', like '<zwx>'; several are separated by commas."
+            )
+        if names.count(name) > 1:
+            raise UserError(f"placeholder_token names {name!r} twice.")
+    return ",".join(names)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """One training run. A run is a function of this, the pictures and the base model."""
 
     train_placeholder_token: bool = False
-    placeholder_token: str = "<zwx>"
+    placeholder_token: str = "<zwx>"  # or several, separated by commas
     placeholder_init_std: float = 1e-5  # of the fresh row; the median row of Qwen's matrix has an rms of about 1.5e-2
     placeholder_learning_rate: float | None = None  # None: a share of a usual row; 0 keeps the fresh row as drawn
     rank: int = 32  # and alpha
@@ -99,11 +113,7 @@ class TrainConfig:
             if self.placeholder_learning_rate is not None:
                 rate = _number("placeholder_learning_rate", self.placeholder_learning_rate, 0, 1)
                 checked["placeholder_learning_rate"] = rate
-            if not PLACEHOLDER_PATTERN.fullmatch(self.placeholder_token):
-                raise UserError(
-                    f"placeholder_token {self.placeholder_token!r} isn't a valid name: write '<', a letter, then up to "
-                    "30 letters, digits, '_' or '-', then '>', like '<zwx>'."
-                )
+            checked["placeholder_token"] = _token_names(self.placeholder_token)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -112,9 +122,9 @@ class TrainConfig:
         return tuple(int(part) for part in self.resolution.split(","))
 
     @property
-    def token(self) -> str | None:
-        """The placeholder token, if one is trained."""
-        return self.placeholder_token if self.train_placeholder_token else None
+    def tokens(self) -> tuple[str, ...]:
+        """The placeholder tokens, if they are trained."""
+        return tuple(self.placeholder_token.split(",")) if self.train_placeholder_token else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""A zero-prior token in training: from the captions' check over its fresh row to what meta.json says of it.
+"""Zero-prior tokens in training: from the captions' check over their fresh rows to what meta.json says of them.
 
-Owns the row's start, rate and description; must not know the loop.
+Owns the rows' start, rate and description; must not know the loop.
 """
 
 import logging
@@ -34,30 +34,35 @@ NEAR_ZERO_STD = 1e-3  # the first RMSNorm amplifies smaller rows; from here on t
 def new_placeholders(
     config: TrainConfig, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel, generator: torch.Generator
 ) -> Placeholders:
-    """The fresh row of the run's token, trainable unless its rate is 0; no rows if the feature is off."""
-    if config.token is None:
+    """The fresh rows of the run's tokens, trainable unless their rate is 0; none if the feature is off."""
+    if not config.tokens:
         return no_placeholders()
     if config.placeholder_init_std > NEAR_ZERO_STD:
         log.warning("placeholder_init_std %g is no longer near zero", config.placeholder_init_std)
     matrix = embedding_matrix(text_encoder)
-    slots = assign_slots([config.token], tokenizer, matrix.shape[0])
-    row = fresh_row(matrix.shape[1], config.placeholder_init_std, generator)
-    rows = row.unsqueeze(0).to(matrix.device).requires_grad_(config.placeholder_learning_rate != 0)
-    return Placeholders(tuple(slots), tuple(slots.values()), rows)
+    slots = assign_slots(config.tokens, tokenizer, matrix.shape[0])
+    trained = config.placeholder_learning_rate != 0
+    rows = (fresh_row(matrix.shape[1], config.placeholder_init_std, generator) for _ in slots)
+    placed = tuple(row.to(matrix.device).requires_grad_(trained) for row in rows)
+    return Placeholders(tuple(slots), tuple(slots.values()), placed)
 
 
-def check_captions(captions: Sequence[str], token: str, tokenizer: Qwen2Tokenizer, placeholders: Placeholders) -> None:
-    """Refuse captions that could never train the token; warn where some lack it."""
-    without = [caption for caption in captions if token not in caption]
-    if len(without) == len(captions):
-        raise UserError(
-            f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is {captions[0]!r}."
-            f" Write {token!r} into the captions, or set default_caption to something like 'a photo of {token}'."
-        )
+def check_captions(captions: Sequence[str], tokenizer: Qwen2Tokenizer, placeholders: Placeholders) -> None:
+    """Refuse captions that could never train a token; warn where some hold none."""
+    for token in placeholders.tokens:
+        if not any(token in caption for caption in captions):
+            raise UserError(
+                f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is "
+                f"{captions[0]!r}. Write {token!r} into the captions, or set default_caption to something like "
+                f"'a photo of {token}'."
+            )
+    names = " or ".join(placeholders.tokens)
+    without = [caption for caption in captions if not placeholders.used_in([caption]).tokens]
     if without:
-        log.warning("%d of %d captions lack %s, the first is %r", len(without), len(captions), token, without[0])
+        log.warning("%d of %d captions lack %s, the first is %r", len(without), len(captions), names, without[0])
     for caption in captions:
-        if token in caption and placeholders.ids[0] not in models.prompt_ids(tokenizer, caption, placeholders):
+        used, ids = placeholders.used_in([caption]), models.prompt_ids(tokenizer, caption, placeholders)
+        for token in (token for token, slot in used.slots.items() if slot not in ids):
             raise UserError(
                 f"the model reads {qwen.MAX_PROMPT_TOKENS} tokens, and {token!r} stands behind them in the caption "
                 f"{caption[:80]!r}...; put it nearer to the start."
@@ -71,12 +76,12 @@ def median_row_norm(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer
 
 
 def learning_rate(config: TrainConfig, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel) -> float:
-    """The row's: the one asked for, else a share of a usual row's rms."""
+    """The rows': the one asked for, else a share of a usual row's rms."""
     if config.placeholder_learning_rate is not None:
         return config.placeholder_learning_rate
     width = embedding_matrix(text_encoder).shape[1]
     rate = RATE_SHARE * median_row_norm(text_encoder, tokenizer) / width**0.5
-    log.info("learning rate of %s: %.1e", config.token, rate)
+    log.info("learning rate of %s: %.1e", config.placeholder_token, rate)
     return rate
 
 
@@ -90,20 +95,31 @@ def report(
 
 
 def describe(
-    placeholders: Placeholders, first_rows: Tensor, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel
-) -> dict[str, Any]:
-    """What meta.json says of a row. `token_id` is informative: ids aren't portable."""
-    row = placeholders.rows.detach().float().cpu()[:1]
-    return {
-        "token": placeholders.tokens[0],
-        "key": qwen.PLACEHOLDER_KEY.format(token=placeholders.tokens[0]),
-        "token_id": placeholders.ids[0],
-        "hidden_size": row.shape[1],
-        "dtype": "float32",
-        "sha256": row_sha256(row),
-        "first_norm": float(first_rows[0].norm()),
-        "last_norm": float(row.norm()),
+    placeholders: Placeholders,
+    first_rows: Sequence[Tensor],
+    tokenizer: Qwen2Tokenizer,
+    text_encoder: Qwen2_5_VLTextModel,
+) -> list[dict[str, Any]]:
+    """What meta.json says of each row. `token_id` is informative: ids aren't portable."""
+    vocabulary = {
         "median_row_norm": median_row_norm(text_encoder, tokenizer),
         "tokenizer_length": len(tokenizer),
         "embedding_rows": embedding_matrix(text_encoder).shape[0],
     }
+    described = []
+    for (token, slot), row, first in zip(placeholders.slots.items(), placeholders.rows, first_rows, strict=True):
+        saved = row.detach().float().cpu().view(1, -1)
+        described.append(
+            {
+                "token": token,
+                "key": qwen.PLACEHOLDER_KEY.format(token=token),
+                "token_id": slot,
+                "hidden_size": saved.shape[1],
+                "dtype": "float32",
+                "sha256": row_sha256(saved),
+                "first_norm": float(first.norm()),
+                "last_norm": float(saved.norm()),
+                **vocabulary,
+            }
+        )
+    return described

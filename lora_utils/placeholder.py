@@ -4,10 +4,10 @@ Owns which names are allowed, how a prompt with such tokens becomes ids, the fre
 encoder's input embeddings. Nothing is written into the tokenizer or the embedding matrix, so removing the hook is all
 that unloading takes.
 
-Legend: K tokens, D the text encoder's width, B batch, T tokens of the text.
+Legend: D the text encoder's width, B batch, T tokens of the text.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -23,19 +23,27 @@ from lora_utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Placeholders:
-    """Tokens, their ids and their rows [K, D] fp32, in one order. No tokens: everything here does nothing."""
+    """Tokens, their ids and their rows [D] fp32, in one order. No tokens: everything here does nothing."""
 
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
-    rows: Tensor
+    rows: tuple[Tensor, ...]
 
     @property
     def slots(self) -> dict[str, int]:
         return dict(zip(self.tokens, self.ids, strict=True))
 
+    def used_in(self, texts: Iterable[str]) -> "Placeholders":
+        """Those that one of the texts holds. The row of any other gets no gradient then, rather than one of zeros."""
+        read = "\n".join(texts)
+        kept = [index for index, token in enumerate(self.tokens) if token in read]
+        return Placeholders(
+            tuple(self.tokens[i] for i in kept), tuple(self.ids[i] for i in kept), tuple(self.rows[i] for i in kept)
+        )
+
 
 def no_placeholders() -> Placeholders:
-    return Placeholders((), (), torch.empty(0, 0))
+    return Placeholders((), (), ())
 
 
 def check_name(token: str, tokenizer: Qwen2Tokenizer) -> None:
@@ -105,9 +113,8 @@ def spliced(text_encoder: nn.Module, placeholders: Placeholders) -> Iterator[Non
 
     def put_rows(_module: nn.Module, arguments: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         ids = arguments[0]  # [B, T]
-        for index, slot in enumerate(placeholders.ids):
-            row = placeholders.rows[index].to(embedded)
-            embedded = torch.where((ids == slot).unsqueeze(-1), row, embedded)  # [B, T, D]
+        for slot, row in zip(placeholders.ids, placeholders.rows, strict=True):
+            embedded = torch.where((ids == slot).unsqueeze(-1), row.to(embedded), embedded)  # [B, T, D]
         return embedded
 
     handle = text_encoder.get_submodule("embed_tokens").register_forward_hook(put_rows)

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     seconds: float
-    row_grad_norm: float | None = None
+    row_grad_norms: dict[str, float] = field(default_factory=dict)  # of the tokens that the step's captions held
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Run:
     text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
     tokenizer: Qwen2Tokenizer
     optimizer: torch.optim.Optimizer
-    first_rows: Tensor  # as they were drawn
+    first_rows: tuple[Tensor, ...]  # as they were drawn
 
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:
@@ -84,14 +84,13 @@ def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: mo
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
     text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
     placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
-    if config.token is not None:
-        fresh_token.check_captions(dataset.captions, config.token, tokenizer, placeholders)
+    fresh_token.check_captions(dataset.captions, tokenizer, placeholders)
     for caption in dict.fromkeys(dataset.captions):
         if warning := models.length_warning(tokenizer, caption, placeholders):
             log.warning("caption %s", warning)
-    fixed = [caption for caption in dataset.captions if config.token is None or config.token not in caption]
+    fixed = [caption for caption in dataset.captions if not placeholders.used_in([caption]).tokens]
     texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
-    if config.token is None:
+    if not config.tokens:
         text_encoder = None
     models.release_memory()
     vae = models.load_vae(model_folder, place)
@@ -108,7 +107,7 @@ def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: mo
         log.info("gradient checkpointing is on: the activations of %d tokens wouldn't fit", largest)
     row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
     optimizer = new_optimizer(config, lora, placeholders, row_rate)
-    first_rows = placeholders.rows.detach().clone()
+    first_rows = tuple(row.detach().clone() for row in placeholders.rows)
     return Run(
         config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
         first_rows,
@@ -118,10 +117,10 @@ def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: mo
 def new_optimizer(
     config: TrainConfig, lora: list[nn.Parameter], placeholders: Placeholders, row_rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW; the row is a group of its own, with its own rate and without weight decay."""
+    """AdamW; the rows are a group of their own, with their own rate and without weight decay."""
     groups = [{"params": lora, "lr": config.learning_rate, "weight_decay": WEIGHT_DECAY}]
-    if placeholders.rows.requires_grad:
-        groups.append({"params": [placeholders.rows], "lr": row_rate, "weight_decay": 0.0})
+    if rows := [row for row in placeholders.rows if row.requires_grad]:
+        groups.append({"params": rows, "lr": row_rate, "weight_decay": 0.0})
     for group in groups:
         group["initial_lr"] = group["lr"]
     return torch.optim.AdamW(groups)
@@ -158,7 +157,10 @@ def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
     live = [caption for caption in captions if caption not in run.texts]
     states = {caption: run.texts[caption].to(run.place.device) for caption in captions if caption in run.texts}
     if live and run.text_encoder is not None:
-        encoded = models.encode_text(run.text_encoder, run.tokenizer, live, run.placeholders)
+        used = run.placeholders.used_in(live)
+        encoded = models.encode_text(run.text_encoder, run.tokenizer, live, used)
+        if any(row.requires_grad for row in used.rows) and not encoded.states.requires_grad:
+            raise RuntimeError(f"no gradient reaches {', '.join(used.tokens)}: the text encoder ran without grad mode")
         for index, caption in enumerate(live):
             length = len(encoded.states[index]) if encoded.mask is None else int(encoded.mask[index].sum())
             states[caption] = encoded.states[index, :length]
@@ -195,25 +197,27 @@ def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams, step:
     return loss
 
 
-def clip_and_step(run: Run, step: int) -> tuple[float, float | None]:
-    """Clip the LoRA and the row apart, step, clear the gradients. -> both gradient norms before clipping.
+def clip_and_step(run: Run, step: int) -> tuple[float, dict[str, float]]:
+    """Clip the LoRA and each row apart, step, clear the gradients. -> their gradient norms before clipping.
 
-    Apart, because the fresh row's first gradient is some 50 times the LoRA's and would stop it from learning. The
-    row's norm is None where no row is trained or no caption of the step held its token.
+    Apart, because a fresh row's first gradient is some 50 times the LoRA's and would stop it from learning. A row that
+    isn't trained, or whose token no caption of the step held, has no gradient and isn't moved.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(step, run.config)
     lora_norm = float(nn.utils.clip_grad_norm_(run.lora, MAX_GRAD_NORM))
-    row_norm, rows = None, run.placeholders.rows
-    if rows.grad is not None:
-        row_norm = float(nn.utils.clip_grad_norm_([rows], MAX_GRAD_NORM))
-        if row_norm == 0:
-            raise RuntimeError(f"no gradient reaches the row of {run.config.token} at step {step + 1}")
-        if not math.isfinite(row_norm):
-            raise UserError(f"the gradient of {run.config.token} is {row_norm} at step {step + 1}; lower its rate.")
+    row_norms = {}
+    for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True):
+        if row.grad is None:
+            continue
+        row_norms[token] = norm = float(nn.utils.clip_grad_norm_([row], MAX_GRAD_NORM))
+        if norm == 0:
+            raise RuntimeError(f"no gradient reaches the row of {token} at step {step + 1}")
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient of {token} is {norm} at step {step + 1}; lower its rate.")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return lora_norm, row_norm
+    return lora_norm, row_norms
 
 
 def train(run: Run) -> Iterator[StepReport]:
@@ -227,9 +231,9 @@ def train(run: Run) -> Iterator[StepReport]:
             part = batch_loss(run, next(stream), streams, step + 1) / config.gradient_accumulation
             part.backward()
             loss += part.item()
-        grad_norm, row_grad_norm = clip_and_step(run, step)
+        grad_norm, row_grad_norms = clip_and_step(run, step)
         rate = run.optimizer.param_groups[0]["lr"]
-        yield StepReport(step + 1, loss, rate, grad_norm, time.monotonic() - began, row_grad_norm)
+        yield StepReport(step + 1, loss, rate, grad_norm, time.monotonic() - began, row_grad_norms)
 
 
 # --- the result -----------------------------------------------------------------------------------------------------
@@ -237,11 +241,12 @@ def train(run: Run) -> Iterator[StepReport]:
 
 def finish(run: Run) -> LoraFile:
     """The trained LoRA with the rows of its tokens, on the CPU. Raises RuntimeError for a row that hasn't moved."""
-    rows = run.placeholders.rows.detach().float().cpu()
-    if run.placeholders.rows.requires_grad and torch.equal(rows, run.first_rows.cpu()):
-        raise RuntimeError(f"the row of {run.config.token} hasn't moved in {run.config.steps} steps")
-    named = {token: rows[index : index + 1] for index, token in enumerate(run.placeholders.tokens)}
-    return LoraFile(trained_lora(run.transformer), named)
+    rows = {}
+    for token, row, first in zip(run.placeholders.tokens, run.placeholders.rows, run.first_rows, strict=True):
+        if row.requires_grad and torch.equal(row, first):
+            raise RuntimeError(f"the row of {token} hasn't moved in {run.config.steps} steps")
+        rows[token] = row.detach().float().cpu().view(1, -1)
+    return LoraFile(trained_lora(run.transformer), rows)
 
 
 def report_rows(run: Run) -> dict[str, RowReport]:
@@ -251,15 +256,17 @@ def report_rows(run: Run) -> dict[str, RowReport]:
     return fresh_token.report(run.placeholders, run.tokenizer, run.text_encoder)
 
 
-def describe_placeholder(run: Run, captions: Sequence[str]) -> dict[str, Any] | None:
-    """What meta.json says of the trained row; None in baseline mode."""
+def describe_placeholders(run: Run, captions: Sequence[str]) -> list[dict[str, Any]]:
+    """What meta.json says of each trained row; nothing in baseline mode."""
     if run.text_encoder is None:
-        return None
-    rate = run.optimizer.param_groups[-1]["initial_lr"] if run.placeholders.rows.requires_grad else 0.0
-    described = fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
-    return {
-        **described,
-        "init_std": run.config.placeholder_init_std,
-        "learning_rate": rate,
-        "captions_with_token": sum(str(run.config.token) in caption for caption in captions),
-    }
+        return []
+    rate = run.optimizer.param_groups[-1]["initial_lr"] if len(run.optimizer.param_groups) > 1 else 0.0
+    return [
+        {
+            **described,
+            "init_std": run.config.placeholder_init_std,
+            "learning_rate": rate,
+            "captions_with_token": sum(described["token"] in caption for caption in captions),
+        }
+        for described in fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
+    ]

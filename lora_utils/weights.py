@@ -50,7 +50,7 @@ def _check_rows(lora: LoraFile, meta: Meta | None, width: int, name: str) -> Non
             )
     if meta is None:
         return
-    promised = {meta.placeholder["token"]: meta.placeholder["sha256"]} if meta.placeholder else {}
+    promised = {described["token"]: described["sha256"] for described in meta.placeholders}
     if set(promised) != set(lora.rows):
         promise = ", ".join(promised) or "no token"
         raise UserError(f"{name}: meta.json speaks of {promise}, the LoRA file holds {', '.join(lora.rows) or 'none'}.")
@@ -87,21 +87,26 @@ def placeholders_of(loaded: Sequence[Weights], components: Components) -> Placeh
         return no_placeholders()
     matrix = embedding_matrix(components.text_encoder)
     slots = assign_slots(list(rows), components.tokenizer, matrix.shape[0])
-    stacked = torch.cat(list(rows.values())).to(matrix.device)
-    return Placeholders(tuple(slots), tuple(slots.values()), stacked)
+    placed = tuple(row[0].to(matrix.device) for row in rows.values())
+    return Placeholders(tuple(slots), tuple(slots.values()), placed)
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """None for none, the one for one: what a run with a single token writes is no list."""
+    return None if not values else values[0] if len(values) == 1 else values
 
 
 def save_weights(
     target: Path, lora: LoraFile, config: TrainConfig, base_model: str, num_images: int, final_loss: float,
-    placeholder: dict[str, Any] | None,
+    placeholders: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """Write `weights.zip` with the LoRA, its rows and a meta.json that says how they were made."""
     meta = Meta(
         base_model=base_model,
         train_placeholder_token=config.train_placeholder_token,
-        placeholder_token=config.token,
-        placeholder_token_id=placeholder["token_id"] if placeholder else None,
-        placeholder=placeholder,
+        placeholder_token=config.placeholder_token if placeholders else None,
+        placeholder_token_id=_one_or_all([described["token_id"] for described in placeholders]),
+        placeholder=_one_or_all(placeholders),
         rank=config.rank,
         lora_alpha=config.rank,
         lora_targets=config.lora_targets,

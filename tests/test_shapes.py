@@ -12,7 +12,7 @@ from examples.evaluate import Asked, held_out_prompts, object_prompts, score
 def drawings(count, seed, taught=False):
     rng = np.random.default_rng(seed)
     for index in range(count):
-        prompt = shapes.random_prompt(rng, tok_share=0.2)
+        prompt = shapes.random_prompt(rng, tok_share=0.2, thing_share=0.0, part_share=0.0)
         if taught:
             prompt = replace(prompt, noun=shapes.TAUGHT[index % len(shapes.TAUGHT)], colour=None)
         scene = shapes.scene_of(prompt, rng)

@@ -109,7 +109,7 @@ def test_only_the_row_of_the_text_encoder_learns(prepare):
     now = dict(run.transformer.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in base.items())
     assert len(embedding_matrix(run.text_encoder)) == 576  # never resized
-    assert not torch.equal(run.placeholders.rows, run.first_rows)
+    assert not torch.equal(run.placeholders.rows[0], run.first_rows[0])
 
 
 def test_without_the_token_text_encoder_and_vae_are_gone_before_training(prepare):
@@ -173,7 +173,7 @@ def test_a_token_behind_what_the_model_reads_is_refused(prepare, dataset):
 def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
     run = prepare(TOKEN)
     run.texts.update(training.encode_fixed_captions(run.text_encoder, run.tokenizer, [e.caption for e in run.examples]))
-    assert {report.row_grad_norm for report in training.train(run)} == {None}
+    assert not any(report.row_grad_norms for report in training.train(run))
     with pytest.raises(RuntimeError, match="row of <zwx> hasn't moved in 6 steps"):
         training.finish(run)
 
@@ -191,11 +191,12 @@ def test_in_bf16_the_lora_stays_fp32_and_learns(dataset, random_model):
     place = models.Place(torch.device("cpu"), torch.bfloat16)
     run = training.prepare(replace(TOKEN, steps=3), dataset, random_model, place)
     assert {parameter.dtype for parameter in run.lora} == {torch.float32}
-    assert run.placeholders.rows.dtype == torch.float32
+    assert run.placeholders.rows[0].dtype == torch.float32
     assert next(iter(run.texts.values())).dtype == torch.bfloat16
     base = {p.dtype for p in run.transformer.parameters() if not p.requires_grad}
     assert base == {torch.bfloat16}
     in_bf16 = losses(run)
     in_fp32 = losses(training.prepare(replace(TOKEN, steps=3), dataset, random_model, models.default_place()))
-    assert in_bf16 == pytest.approx(in_fp32, rel=0.02)
+    assert in_bf16[0] == pytest.approx(in_fp32[0], rel=0.02)
+    assert in_bf16 == pytest.approx(in_fp32, rel=0.05), "each step's rounding moves the next"
     assert training.finish(run).rows["<zwx>"].dtype == torch.float32
