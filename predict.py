@@ -128,7 +128,10 @@ class Predictor(BasePredictor):
         """The rows that this prompt may use, or an error for a token that nothing defines."""
         known = placeholders_of([weights], self.components) if weights else no_placeholders()
         text = f"{request.prompt} {request.negative_prompt}"
+        spellings = {token.casefold() for token in known.tokens}
         for token in undefined_tokens(text, self.components.tokenizer, known.slots):
+            if token.casefold() in spellings:
+                continue  # `<ZWX>` for `<zwx>`: the hint below is enough
             defined = (
                 f"the weights define {', '.join(known.tokens)}"
                 if known.tokens
@@ -138,9 +141,10 @@ class Predictor(BasePredictor):
                 f"the prompt holds {token!r}, but {defined}. Give its weights.zip as replicate_weights, or write the word "
                 "without angle brackets."
             )
-        unused = [token for token in known.tokens if token not in request.prompt]
-        if unused:
-            print(f"hint: the prompt doesn't hold {', '.join(unused)}, the token of these weights")
+        if known.tokens and not known.used_in([request.prompt]).tokens:
+            print(
+                f"hint: the prompt doesn't hold {' or '.join(known.tokens)}, written exactly so, as the weights define it"
+            )
         return known if request.lora_scale != 0 else no_placeholders()
 
     def draw(self, request: SampleRequest, weights: Weights | None) -> list[LocalPath]:

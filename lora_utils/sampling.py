@@ -3,7 +3,7 @@
 Owns the noise, the steps and their order; must not know Cog, files or training. Nothing outlives a call, so a cancel
 at any step leaves no trace.
 
-Legend: N image tokens, C packed channels (64).
+Legend: B batch, N image tokens, C packed channels (64).
 """
 
 import time
@@ -43,11 +43,11 @@ def denoise(
     components: Components, noise: Tensor, size: Size, text: Text, empty: Text | None, request: SampleRequest,
     on_step: Callable[[int], None],
 ) -> Tensor:  # fmt: skip
-    """Noise [1, N, C] -> clean latents [1, N, C]. `empty` None runs without guidance; `on_step` may raise to cancel."""
+    """Noise [B, N, C] -> clean latents [B, N, C]. `empty` None runs without guidance; `on_step` may raise to cancel."""
     sigmas = components.schedule.sampling_sigmas(request.steps, size.tokens)
     latents = noise.to(components.place.device, components.place.dtype)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        level = torch.full((1,), sigma, device=latents.device)
+        level = torch.full((len(latents),), sigma, device=latents.device)
         velocity = models.predict_velocity(components.transformer, latents, level, text, size)
         if empty is not None:
             without = models.predict_velocity(components.transformer, latents, level, empty, size)

@@ -84,7 +84,8 @@ def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: mo
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
     text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
     placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
-    fresh_token.check_captions(dataset.captions, tokenizer, placeholders)
+    if config.tokens:
+        fresh_token.check_captions(dataset.captions, tokenizer, placeholders)
     for caption in dict.fromkeys(dataset.captions):
         if warning := models.length_warning(tokenizer, caption, placeholders):
             log.warning("caption %s", warning)

@@ -74,10 +74,11 @@ def test_piecewise_encoding_is_that_of_an_added_token(real):
     added = qwen_tokenizer()
     added.add_tokens([AddedToken(token, normalized=False) for token in (TOKEN, "<abc>")])
     slots = placeholder.assign_slots([TOKEN, "<abc>"], real, ROWS)
+    assert [placeholder.tokenize(real, token, slots) for token in slots] == [[slot] for slot in slots.values()]
     rng = random.Random(0)
-    for _ in range(2000):
-        text = rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(1, 12)))
-        assert placeholder.tokenize(real, text, slots) == added(text).input_ids, text
+    texts = [rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(20_000)]
+    for text, expected in zip(texts, added(texts).input_ids, strict=True):
+        assert placeholder.tokenize(real, text, slots) == expected, text
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -129,6 +130,17 @@ def test_the_gradient_is_that_of_the_full_matrix_masked_to_the_row(components, r
     assert ours.rows[0].grad is not None
     assert matrix.grad is not None
     torch.testing.assert_close(ours.rows[0].grad, matrix.grad[ours.ids[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_below_1e_5_the_first_size_of_the_row_makes_no_difference(components):
+    """Layer 0's RMSNorm bounds the gain at 1 / sqrt(1e-6): near zero the token is its context and nothing else."""
+    noise, prompt = torch.randn(128, generator=torch.Generator().manual_seed(0)), [f"a photo of {TOKEN}"]
+    zero, tiny, small, usual = (
+        encode(components, prompt, with_row(components, std * noise)).states for std in (0.0, 1e-6, 1e-5, 2e-2)
+    )
+    change = (usual - zero).norm()
+    assert (tiny - zero).norm() < 0.01 * change
+    assert (small - zero).norm() < 0.1 * change
 
 
 def test_what_stands_in_the_matrixs_free_rows_never_reaches_an_output(components, random_model):

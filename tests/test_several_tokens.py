@@ -1,6 +1,7 @@
 """Several placeholder tokens in one training: each with a row of its own, from the captions to the pictures."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def dataset(tmp_path_factory):
             caption = f"{NAMES} on a gray background" if index == 7 else f"a photo of {token} on a gray background"
             packed.writestr(f"{index}.txt", caption)
     return path
+
+
+def test_the_log_follows_each_row(dataset, random_model, monkeypatch, capsys):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    call(train, dataset=dataset, train_placeholder_token=True, placeholder_token=NAMES, **SETTINGS)
+    lines = capsys.readouterr().out.splitlines()
+    for token in OBJECTS:
+        (*_, last) = [line for line in lines if line.startswith(f"  {token} norm")]
+        assert re.fullmatch(
+            rf"  {token} norm [\d.]+, [\d.]+% of a word's, grad [\de.+-]+, nearest '.+' \(cosine -?[\d.]+\)", last
+        )
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Training: the loss is the formula, a run is a function of config, data and seed, and only what should learns."""
 
+import contextlib
 import logging
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from examples.shapes import Prompt
 from lora_utils import flow, models, training
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
@@ -23,7 +25,7 @@ def dataset(tmp_path_factory):
     from examples import demo  # noqa: PLC0415 (only this fixture draws)
 
     folder = tmp_path_factory.mktemp("dataset")
-    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>", count=10)
+    demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
     unpack(folder / "d.zip", folder / "pictures")
     return read_dataset(folder / "pictures", (64,), "")
 
@@ -85,9 +87,11 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(config, prepare):
     assert losses(prepare(replace(config, seed=1))) != losses(prepare(config))
 
 
-def test_with_the_feature_off_its_inputs_change_nothing(prepare):
+def test_with_the_feature_off_its_inputs_change_nothing(prepare, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
     odd = replace(BASELINE, placeholder_token="<other>", placeholder_init_std=0.05, placeholder_learning_rate=1.0)
     assert losses(prepare(BASELINE)) == losses(prepare(odd))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(prepare):
@@ -97,6 +101,46 @@ def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(prepare):
     one, two = training.finish(frozen), training.finish(trained)
     assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
     assert not torch.equal(one.rows["<zwx>"], two.rows["<zwx>"])
+
+
+def test_a_package_without_the_feature_trains_the_same_baseline(prepare, monkeypatch):
+    """With all that the token does taken away, a baseline run gives the same LoRA, bit for bit."""
+    run = prepare(BASELINE)
+    expected, with_feature = losses(run), training.finish(run)
+
+    def missing(*_):
+        raise AssertionError("the baseline asked for something of the token")
+
+    for name in ("fresh_row", "assign_slots", "check_captions", "learning_rate", "describe", "report"):
+        monkeypatch.setattr(training.fresh_token, name, missing)
+    monkeypatch.setattr(models, "spliced", lambda *_: contextlib.nullcontext())
+    run = prepare(BASELINE)
+    assert losses(run) == expected
+    without = training.finish(run)
+    assert all(torch.equal(layer.up, without.layers[name].up) for name, layer in with_feature.layers.items())
+    assert all(torch.equal(layer.down, without.layers[name].down) for name, layer in with_feature.layers.items())
+
+
+def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, components):
+    """Cached captions and those with the token: what a step reads is what `predict` reads for the same prompt."""
+    run = prepare(replace(TOKEN, batch_size=1))
+    assert components.text_encoder is not run.text_encoder
+    for caption in (run.examples[0].caption, training.EMPTY_CAPTION):
+        in_training = training.batch_text(run, [caption])
+        in_prediction = models.encode_text(components.text_encoder, components.tokenizer, [caption], run.placeholders)
+        assert torch.equal(in_training.states, in_prediction.states)
+        assert in_training.mask is in_prediction.mask is None
+
+
+def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(prepare, dataset, monkeypatch):
+    mixed = replace(dataset, examples=[*dataset.examples[:5], replace(dataset.examples[5], caption="a red circle")])
+    run = prepare(replace(TOKEN, caption_dropout=0.0, steps=4, batch_size=6), mixed)
+    assert set(run.texts) == {"a red circle", training.EMPTY_CAPTION}
+    encoded, encode = [], models.encode_text
+    monkeypatch.setattr(models, "encode_text", lambda *given: encoded.append(given[2]) or encode(*given))
+    losses(run)
+    assert len(encoded) == 4
+    assert all(len(captions) == 5 and all("<zwx>" in caption for caption in captions) for captions in encoded)
 
 
 def test_only_the_row_of_the_text_encoder_learns(prepare):
@@ -176,6 +220,41 @@ def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
     assert not any(report.row_grad_norms for report in training.train(run))
     with pytest.raises(RuntimeError, match="row of <zwx> hasn't moved in 6 steps"):
         training.finish(run)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (torch.zeros_like, RuntimeError, "no gradient reaches the row of <zwx> at step 1"),
+        (
+            lambda gradient: gradient * torch.inf,
+            UserError,
+            "the gradient of <zwx> is (nan|inf) at step 1; lower its rate",
+        ),
+    ],
+)
+def test_a_first_gradient_of_the_row_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, prepare):
+    run = prepare(replace(TOKEN, caption_dropout=0.0))
+    run.placeholders.rows[0].register_hook(spoil)
+    with pytest.raises(error, match=message):
+        list(training.train(run))
+
+
+def test_a_text_encoder_without_grad_mode_is_found_at_the_first_step(prepare, monkeypatch):
+    encode = models.encode_text
+    monkeypatch.setattr(models, "encode_text", torch.no_grad()(encode))
+    with pytest.raises(RuntimeError, match="no gradient reaches <zwx>"):
+        list(training.train(prepare(replace(TOKEN, caption_dropout=0.0))))
+
+
+def test_a_rate_of_zero_keeps_the_fresh_row_as_drawn(prepare):
+    run = prepare(replace(TOKEN, placeholder_learning_rate=0.0, placeholder_init_std=1e-4))
+    losses(run)
+    assert torch.equal(training.finish(run).rows["<zwx>"][0], run.first_rows[0])
+    assert 0.8e-4 < run.first_rows[0].std() < 1.2e-4
+    (described,) = training.describe_placeholders(run, ["a <zwx>"])
+    assert described["learning_rate"] == 0.0
+    assert described["first_norm"] == described["last_norm"]
 
 
 def test_random_streams_are_independent_of_each_other():
