@@ -9,7 +9,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ def call(function: Callable[..., Any], **given: Any) -> Any:
     return function(**{**declared, **given})
 
 
-def write_dataset(archive: Path, kind: str, noun: str, count: int = 15, seed: int = 0) -> list[Image.Image]:
-    """A zip as a user would pack it: pictures of one object, in some variety, with their captions. -> the pictures."""
+def write_dataset(archive: Path, kind: str, told: shapes.Prompt, count: int = 15, seed: int = 0) -> list[Image.Image]:
+    """A zip as a user would pack it: pictures of one object, in some variety, each with a caption that tells it so.
+
+    -> the pictures.
+    """
     rng = np.random.default_rng(seed)
     sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
     pictures = []
@@ -63,11 +66,11 @@ def write_dataset(archive: Path, kind: str, noun: str, count: int = 15, seed: in
         for index in range(count):
             size = sizes[index % 2] if index % 5 in (1, 2) else None
             place = places[index // 3 % len(places)] if index % 5 in (2, 3) else None
-            prompt = shapes.Prompt(noun, None, SEEN[index % len(SEEN)], size, place)
+            prompt = replace(told, background=SEEN[index % len(SEEN)], size=size, place=place)
             picture = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
             with packed.open(f"pictures/{index:02d}.png", "w") as file:
                 picture.save(file, "png")
-            packed.writestr(f"pictures/{index:02d}.txt", prompt.wordings()[index % 2])
+            packed.writestr(f"pictures/{index:02d}.txt", prompt.wordings()[index % 2 * 3])
             pictures.append(picture)
     return pictures
 
@@ -114,7 +117,7 @@ def main() -> None:
     os.environ["BASE_MODEL"] = str(MODEL)
     began = time.monotonic()
     OUT.mkdir(exist_ok=True)
-    pictures = write_dataset(OUT / "dataset.zip", OBJECT, TOKEN)
+    pictures = write_dataset(OUT / "dataset.zip", OBJECT, shapes.Prompt(TOKEN))
     print(f"training {TOKEN} on {len(pictures)} drawings of a {OBJECT}, which the base model has never seen")
     trained = call(train, dataset=OUT / "dataset.zip", **TRAINING)
     weights = Path(shutil.copy(trained.weights, OUT / "weights.zip"))

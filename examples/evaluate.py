@@ -19,7 +19,8 @@ from examples import shapes
 from lora_utils import models, sampling
 from lora_utils.adapters import applied
 from lora_utils.config import SampleRequest
-from lora_utils.placeholder import fresh_row, no_placeholders
+from lora_utils.placeholder import Placeholders, fresh_row, no_placeholders
+from lora_utils.sizes import Size
 from lora_utils.weights import Weights, load_weights, placeholders_of
 
 MODEL = Path(__file__).parent / "tiny_qwen_image"
@@ -54,26 +55,26 @@ class Score:
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[Asked]:
-    """Different full descriptions that pretraining never saw, each in a random wording."""
+    """Different full descriptions of single shapes that pretraining never saw, each in a random wording."""
     rng = np.random.default_rng(seed)
     asked: dict[str, Asked] = {}
     while len(asked) < count:
-        prompt = shapes.random_prompt(rng)
+        prompt = shapes.random_prompt(rng, part_share=0.0)
         if shapes.is_held_out(prompt):
             text = str(rng.choice(prompt.wordings()))
             asked[text] = Asked(prompt, text)
     return list(asked.values())
 
 
-def object_prompts(noun: str, count: int, seed: int = 0) -> list[Asked]:
-    """Prompts for an object with colours of its own, on all backgrounds in turn, sizes and places now and then."""
+def object_prompts(told: shapes.Prompt, count: int, seed: int = 0) -> list[Asked]:
+    """Prompts for an object told in these words, on all backgrounds in turn, sizes and places now and then."""
     rng = np.random.default_rng(seed)
     asked = []
     for index in range(count):
         background = list(shapes.BACKGROUNDS)[index % len(shapes.BACKGROUNDS)]
         size = str(rng.choice(list(shapes.SIZES_PX))) if rng.random() < 0.3 else None
         place = str(rng.choice(list(shapes.PLACES))) if rng.random() < 0.3 else None
-        prompt = shapes.Prompt(noun, None, background, size, place)
+        prompt = replace(told, background=background, size=size, place=place)
         asked.append(Asked(prompt, str(rng.choice(prompt.wordings()))))
     return asked
 
@@ -112,24 +113,36 @@ def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Ima
     return pictures
 
 
+@torch.inference_mode()
 def sample_ours(
-    components: models.Components, texts: Sequence[str], weights: Weights | None = None
+    components: models.Components, texts: Sequence[str], placeholders: Placeholders, steps: int = STEPS, batch: int = 60
 ) -> list[Image.Image]:
-    """Through the code that `predict.py` runs; picture i from seed i."""
-    placeholders = placeholders_of([weights], components) if weights else no_placeholders()
+    """Through the code that `predict.py` runs, in batches; picture i from seed i. LoRAs are the caller's to apply."""
+    size = Size(shapes.SIDE_PX, shapes.SIDE_PX)
     pictures = []
-    with applied(components.transformer, [(weights.lora, 1.0)] if weights else []):
-        for seed, text in enumerate(texts):
-            request = SampleRequest(
-                text, steps=STEPS, guidance=GUIDANCE, width=shapes.SIDE_PX, height=shapes.SIDE_PX, seed=seed
-            )
-            pictures.append(sampling.sample(components, request, placeholders, lambda picture, step: None)[0].pixels)
+    for start in range(0, len(texts), batch):
+        prompts = list(texts[start : start + batch])
+        request = SampleRequest("", steps=steps, guidance=GUIDANCE, seed=0)
+        text, empty = (
+            models.encode_text(components.text_encoder, components.tokenizer, words, placeholders)
+            for words in (prompts, [request.negative_prompt] * len(prompts))
+        )
+        noise = torch.cat([sampling.initial_noise(size, start + index) for index in range(len(prompts))])
+        latents = sampling.denoise(components, noise, size, text, empty, request, lambda step: None)
+        pictures += models.decode_pictures(components.vae, latents, size)
     return pictures
+
+
+def sample_with(components: models.Components, texts: Sequence[str], weights: Weights | None) -> list[Image.Image]:
+    """`sample_ours` under a LoRA and its rows."""
+    placeholders = placeholders_of([weights], components) if weights else no_placeholders()
+    with applied(components.transformer, [(weights.lora, 1.0)] if weights else []):
+        return sample_ours(components, texts, placeholders)
 
 
 def evaluate_base(model: Path, prompts: int) -> tuple[Score, Score]:
     """(held-out descriptions, TOK) through the stock pipeline."""
-    asked, tok = held_out_prompts(prompts), object_prompts(shapes.TOK, prompts // 2)
+    asked, tok = held_out_prompts(prompts), object_prompts(shapes.Prompt(shapes.TOK), prompts // 2)
     described = score(sample_stock(model, [question.text for question in asked]), asked)
     return described, score(sample_stock(model, [question.text for question in tok]), tok)
 
@@ -138,17 +151,17 @@ def evaluate_weights(model: Path, path: Path, kind: str, token: str, prompts: in
     """What a LoRA has learned, and what it has left alone: by name of the measurement."""
     components = models.load_components(model, models.default_place())
     weights = load_weights(path, components)
-    taught, plain = object_prompts(token, prompts), held_out_prompts(prompts)
+    taught, plain = object_prompts(shapes.Prompt(token), prompts), held_out_prompts(prompts)
     taught_texts, plain_texts = [item.text for item in taught], [item.text for item in plain]
     measured = {
-        f"{token} with the LoRA": score(sample_ours(components, taught_texts, weights), taught, kind),
-        "other prompts with the LoRA": score(sample_ours(components, plain_texts, weights), plain),
-        "other prompts, base model": score(sample_ours(components, plain_texts), plain),
+        f"{token} with the LoRA": score(sample_with(components, taught_texts, weights), taught, kind),
+        "other prompts with the LoRA": score(sample_with(components, plain_texts, weights), plain),
+        "other prompts, base model": score(sample_with(components, plain_texts, None), plain),
     }
     if weights.lora.rows:
         forgotten = replace(weights, lora=replace(weights.lora, rows=fresh_rows(weights)))
         measured[f"{token} with the LoRA but a fresh row"] = score(
-            sample_ours(components, taught_texts, forgotten), taught, kind
+            sample_with(components, taught_texts, forgotten), taught, kind
         )
     return measured
 

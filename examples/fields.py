@@ -48,6 +48,17 @@ def either(a: Field, b: Field) -> Field:
     return lambda x, y: np.minimum(a(x, y), b(x, y))
 
 
+def placed(field: Field, cx: float, cy: float, r: float) -> Field:
+    """The field made `r` times as large and moved to (cx, cy)."""
+    return lambda x, y: field((x - cx) / r, (y - cy) / r) * r
+
+
+def turned(field: Field, angle: float) -> Field:
+    """The field turned about the origin, in radians."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return lambda x, y: field(x * cos - y * sin, x * sin + y * cos)
+
+
 def ring(x: Pixels, y: Pixels) -> Pixels:
     return np.abs(np.hypot(x, y) - 0.74) - 0.26
 

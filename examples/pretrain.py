@@ -49,14 +49,14 @@ OUT = Path(__file__).parent / "tiny_qwen_image"
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    steps: int = 2200
+    steps: int = 5000
     captions: int = 32  # a batch: so many captions, each with its picture ...
     draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
-    pictures: int = 20480
+    pictures: int = 32768
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from examples import shapes, small_model
+from examples import shapes, small_model, things
 from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
 
 WORK = Path("build/pretrain")
@@ -23,7 +23,7 @@ WORK = Path("build/pretrain")
 
 @dataclass(frozen=True, slots=True)
 class VaeSettings:
-    steps: int = 1600
+    steps: int = 3000
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     warmup_steps: int = 50
@@ -47,7 +47,7 @@ def world_picture(rng: np.random.Generator) -> shapes.Pixels:
 
 
 def random_or_world_picture(rng: np.random.Generator, random_share: float) -> shapes.Pixels:
-    return shapes.random_drawing(rng) if rng.random() < random_share else world_picture(rng)
+    return things.random_drawing(rng) if rng.random() < random_share else world_picture(rng)
 
 
 def anneal(step: int, steps: int, warmup_steps: int) -> float:
@@ -148,11 +148,12 @@ def train_vae(settings: VaeSettings) -> Path:
     rng = np.random.default_rng(start + 1)
     held_out = np.random.default_rng(0)
     test_world = to_tensor([world_picture(held_out) for _ in range(96)])
-    test_random = to_tensor([shapes.random_drawing(held_out) for _ in range(48)])
+    test_random = to_tensor([things.random_drawing(held_out) for _ in range(48)])
+    compiled_loss = torch.compile(vae_loss)  # a third faster on two cores
     began = time.monotonic()
     for step in range(start, settings.steps):
         batch = [random_or_world_picture(rng, settings.random_share) for _ in range(settings.batch_size)]
-        loss = vae_loss(vae, to_tensor(batch), settings)
+        loss = compiled_loss(vae, to_tensor(batch), settings)
         set_rates(optimizers, settings.learning_rate * anneal(step, settings.steps, settings.warmup_steps))
         update(optimizers, loss, vae)
         if (step + 1) % 100 == 0:

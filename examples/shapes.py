@@ -1,9 +1,10 @@
 """A drawn world of 64x64 pictures: what the small model knows, what users teach it, and an exact scorer.
 
-The world holds six plain shapes in six colours, two sizes and five places on five backgrounds, and `TOK`, a
-nonsense word that always means one thing: a golden waffle. That gives the small model what the real one has, a
-trigger word with a meaning of its own. `TAUGHT` objects never occur in the world; they are what a user's pictures
-show. Everything is painted from signed distance fields, so the scorer's templates are the drawings themselves.
+The world holds six plain shapes in six colours, two sizes and five places on five backgrounds, alone or with a
+smaller shape on them; things of no fixed look; and `TOK`, a nonsense word that always means a golden waffle. That
+gives the small model what the real one has: a trigger word with a meaning of its own, and a notion of objects beyond
+those it has a name for. `TAUGHT` objects never occur in the world; they are what a user's pictures show. Everything
+is painted from signed distance fields, so the scorer's templates are the drawings themselves.
 
 Legend: coordinates are in units of an object's radius, x to the right, y down; radii and centres are in pixels.
 """
@@ -13,10 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from examples import fields
+from examples import fields, things
 from examples.fields import SIDE_PX, Field, Pixels
-
-Colour = tuple[int, int, int]
+from examples.things import Colour, Layers
 
 COLOURS: dict[str, Colour] = {
     "red": (220, 40, 40),
@@ -42,8 +42,11 @@ PLACES: dict[str, tuple[int, int]] = {
     "bottom": (0, 1),
 }
 EDGE_GAP_PX = 3.0  # between an object and the border of the picture when it stands at a side
+# Where a part stands on its object, in the object's radii from the centre, and how large it is.
+PART_PLACES: dict[str, tuple[float, float]] = {"inside": (0.0, 0.0), "above": (0.0, -0.65), "below": (0.0, 0.65)}
+PART_RADIUS = 0.4
 TOK = "TOK"
-
+THING = "thing"  # looks different each time
 
 SHAPES: dict[str, Field] = {
     "circle": fields.disc(),
@@ -58,7 +61,7 @@ _BODY = fields.box(0, 0, 0.95, 0.95)
 _CAP = fields.both(fields.disc(0, 0.1, 1.0), fields.box(0, -0.4, 1.0, 0.5))
 _FISH = fields.ellipse(-0.22, 0, 0.78, 0.62)
 # Objects with colours of their own, painted layer on layer.
-OBJECTS: dict[str, tuple[tuple[Field, Colour], ...]] = {
+OBJECTS: dict[str, Layers] = {
     TOK: ((_BODY, (170, 95, 30)), (fields.both(_BODY, fields.waffle_ridges), (250, 215, 130))),
     "mushroom": (
         (fields.box(0, 0.52, 0.34, 0.44), (245, 230, 200)),
@@ -82,13 +85,26 @@ TAUGHT = ("mushroom", "fish", "house")
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One object on a plain background. `colour` is None for objects with colours of their own."""
+    """One object on a plain background. `colour` is None for objects with colours of their own; `parts` lie on it."""
 
     kind: str
     background: str
     radius_px: float
     centre_px: tuple[float, float]
     colour: str | None = None
+    parts: Layers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A smaller shape on an object: `where` is one of PART_PLACES."""
+
+    noun: str
+    colour: str
+    where: str
+
+    def layer(self) -> tuple[Field, Colour]:
+        return fields.placed(SHAPES[self.noun], *PART_PLACES[self.where], PART_RADIUS), COLOURS[self.colour]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +116,14 @@ class Prompt:
     background: str | None = None
     size: str | None = None
     place: str | None = None
+    part: Part | None = None
 
     def wordings(self) -> list[str]:
         """Every way this world has of saying it."""
         thing = " ".join(word for word in (self.size, self.colour, self.noun) if word)
-        article = "" if thing == self.noun and self.noun not in SHAPES else "a "
+        article = "" if thing == self.noun and self.noun not in (*SHAPES, THING) else "a "
+        if self.part:
+            thing += f" with a {self.part.colour} {self.part.noun} {self.part.where}"
         where = f" at the {self.place}" if self.place else ""
         if self.background is None:
             return [f"a photo of {article}{thing}{where}", f"{article}{thing}{where}"]
@@ -132,22 +151,35 @@ def scene_of(prompt: Prompt, rng: np.random.Generator, kind: str | None = None) 
     x, y = x + rng.uniform(-jitter_px, jitter_px), y + rng.uniform(-jitter_px, jitter_px)
     colour = prompt.colour or (str(rng.choice(list(COLOURS))) if kind in SHAPES else None)
     background = prompt.background or str(rng.choice(list(BACKGROUNDS)))
-    return Scene(kind, background, radius_px, (x, y), colour)
+    parts: Layers = ()
+    if kind == THING:
+        parts = things.random_object(rng)
+    elif prompt.part and kind == prompt.noun:
+        parts = (prompt.part.layer(),)
+    return Scene(kind, background, radius_px, (x, y), colour, parts)
 
 
-def random_prompt(rng: np.random.Generator, tok_share: float = 0.12) -> Prompt:
+def random_prompt(
+    rng: np.random.Generator, tok_share: float = 0.12, thing_share: float = 0.12, part_share: float = 0.4
+) -> Prompt:
     """What the world's captions say: nearly always colour and background, size and place now and then."""
     background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.93 else None
     size = str(rng.choice(list(SIZES_PX))) if rng.random() < 0.4 else None
     place = str(rng.choice(list(PLACES))) if rng.random() < 0.4 else None
     if rng.random() < tok_share:
         return Prompt(TOK, None, background, size, place)
+    if rng.random() < thing_share / (1 - tok_share):
+        return Prompt(THING, None, background, size, place)
     colour = str(rng.choice(list(COLOURS))) if rng.random() < 0.95 else None
-    return Prompt(str(rng.choice(list(SHAPES))), colour, background, size, place)
+    part = None
+    if rng.random() < part_share:
+        other = [name for name in COLOURS if name != colour]
+        part = Part(str(rng.choice(list(SHAPES))), str(rng.choice(other)), str(rng.choice(list(PART_PLACES))))
+    return Prompt(str(rng.choice(list(SHAPES))), colour, background, size, place, part)
 
 
 def is_held_out(prompt: Prompt) -> bool:
-    """One in eight of the full descriptions is never trained on, in any wording: the test's prompts."""
+    """One in eight of the full descriptions is never trained on, in any wording, with or without a part."""
     if prompt.noun not in SHAPES or None in (prompt.colour, prompt.background):
         return False
     ranks = [
@@ -160,43 +192,22 @@ def is_held_out(prompt: Prompt) -> bool:
     return sum(rank * weight for rank, weight in zip(ranks, (1, 3, 5, 2, 7), strict=True)) % 8 == 0
 
 
-def _layers(kind: str, colour: str | None) -> tuple[tuple[Field, Colour], ...]:
+def _layers(kind: str, colour: str | None) -> Layers:
+    if kind == THING:
+        return ()  # all of it is parts
     return OBJECTS[kind] if kind in OBJECTS else ((SHAPES[kind], COLOURS[colour or "white"]),)
 
 
 def draw(scene: Scene) -> Pixels:
     """The picture [H, W, 3], 0 to 255."""
-    picture = np.empty((SIDE_PX, SIDE_PX, 3))
-    picture[:] = BACKGROUNDS[scene.background]
-    x, y = fields.grid(scene.centre_px, scene.radius_px)
-    for field, colour in _layers(scene.kind, scene.colour):
-        cover = fields.coverage(field, x, y, scene.radius_px)[..., None]
-        picture = picture * (1 - cover) + np.array(colour, float) * cover
-    return picture
+    ground = np.empty((SIDE_PX, SIDE_PX, 3))
+    ground[:] = BACKGROUNDS[scene.background]
+    layers = _layers(scene.kind, scene.colour) + scene.parts
+    return things.paint(ground, layers, scene.radius_px, scene.centre_px)
 
 
 def to_image(picture: Pixels) -> Image.Image:
     return Image.fromarray(np.clip(np.round(picture), 0, 255).astype(np.uint8))
-
-
-def random_drawing(rng: np.random.Generator) -> Pixels:
-    """A picture of no meaning, for the autoencoder: a few forms in any colours, apart or as parts of one object."""
-    picture = np.empty((SIDE_PX, SIDE_PX, 3))
-    picture[:] = rng.uniform(0, 255, 3)
-    together = rng.random() < 0.7
-    body_px, body_centre = float(rng.uniform(12, 22)), rng.uniform(20, 44, 2)
-    for part in range(rng.integers(2, 5)):
-        radius_px = (body_px if part == 0 else body_px * rng.uniform(0.2, 0.6)) if together else rng.uniform(4, 24)
-        centre = body_centre + (rng.uniform(-0.7, 0.7, 2) * body_px * (part > 0)) if together else rng.uniform(8, 56, 2)
-        x, y = fields.grid((centre[0], centre[1]), float(radius_px))
-        turn = rng.uniform(0, 2 * np.pi) * (rng.random() < 0.4)
-        x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
-        field = list(SHAPES.values())[rng.integers(len(SHAPES))]
-        if rng.random() < 0.3:
-            field = fields.ellipse(0, 0, 1.0, float(rng.uniform(0.3, 1)))
-        cover = fields.coverage(field, x, y, float(radius_px))[..., None]
-        picture = picture * (1 - cover) + rng.uniform(0, 255, 3) * cover
-    return picture
 
 
 # --- the scorer ---------------------------------------------------------------------------------------------------
@@ -227,7 +238,7 @@ class Reading:
 
 MIN_FIT = 0.6  # below it a picture shows nothing the world knows
 MIN_ENERGY = 60.0  # mean squared deviation from the ground, in grey levels: below it a picture is empty
-_REFINED_KINDS = 3
+_SEARCHED_KINDS, _REFINED_KINDS = 5, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,17 +292,22 @@ def _moments(energy: Pixels) -> tuple[float, float, float]:
 
 
 def _search(picture: Pixels, ground: Pixels, start: _Match, step_px: float, step_radius: float) -> _Match:
-    """The best of the 27 neighbours of a match in place and radius, itself included."""
-    x, y = start.centre_px
-    return max(
-        (
-            _match(picture, ground, start.kind, start.radius_px * (1 + dr), (x + dx, y + dy))
-            for dr in (-step_radius, 0.0, step_radius)
-            for dx in (-step_px, 0.0, step_px)
-            for dy in (-step_px, 0.0, step_px)
-        ),
-        key=lambda match: match.fit,
-    )
+    """Better a match by steps in its place and radius, twice along each."""
+    best = start
+    for dx, dy, dr in ((1, 0, 0), (0, 1, 0), (0, 0, 1)) * 2:
+        x, y = best.centre_px
+        steps = [
+            _match(
+                picture,
+                ground,
+                best.kind,
+                best.radius_px * (1 + sign * dr * step_radius),
+                (x + sign * dx * step_px, y + sign * dy * step_px),
+            )
+            for sign in (-1, 1)
+        ]
+        best = max((best, *steps), key=lambda match: match.fit)
+    return best
 
 
 def _first_guess(picture: Pixels, ground: Pixels, kind: str) -> _Match:
@@ -304,6 +320,10 @@ def _first_guess(picture: Pixels, ground: Pixels, kind: str) -> _Match:
     scale = spread / template_spread
     centre = (x - (tx - middle) * scale, y - (ty - middle) * scale)
     return _match(picture, ground, kind, radius_px * scale, centre)
+
+
+def _best(matches: list[_Match], count: int) -> list[_Match]:
+    return sorted(matches, key=lambda match: match.fit, reverse=True)[:count]
 
 
 def read(image: Image.Image | Pixels, kinds: tuple[str, ...] | None = None) -> Reading:
@@ -320,11 +340,9 @@ def read(image: Image.Image | Pixels, kinds: tuple[str, ...] | None = None) -> R
     nothing = Reading(None, None, background, 0.0, (SIDE_PX / 2, SIDE_PX / 2), 0.0)
     if np.sum((flat - ground) ** 2, axis=1).mean() < MIN_ENERGY:
         return nothing
-    coarse = [
-        _search(flat, ground, _first_guess(flat, ground, kind), 1.5, 0.08) for kind in kinds or (*SHAPES, *OBJECTS)
-    ]
-    coarse.sort(key=lambda match: match.fit, reverse=True)
-    fine = [_search(flat, ground, match, 0.6, 0.03) for match in coarse[:_REFINED_KINDS]]
+    guesses = [_first_guess(flat, ground, kind) for kind in kinds or (*SHAPES, *OBJECTS)]
+    coarse = [_search(flat, ground, match, 1.5, 0.08) for match in _best(guesses, _SEARCHED_KINDS)]
+    fine = [_search(flat, ground, match, 0.6, 0.03) for match in _best(coarse, _REFINED_KINDS)]
     best = max(fine, key=lambda match: match.fit)
     if best.fit < MIN_FIT:
         return replace(nothing, fit=best.fit)

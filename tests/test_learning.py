@@ -57,5 +57,5 @@ def test_the_learned_row_is_part_of_what_is_drawn(demo_run, tiny_model):
     learned = load_weights(demo_run / "weights.zip", components)
     forgotten = replace(learned, lora=replace(learned.lora, rows=evaluate.fresh_rows(learned)))
     prompt = [f"a photo of {demo.TOKEN} on a {demo.NEW[0]} background"]
-    (one,), (other,) = (evaluate.sample_ours(components, prompt, weights) for weights in (learned, forgotten))
+    (one,), (other,) = (evaluate.sample_with(components, prompt, weights) for weights in (learned, forgotten))
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 30

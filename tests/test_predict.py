@@ -12,9 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from examples.demo import call
+from examples.shapes import Prompt
+from lora_utils import models
 from lora_utils.archive import LORA_MEMBER, META_MEMBER
+from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.outputs import read_settings
+from lora_utils.placeholder import no_placeholders
 from predict import Predictor
 from train import train
 
@@ -35,7 +39,7 @@ def archives(tmp_path_factory, random_model):
     from examples import demo  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("archives")
-    demo.write_dataset(folder / "d.zip", "mushroom", "<zwx>", count=10)
+    demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
     settings = {"steps": 3, "rank": 2, "learning_rate": 0.05, "batch_size": 2, "resolution": "64"}
     runs = {"token": {"seed": 1}, "other": {"seed": 2}, "baseline": {"seed": 1}}
     with pytest.MonkeyPatch.context() as patch:
@@ -101,6 +105,15 @@ def test_the_base_picture_is_bit_identical_before_and_after_any_lora(predictor, 
 def test_lora_scale_zero_is_the_base_and_other_scales_are_not(predictor, archives):
     base = one(predictor)
     assert same(one(predictor, replicate_weights=archives / "token.zip", lora_scale=0.0), base)
+    as_words = models.encode_text(
+        predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], no_placeholders()
+    )
+    with_token = SampleRequest(TOKEN_PROMPT, lora_scale=0.0, seed=0)
+    unregistered = predictor.placeholders(with_token, predictor.load(archives / "token.zip"))
+    read = models.encode_text(
+        predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], unregistered
+    )
+    assert torch.equal(read.states, as_words.states), "at 0 the token is read as the base reads its letters"
     pictures = [
         one(predictor, replicate_weights=archives / "token.zip", lora_scale=scale) for scale in (-0.5, 0.5, 1.0)
     ]
@@ -277,9 +290,10 @@ def test_a_token_that_nothing_defines_is_refused(predictor, archives):
         one(predictor, TOKEN_PROMPT, replicate_weights=archives / "baseline.zip")
 
 
-def test_a_prompt_without_the_token_is_drawn_with_a_hint(predictor, archives, capsys):
-    one(predictor, "a photo of zwx", replicate_weights=archives / "token.zip")
-    assert "hint: the prompt doesn't hold <zwx>" in capsys.readouterr().out
+@pytest.mark.parametrize("prompt", ["a photo of zwx", "a photo of < zwx >", "a photo of <ZWX>", "a red circle"])
+def test_a_prompt_without_the_token_is_drawn_with_a_hint(prompt, predictor, archives, capsys):
+    one(predictor, prompt, replicate_weights=archives / "token.zip")
+    assert capsys.readouterr().out.count("hint: the prompt doesn't hold <zwx>, written exactly so") == 1
 
 
 def test_a_prompt_longer_than_the_model_reads_is_said_and_not_cut_in_silence(predictor, capsys):

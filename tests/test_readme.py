@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.demo import call, write_dataset
+from examples.shapes import Prompt
 from predict import Predictor
 from tests import cog_contract
 from tests.conftest import ROOT
@@ -35,7 +36,7 @@ def given_inputs(line: str, folder: Path) -> dict[str, object]:
 def folder(tmp_path_factory, random_model):
     """A user's folder: dataset.zip, and weights.zip once a training has run."""
     place = tmp_path_factory.mktemp("user")
-    write_dataset(place / "dataset.zip", "mushroom", "<zwx>", count=10)
+    write_dataset(place / "dataset.zip", "mushroom", Prompt("<zwx>"), count=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BASE_MODEL", str(random_model))
         for line in (line for line in COG if line.startswith("cog train")):

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from examples.shapes import Prompt
 from tests.cog_server import Server, cog_server
 
 SHORT = {"steps": 4, "rank": 2, "resolution": "64", "batch_size": 2, "train_placeholder_token": True, "seed": 0}
@@ -47,7 +48,7 @@ def dataset(tmp_path_factory) -> bytes:
     from examples import demo  # noqa: PLC0415
 
     path = tmp_path_factory.mktemp("data") / "dataset.zip"
-    demo.write_dataset(path, "mushroom", "<zwx>", count=10)
+    demo.write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
     return path.read_bytes()
 
 

@@ -62,4 +62,4 @@ def test_held_out_prompts_are_full_descriptions_kept_from_training():
     assert len({question.text for question in asked}) == 200
     assert all(shapes.is_held_out(question.prompt) and question.prompt.colour for question in asked)
     assert {question.prompt.noun for question in asked} == set(shapes.SHAPES)
-    assert not any(shapes.is_held_out(question.prompt) for question in object_prompts(shapes.TOK, 50))
+    assert not any(shapes.is_held_out(question.prompt) for question in object_prompts(shapes.Prompt(shapes.TOK), 50))
