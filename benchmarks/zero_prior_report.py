@@ -1,0 +1,198 @@
+"""From the experiment's runs to ZERO_PRIOR.md: tables, paired tests, one figure and a contact sheet.
+
+Owns the statistics; must not know how a run is made.
+"""
+
+import datetime
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+
+from examples import demo
+
+mpl.use("agg")
+from matplotlib import pyplot as plt
+
+Run = dict[str, Any]
+MATCHED_FIDELITY = 0.7
+REFERENCE = "fresh token, trained"
+AT_THE_END = ("fidelity", "background", "leakage", "intrusion", "base_accuracy", "prior_meaning", "drift")
+AT_MATCHED = ("step", "background", "leakage", "intrusion", "base_accuracy", "prior_meaning", "drift")
+EXACT_UP_TO = 14  # pairs: 2^14 sign flips are all tried, above that 20 000 are drawn
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def at_fidelity(points: Sequence[dict[str, float]], metric: str, fidelity: float = MATCHED_FIDELITY) -> float | None:
+    """A metric where the run first reaches a fidelity, on the straight line between two measurements; None if never."""
+    for before, after in itertools.pairwise(points):
+        if after["fidelity"] >= fidelity:
+            gain = after["fidelity"] - before["fidelity"]
+            share = (fidelity - before["fidelity"]) / gain if gain > 0 else 1.0
+            return before[metric] + max(0.0, share) * (after[metric] - before[metric])
+    return None
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """'0.83 ± 0.02': mean and standard error of the mean."""
+    if not values:
+        return "–"
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    digits = 0 if max(map(abs, values)) >= 10 else 2
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of a paired sign-flip test: how often random signs give a mean as far from zero as this one."""
+    given = np.asarray(differences, float)
+    if len(given) <= EXACT_UP_TO:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(given))))
+    else:
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), (20_000, len(given)))
+    means = np.abs((signs * given).mean(axis=1))
+    return float((means >= abs(given.mean()) - 1e-12).mean())
+
+
+def _pair(run: Run) -> tuple[str, int]:
+    return run["kind"], run["seed"]
+
+
+def paired_differences(
+    runs: Iterable[Run], reference: Iterable[Run], value: Callable[[Run], float | None]
+) -> list[float]:
+    """Run minus reference, over the objects and seeds that both have a value for."""
+    other = {_pair(run): value(run) for run in reference}
+    pairs = ((value(run), other.get(_pair(run))) for run in runs)
+    return [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _by_arm(runs: Sequence[Run], group: str) -> dict[str, list[Run]]:
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["group"] == group:
+            arms.setdefault(run["arm"], []).append(run)
+    return arms
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def end_table(arms: dict[str, list[Run]]) -> str:
+    rows = []
+    for arm, runs in arms.items():
+        values = [[run["points"][-1][metric] for run in runs] for metric in AT_THE_END]
+        shares = [run["points"][-1]["row_share"] for run in runs if run["points"][-1]["row_share"] is not None]
+        rows.append([arm, *map(mean_and_error, values), mean_and_error(shares), str(len(runs))])
+    return _table(["", *(name.replace("_", " ") for name in AT_THE_END), "row / median word", "runs"], rows)
+
+
+def matched_table(arms: dict[str, list[Run]]) -> str:
+    rows = []
+    for arm, runs in arms.items():
+        values = [[at_fidelity(run["points"], metric) for run in runs] for metric in AT_MATCHED]
+        reached = [[value for value in column if value is not None] for column in values]
+        rows.append([arm, *map(mean_and_error, reached), f"{len(reached[0])} of {len(runs)}"])
+    return _table(["", *(name.replace("_", " ") for name in AT_MATCHED), "reached by"], rows)
+
+
+def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
+    """Each arm minus the trained fresh token, with p."""
+    measured: dict[str, Callable[[Run], float | None]] = {
+        "fidelity at the end": lambda run: run["points"][-1]["fidelity"],
+        "base accuracy at the end": lambda run: run["points"][-1]["base_accuracy"],
+        "base accuracy, matched": lambda run: at_fidelity(run["points"], "base_accuracy"),
+        "leakage, matched": lambda run: at_fidelity(run["points"], "leakage"),
+        "drift, matched": lambda run: at_fidelity(run["points"], "drift"),
+    }
+    rows = []
+    for arm, runs in arms.items():
+        cells = []
+        for value in measured.values():
+            differences = paired_differences(runs, reference, value)
+            cells.append(f"{np.mean(differences):+.3f} (p {sign_flip_p(differences):.3f})" if differences else "–")
+        rows.append([arm, *cells])
+    return _table(["minus the trained fresh token", *measured], rows)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_figure(arms: dict[str, list[Run]], path: Path) -> None:
+    """Leakage against fidelity, a line per arm from the first step to the last: down and right is better."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=110)
+    for arm, runs in arms.items():
+        fidelity, leakage = (
+            np.mean([[point[metric] for point in run["points"]] for run in runs], axis=0)
+            for metric in ("fidelity", "leakage")
+        )
+        axes.plot(fidelity, leakage, marker="o", markersize=4, label=arm, linewidth=2.4 if arm == REFERENCE else 1.4)
+    axes.set_xlabel("fidelity: the trigger draws the taught object")
+    axes.set_ylabel("leakage: it draws what the model knew before")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_sheet(arms: dict[str, list[Run]], folder: Path, path: Path) -> None:
+    """Pictures of the trigger at the end of the first seed's runs, a row per arm and object."""
+    rows = []
+    for arm, runs in arms.items():
+        for run in (run for run in runs if run["seed"] == 0):
+            stem = f"{run['group']}-{arm}-{run['kind']}-0".replace(" ", "_").replace(",", "")
+            pictures = [Image.open(file) for file in sorted(folder.glob(f"{stem}-?.png"))]
+            rows.append(demo.Row(f"{run['kind']}: {arm}", [(picture, "") for picture in pictures]))
+    rows = [row for row in sorted(rows, key=lambda row: row.heading) if row.pictures]
+    if rows:
+        sheet = demo.contact_sheet(rows)
+        sheet.resize((sheet.width // 2, sheet.height // 2)).save(path)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def write(runs: list[Run], folder: Path, target: Path) -> Path:
+    """ZERO_PRIOR.md, zero_prior.png and zero_prior_sheet.png in `target`."""
+    arms = _by_arm(runs, "arms")
+    draw_figure(arms, target / "zero_prior.png")
+    draw_sheet(arms, folder, target / "zero_prior_sheet.png")
+    reference = arms.get(REFERENCE, [])
+    seconds = sum(run["seconds"] for run in runs)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "peft"))
+    page = [
+        "# What the zero-prior token is worth on the small model",
+        f"{len(runs)} runs, {seconds / 3600:.1f} hours of one core in all, {datetime.date.today()}, {versions}, "
+        f"{os.cpu_count()} cores of a CPU. Written by `python -m benchmarks.zero_prior`; mean ± standard error over "
+        "objects and seeds. What is measured is said in `zero_prior_run.py`.",
+        "![leakage against fidelity](zero_prior.png)",
+        "## At the end of training",
+        end_table(arms),
+        f"## Where a run first reaches a fidelity of {MATCHED_FIDELITY}",
+        matched_table(arms),
+        "## Paired differences",
+        "Paired by object and seed; p of a two-sided sign-flip test, not corrected for the number of comparisons.",
+        paired_table(arms, reference),
+    ]
+    for group, title in (("sweep", "The row's rate and its first size"), ("remedies", "Remedies for the trained row")):
+        if found := _by_arm(runs, group):
+            page += [f"## {title}", end_table(found), matched_table(found), paired_table(found, reference)]
+    page += ["## Pictures of the first seed", "![pictures](zero_prior_sheet.png)"]
+    path = target / "ZERO_PRIOR.md"
+    path.write_text("\n\n".join(page) + "\n")
+    return path

@@ -1,0 +1,276 @@
+"""One training of the zero-prior experiment, measured as it goes.
+
+Owns the arms, what is asked of the model between steps, and what is counted. The training is the package's own loop;
+whatever an arm changes, it changes between two steps of it.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from examples import demo, evaluate, shapes
+from examples.evaluate import Asked
+from lora_utils import flow, fresh_token, models, training
+from lora_utils.archive import unpack
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
+from lora_utils.placeholder import Placeholders, embedding_matrix
+from lora_utils.sizes import Size
+
+RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its four tokens
+# What a prompt guide would have users write: the object in words that the model knows.
+PHRASES = {
+    "house": shapes.Prompt("square", "yellow", part=shapes.Part("triangle", "green", "above")),
+    "mushroom": shapes.Prompt("circle", "red", part=shapes.Part("square", "white", "below")),
+    "fish": shapes.Prompt("circle", "yellow", part=shapes.Part("triangle", "blue", "inside")),
+}
+SAMPLING_STEPS = 12
+SIZE = Size(shapes.SIDE_PX, shapes.SIDE_PX)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of naming the object. `row` says what happens to the embedding: nothing, frozen or trained."""
+
+    trigger: str  # token | prior | rare | phrase
+    row: str = "none"
+    rate_factor: float = 1.0  # of the default rate
+    init_std: float = 1e-5
+    remedy: str | None = None
+
+    def told(self, kind: str) -> shapes.Prompt:
+        """How captions and prompts call the object."""
+        if self.trigger == "phrase":
+            return PHRASES[kind]
+        return shapes.Prompt({"token": demo.TOKEN, "prior": shapes.TOK, "rare": RARE_WORD}[self.trigger])
+
+
+ARMS: dict[str, Arm] = {
+    "prior word": Arm("prior"),
+    "prior word, row trained": Arm("prior", "trained"),
+    "rare word": Arm("rare"),
+    "phrase": Arm("phrase"),
+    "fresh token, frozen": Arm("token", "frozen"),
+    "fresh token, trained": Arm("token", "trained"),
+}
+SWEEP: dict[str, Arm] = {
+    **{f"rate x{factor:g}": Arm("token", "trained", rate_factor=factor) for factor in (0.1, 0.3, 3.0, 10.0)},
+    **{f"init std {std:g}": Arm("token", "trained", init_std=std) for std in (0.0, 1e-3, 2e-2)},
+}
+REMEDIES: dict[str, Arm] = {
+    name: Arm("token", "trained", remedy=name)
+    for name in ("norm below the median", "frozen after a tenth", "trained after a tenth", "orthogonal to words")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a run is, and when and on how many prompts it is measured."""
+
+    steps: int = 600
+    measured_at: tuple[int, ...] = (0, 100, 200, 300, 450, 600)
+    token_prompts: int = 20
+    plain_prompts: int = 24
+    prior_prompts: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a model does after so many steps. Shares are of pictures, 0 to 1."""
+
+    step: int
+    fidelity: float  # of the trigger's pictures, those that show the taught object
+    background: float  # of the trigger's pictures, those on the background asked for
+    leakage: float  # of the trigger's pictures, those that show what the model knew before instead
+    intrusion: float  # of other prompts' pictures, those that show the taught object
+    base_accuracy: float  # of other prompts' pictures, those with shape, colour and background right
+    prior_meaning: float  # of the prior word's pictures, those that show what it meant
+    drift: float  # of the velocity on other prompts: mean squared change over its mean square
+    row_share: float | None  # the row's norm over the median word's
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The untouched model and the questions, made once per process."""
+
+    folder: Path
+    base: models.Components
+    length: Length
+
+
+def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
+    """All backgrounds in turn, sizes and places now and then; the trigger never opens the sentence."""
+    rng = np.random.default_rng(1)
+    asked = []
+    for index in range(count):
+        size = str(rng.choice(list(shapes.SIZES_PX))) if rng.random() < 0.3 else None
+        place = str(rng.choice(list(shapes.PLACES))) if rng.random() < 0.3 else None
+        background = list(shapes.BACKGROUNDS)[index % len(shapes.BACKGROUNDS)]
+        prompt = replace(told, background=background, size=size, place=place)
+        asked.append(Asked(prompt, prompt.wordings()[index // len(shapes.BACKGROUNDS) % 2 * 3]))
+    return asked
+
+
+def _share(flags: list[bool]) -> float:
+    return sum(flags) / len(flags)
+
+
+@torch.inference_mode()
+def _drift(bench: Bench, trained: models.Components, placeholders: Placeholders, asked: list[Asked]) -> float:
+    """How far the velocity on drawings of other prompts, with their captions, has moved from the base's."""
+    rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(2)
+    drawn = [shapes.to_image(shapes.draw(shapes.scene_of(question.prompt, rng))) for question in asked]
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in drawn]
+    )
+    clean = models.encode_pictures(bench.base.vae, pixels)
+    noise = torch.randn(clean.shape, generator=generator)
+    sigma = flow.draw_sigmas(len(clean), bench.base.schedule.mu(SIZE.tokens), generator)
+    noisy = flow.add_noise(clean, noise, sigma)
+    texts = [question.text for question in asked]
+    before, after = (
+        models.predict_velocity(
+            part.transformer,
+            noisy,
+            sigma,
+            models.encode_text(part.text_encoder, part.tokenizer, texts, placeholders),
+            SIZE,
+        )
+        for part in (bench.base, trained)
+    )
+    return float((after - before).square().mean() / before.square().mean())
+
+
+def _as_components(bench: Bench, run: training.Run) -> models.Components:
+    """The model as the run has it now."""
+    return replace(bench.base, transformer=run.transformer, text_encoder=run.text_encoder or bench.base.text_encoder)
+
+
+def measure(bench: Bench, run: training.Run, arm: Arm, kind: str, step: int) -> Point:
+    """Draw and count. Draws nothing from the run's random streams and changes nothing of it."""
+    trained = _as_components(bench, run)
+    asked = trigger_prompts(arm.told(kind), bench.length.token_prompts)
+    plain = evaluate.held_out_prompts(bench.length.plain_prompts)
+    prior = trigger_prompts(shapes.Prompt(shapes.TOK), bench.length.prior_prompts)
+    texts = [question.text for question in (*asked, *plain, *prior)]
+    pictures = evaluate.sample_ours(trained, texts, run.placeholders, SAMPLING_STEPS, batch=len(texts))
+    readings = [shapes.read(picture) for picture in pictures]
+    of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
+    known = (*shapes.SHAPES, shapes.TOK)
+    matrix = embedding_matrix(trained.text_encoder)
+    median = matrix[: len(trained.tokenizer)].norm(dim=1).median()
+    rows = run.placeholders.rows
+    return Point(
+        step=step,
+        fidelity=_share([reading.kind == kind for reading in of_trigger]),
+        background=_share(
+            [r.background == question.prompt.background for r, question in zip(of_trigger, asked, strict=True)]
+        ),
+        leakage=_share([reading.kind in known for reading in of_trigger]),
+        intrusion=_share([reading.kind == kind for reading in of_plain]),
+        base_accuracy=_share(
+            [
+                (r.kind, r.colour, r.background) == (q.prompt.noun, q.prompt.colour, q.prompt.background)
+                for r, q in zip(of_plain, plain, strict=True)
+            ]
+        ),
+        prior_meaning=_share([reading.kind == shapes.TOK for reading in readings[len(asked) + len(plain) :]]),
+        drift=_drift(bench, trained, run.placeholders, plain),
+        row_share=float(rows[0].detach().norm() / median) if rows else None,
+    )
+
+
+# --- the arms' changes to a run -------------------------------------------------------------------------------------
+
+
+def train_word(run: training.Run, bench: Bench, word: str) -> None:
+    """Let a word of the vocabulary learn as a fresh token does: its own row is spliced in and trained.
+
+    The piece " TOK" is cut out with its space, which is how the tokenizer reads the word inside a sentence.
+    """
+    (slot,) = bench.base.tokenizer(f" {word}").input_ids
+    row = embedding_matrix(bench.base.text_encoder)[slot].detach().clone().requires_grad_()
+    run.placeholders = Placeholders((f" {word}",), (slot,), (row,))
+    run.first_rows = (row.detach().clone(),)
+    run.text_encoder = bench.base.text_encoder
+    run.texts = {caption: text for caption, text in run.texts.items() if word not in caption}
+    rate = fresh_token.learning_rate(run.config, run.tokenizer, run.text_encoder)
+    run.optimizer = training.new_optimizer(run.config, run.lora, run.placeholders, rate)
+
+
+def remedy_of(arm: Arm, run: training.Run, bench: Bench) -> Callable[[int], object]:
+    """What is done to the row after each step."""
+    if arm.remedy is None:
+        return lambda step: None
+    (row,) = run.placeholders.rows
+    words = embedding_matrix(bench.base.text_encoder)[: len(run.tokenizer)].detach()
+    group, tenth = run.optimizer.param_groups[1], run.config.steps // 10
+    rate = group["initial_lr"]
+    if arm.remedy == "norm below the median":
+        most = 0.9 * words.norm(dim=1).median()
+        return lambda step: row.data.mul_(torch.clamp(most / row.data.norm(), max=1.0))
+    if arm.remedy == "orthogonal to words":
+        basis = torch.linalg.svd(words - words.mean(dim=0), full_matrices=False).Vh[:16]  # [16, D]
+        return lambda step: row.data.sub_(basis.T @ (basis @ row.data))
+    if arm.remedy == "trained after a tenth":
+        group["initial_lr"] = 0.0
+        return lambda step: group.update(initial_lr=rate if step >= tenth else 0.0)
+    return lambda step: group.update(initial_lr=rate if step < tenth else 0.0)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
+    config = TrainConfig(
+        train_placeholder_token=arm.trigger == "token",
+        placeholder_token=demo.TOKEN,
+        placeholder_init_std=arm.init_std,
+        rank=16,
+        steps=bench.length.steps,
+        learning_rate=4e-4,
+        batch_size=4,
+        lora_targets="attention_mlp",
+        caption_dropout=0.1,
+        resolution=str(shapes.SIDE_PX),
+        seed=seed,
+    )
+    default = fresh_token.learning_rate(config, bench.base.tokenizer, bench.base.text_encoder)
+    return replace(config, placeholder_learning_rate=0.0 if arm.row == "frozen" else default * arm.rate_factor)
+
+
+def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> training.Run:
+    """A run on 15 pictures of one object.
+
+    Seeds are paired: the same seed gives each arm the same pictures, LoRA, order, noise and sigmas.
+    """
+    config = _config(arm, bench, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed)
+        unpack(Path(folder) / "d.zip", Path(folder) / "pictures")
+        found = read_dataset(Path(folder) / "pictures", config.resolutions_px, "")
+        run = training.prepare(config, found, bench.folder, bench.base.place)
+    if arm.trigger == "prior" and arm.row == "trained":
+        train_word(run, bench, shapes.TOK)
+    return run
+
+
+def run_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> tuple[dict, list[Image.Image]]:
+    """Train, and measure on the way. -> (record, five pictures of the trigger at the end)"""
+    began = time.monotonic()
+    run = prepare_arm(bench, arm, kind, seed)
+    after_step = remedy_of(arm, run, bench)
+    points = [measure(bench, run, arm, kind, 0)]
+    for report in training.train(run):
+        after_step(report.step)
+        if report.step in bench.length.measured_at:
+            points.append(measure(bench, run, arm, kind, report.step))
+    texts = [question.text for question in trigger_prompts(arm.told(kind), 5)]
+    pictures = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, SAMPLING_STEPS)
+    return {"points": [asdict(point) for point in points], "seconds": time.monotonic() - began}, pictures

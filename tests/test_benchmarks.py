@@ -1,0 +1,76 @@
+"""The experiments' statistics are right, and a short form of each runs."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import zero_prior, zero_prior_report, zero_prior_run
+from examples import demo
+from lora_utils import models
+
+
+def points(*fidelities, metric=()):
+    return [{"fidelity": f, "m": m} for f, m in zip(fidelities, metric or fidelities, strict=True)]
+
+
+def test_a_metric_at_matched_fidelity_lies_on_the_line_between_two_measurements():
+    curve = points(0.0, 0.4, 0.8, 0.6, metric=(1.0, 0.9, 0.7, 0.1))
+    assert zero_prior_report.at_fidelity(curve, "m", 0.6) == pytest.approx(0.8)
+    assert zero_prior_report.at_fidelity(curve, "m", 0.8) == pytest.approx(0.7)
+    assert zero_prior_report.at_fidelity(curve, "m", 0.9) is None
+
+
+def test_the_sign_flip_test_counts_every_way_to_draw_the_signs():
+    assert zero_prior_report.sign_flip_p([1.0, 1.0, 1.0]) == 2 / 8
+    assert zero_prior_report.sign_flip_p([1.0, -1.0]) == 1.0
+    assert zero_prior_report.sign_flip_p([0.0] * 30) == 1.0
+    assert zero_prior_report.sign_flip_p([1.0] * 30) < 1e-3
+
+
+def test_differences_are_paired_by_object_and_seed():
+    def run(kind, seed, value):
+        return {"kind": kind, "seed": seed, "value": value}
+
+    mine = [run("house", 0, 0.5), run("house", 1, 0.7), run("fish", 0, None)]
+    theirs = [run("house", 1, 0.4), run("house", 0, 0.5), run("fish", 0, 0.1)]
+    differences = zero_prior_report.paired_differences(mine, theirs, lambda one: one["value"])
+    assert differences == pytest.approx([0.0, 0.3])
+
+
+def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zero_prior, "WORK", tmp_path / "work")
+    length = zero_prior_run.Length(steps=4, measured_at=(0, 4), token_prompts=5, plain_prompts=4, prior_prompts=2)
+    specs = zero_prior.plan(["arms", "remedies"], ["house"], seeds=2)
+    some = [spec for spec in specs if spec.arm in {"prior word, row trained", "phrase", "fresh token, trained"}]
+    folder = zero_prior.execute(some, random_model, length, processes=2)
+    runs = zero_prior.load(folder)
+    assert [(run["arm"], run["seed"]) for run in runs] == sorted((spec.arm, spec.seed) for spec in some)
+    assert all([point["step"] for point in run["points"]] == [0, 4] for run in runs)
+    shares = {run["arm"]: run["points"][-1]["row_share"] for run in runs}
+    assert shares["phrase"] is None
+    assert shares["fresh token, trained"] > runs[0]["points"][0]["row_share"]
+
+    capsys.readouterr()
+    zero_prior.execute(some, random_model, length, processes=2)
+    assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out
+    page = zero_prior_report.write(runs, folder, tmp_path).read_text()
+    assert "| fresh token, trained |" in page
+    assert (tmp_path / "zero_prior.png").stat().st_size > 1000
+    assert json.loads((folder / f"{some[0].name}.json").read_text())["kind"] == "house"
+
+
+def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random_model):
+    base = models.load_components(random_model, models.default_place())
+    bench = zero_prior_run.Bench(random_model, base, zero_prior_run.Length(steps=1, measured_at=()))
+    prepared = {name: zero_prior_run.prepare_arm(bench, arm, "fish", 3) for name, arm in zero_prior_run.ARMS.items()}
+    reference = prepared["fresh token, trained"]
+    for name, run in prepared.items():
+        told = zero_prior_run.ARMS[name].told("fish")
+        pairs = list(zip(run.examples, reference.examples, strict=True))
+        assert all(torch.equal(one.latents, other.latents) for one, other in pairs)
+        assert all(torch.equal(one, other) for one, other in zip(run.lora, reference.lora, strict=True))
+        same = {(one.caption.replace(told.noun, demo.TOKEN), other.caption) for one, other in pairs}
+        assert name == "phrase" or all(one == other for one, other in same)
+        trained = [row for row in run.placeholders.rows if row.requires_grad]
+        assert len(trained) == (zero_prior_run.ARMS[name].row == "trained")
