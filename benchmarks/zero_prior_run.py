@@ -31,6 +31,7 @@ PHRASES = {
     "fish": shapes.Prompt("circle", "yellow", part=shapes.Part("triangle", "blue", "inside")),
 }
 SAMPLING_STEPS = 12
+WORDINGS = (0, 3)  # the trigger never opens the sentence, where the tokenizer reads `TOK` as another token
 SIZE = Size(shapes.SIDE_PX, shapes.SIDE_PX)
 
 
@@ -105,7 +106,7 @@ class Bench:
 
 
 def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
-    """All backgrounds in turn, sizes and places now and then; the trigger never opens the sentence."""
+    """All backgrounds in turn, sizes and places now and then."""
     rng = np.random.default_rng(1)
     asked = []
     for index in range(count):
@@ -113,7 +114,7 @@ def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
         place = str(rng.choice(list(shapes.PLACES))) if rng.random() < 0.3 else None
         background = list(shapes.BACKGROUNDS)[index % len(shapes.BACKGROUNDS)]
         prompt = replace(told, background=background, size=size, place=place)
-        asked.append(Asked(prompt, prompt.wordings()[index // len(shapes.BACKGROUNDS) % 2 * 3]))
+        asked.append(Asked(prompt, prompt.wordings()[WORDINGS[index // len(shapes.BACKGROUNDS) % len(WORDINGS)]]))
     return asked
 
 
@@ -252,7 +253,7 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> training.Run:
     """
     config = _config(arm, bench, seed)
     with tempfile.TemporaryDirectory() as folder:
-        demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed)
+        demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed, wordings=WORDINGS)
         unpack(Path(folder) / "d.zip", Path(folder) / "pictures")
         found = read_dataset(Path(folder) / "pictures", config.resolutions_px, "")
         run = training.prepare(config, found, bench.folder, bench.base.place)

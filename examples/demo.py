@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,17 @@ def call(function: Callable[..., Any], **given: Any) -> Any:
     return function(**{**declared, **given})
 
 
-def write_dataset(archive: Path, kind: str, told: shapes.Prompt, count: int = 15, seed: int = 0) -> list[Image.Image]:
+def write_dataset(
+    archive: Path,
+    kind: str,
+    told: shapes.Prompt,
+    count: int = 15,
+    seed: int = 0,
+    wordings: Sequence[int] = (0, 1, 2, 3),
+) -> list[Image.Image]:
     """A zip as a user would pack it: pictures of one object, in some variety, each with a caption that tells it so.
 
-    -> the pictures.
+    `wordings` are those of `Prompt.wordings` that the captions take in turn. -> the pictures.
     """
     rng = np.random.default_rng(seed)
     sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
@@ -70,7 +77,7 @@ def write_dataset(archive: Path, kind: str, told: shapes.Prompt, count: int = 15
             picture = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
             with packed.open(f"pictures/{index:02d}.png", "w") as file:
                 picture.save(file, "png")
-            packed.writestr(f"pictures/{index:02d}.txt", prompt.wordings()[index % 2 * 3])
+            packed.writestr(f"pictures/{index:02d}.txt", prompt.wordings()[wordings[index % len(wordings)]])
             pictures.append(picture)
     return pictures
 
