@@ -2,14 +2,18 @@
 
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from examples import demo, evaluate
+from examples import demo, evaluate, shapes
+from examples.shapes import Prompt
 from lora_utils import models
 from lora_utils.weights import load_weights
+from train import train
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def test_the_token_draws_the_taught_object_on_backgrounds_it_was_never_shown_on(
 def test_unrelated_prompts_still_score_as_the_base_does(scores):
     with_lora, base = scores["other prompts with the LoRA"], scores["other prompts, base model"]
     assert base.all_three >= 0.9, str(base)
-    assert with_lora.all_three >= base.all_three - 0.15, str(with_lora)
+    assert with_lora.all_three >= base.all_three - 0.05, str(with_lora)
 
 
 def test_the_learned_row_is_part_of_what_is_drawn(demo_run, tiny_model):
@@ -59,3 +63,55 @@ def test_the_learned_row_is_part_of_what_is_drawn(demo_run, tiny_model):
     prompt = [f"a photo of {demo.TOKEN} on a {demo.NEW[0]} background"]
     (one,), (other,) = (evaluate.sample_with(components, prompt, weights) for weights in (learned, forgotten))
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 30
+
+
+@pytest.fixture(scope="module")
+def two_tokens(tmp_path_factory, tiny_model):
+    """One LoRA that has learned a house and a fish under a token each."""
+    folder = tmp_path_factory.mktemp("two")
+    objects = {"<anna>": "house", "<ben>": "fish"}
+    with zipfile.ZipFile(folder / "both.zip", "w") as both:
+        for token, kind in objects.items():
+            demo.write_dataset(folder / f"{kind}.zip", kind, Prompt(token), count=12)
+            with zipfile.ZipFile(folder / f"{kind}.zip") as single:
+                for name in single.namelist():
+                    both.writestr(f"{kind}/{name}", single.read(name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASE_MODEL", str(tiny_model))
+        settings = {**demo.TRAINING, "placeholder_token": ",".join(objects), "learning_rate": 1e-3}
+        trained = demo.call(train, dataset=folder / "both.zip", **settings)
+    components = models.load_components(tiny_model, models.default_place())
+    return components, load_weights(Path(str(trained.weights)), components)
+
+
+def drawn(components, weights, rows):
+    """What the two tokens draw with these rows in place of the learned ones: shares of house and fish for each."""
+    changed = replace(weights, lora=replace(weights.lora, rows=rows))
+    shares = {}
+    for token in weights.lora.rows:
+        texts = [question.text for question in evaluate.object_prompts(Prompt(token), 20)]
+        kinds = [shapes.read(picture).kind for picture in evaluate.sample_with(components, texts, changed)]
+        shares[token] = {kind: kinds.count(kind) / len(kinds) for kind in ("house", "fish")}
+    return shares
+
+
+def test_exchanging_two_rows_exchanges_what_their_tokens_draw(two_tokens):
+    """The proof that a row means something: one LoRA, the same prompts and seeds, and only the rows changed places."""
+    components, weights = two_tokens
+    rows = weights.lora.rows
+    learned = drawn(components, weights, rows)
+    assert learned["<anna>"]["house"] >= 0.6 > 0.2 >= learned["<ben>"]["house"], learned
+    exchanged = drawn(components, weights, {"<anna>": rows["<ben>"], "<ben>": rows["<anna>"]})
+    assert exchanged["<ben>"]["house"] >= 0.6 > 0.2 >= exchanged["<anna>"]["house"], exchanged
+    assert exchanged["<anna>"]["fish"] == learned["<ben>"]["fish"]
+
+
+@pytest.mark.parametrize("change", ["zeroed", "permuted"])
+def test_without_its_own_row_a_token_no_longer_draws_its_object(change, two_tokens):
+    components, weights = two_tokens
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    spoil = {"zeroed": torch.zeros_like, "permuted": lambda row: row[:, order]}[change]
+    learned = drawn(components, weights, weights.lora.rows)
+    spoiled = drawn(components, weights, {token: spoil(row) for token, row in weights.lora.rows.items()})
+    right, wrong = (shares["<anna>"]["house"] + shares["<ben>"]["fish"] for shares in (learned, spoiled))
+    assert wrong <= right - 0.4, (learned, spoiled)
