@@ -100,10 +100,9 @@ def test_exchanging_two_rows_exchanges_what_their_tokens_draw(two_tokens):
     components, weights = two_tokens
     rows = weights.lora.rows
     learned = drawn(components, weights, rows)
-    assert learned["<anna>"]["house"] >= 0.6 > 0.2 >= learned["<ben>"]["house"], learned
+    assert learned["<anna>"]["house"] >= learned["<ben>"]["house"] + 0.5, learned
     exchanged = drawn(components, weights, {"<anna>": rows["<ben>"], "<ben>": rows["<anna>"]})
-    assert exchanged["<ben>"]["house"] >= 0.6 > 0.2 >= exchanged["<anna>"]["house"], exchanged
-    assert exchanged["<anna>"]["fish"] == learned["<ben>"]["fish"]
+    assert (exchanged["<anna>"], exchanged["<ben>"]) == (learned["<ben>"], learned["<anna>"])
 
 
 @pytest.mark.parametrize("change", ["zeroed", "permuted"])
