@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel, Qwen2Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from lora_utils import flow, qwen
@@ -26,6 +28,7 @@ from lora_utils.errors import UserError
 from lora_utils.placeholder import Placeholders, embedding_matrix, spliced, tokenize
 from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
 from lora_utils.sizes import Size, pack, unpack
+from lora_utils.streaming import check_whole, fill, stream_tensors
 
 disable_progress_bar()  # bars of carriage returns are noise in a server's log
 transformers_logging.disable_progress_bar()
@@ -95,10 +98,24 @@ def _settle(part: nn.Module, place: Place) -> None:
     part.to(place.device).eval().requires_grad_(False)
 
 
+def _language_model_name(stored: str) -> str | None:
+    """A weight's name within the language model, from the file's; None for the vision tower's and the head's.
+
+    Files written before transformers 4.52 (the real model's) and after it nest the language model differently.
+    """
+    if stored == "lm_head.weight" or "visual." in stored:
+        return None
+    return stored.removeprefix("model.").removeprefix("language_model.")
+
+
 def load_text_encoder(folder: Path, place: Place) -> Qwen2_5_VLTextModel:
-    """The language model alone: vision tower and head do nothing for text, and aren't moved to the device."""
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=place.dtype)
-    language_model: Qwen2_5_VLTextModel = whole.model.language_model
+    """The language model alone: vision tower and head do nothing for text, and aren't read."""
+    source = folder / "text_encoder"
+    config = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(source).text_config)
+    with init_empty_weights():
+        language_model = Qwen2_5_VLTextModel(config)
+    fill(language_model, stream_tensors(source, place.device, place.dtype, _language_model_name), source)
+    check_whole(language_model, source)
     _settle(language_model, place)
     return language_model
 
@@ -111,7 +128,12 @@ def load_vae(folder: Path, place: Place) -> AutoencoderKLQwenImage:
 
 
 def load_transformer(folder: Path, place: Place) -> QwenImageTransformer2DModel:
-    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=place.dtype)
+    source = folder / "transformer"
+    config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
+    with init_empty_weights():
+        transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(config))
+    fill(transformer, stream_tensors(source, place.device, place.dtype, lambda stored: stored), source)
+    check_whole(transformer, source)
     _settle(transformer, place)
     return transformer
 

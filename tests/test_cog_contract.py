@@ -99,7 +99,7 @@ FLOORS = [
     {"train", "predict"},
     {"training", "sampling", "weights"},
     {"models", "adapters", "caching", "placeholder", "single_frame", "fresh_token"},
-    {"dataset", "archive", "lora_file", "outputs", "fetch"},
+    {"dataset", "archive", "lora_file", "outputs", "fetch", "streaming"},
     {"flow", "sizes", "console"},
     {"config", "errors", "qwen"},
 ]
