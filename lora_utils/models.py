@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_utils import flow, qwen
+from lora_utils import flow, modulation, qwen
 from lora_utils.errors import UserError
 from lora_utils.placeholder import Placeholders, embedding_matrix, spliced, tokenize
 from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
@@ -127,12 +128,19 @@ def load_vae(folder: Path, place: Place) -> AutoencoderKLQwenImage:
     return vae
 
 
-def load_transformer(folder: Path, place: Place) -> QwenImageTransformer2DModel:
+def load_transformer(folder: Path, place: Place, timesteps: Tensor | None = None) -> QwenImageTransformer2DModel:
+    """For any timestep; or for these alone [S], with a table in place of the modulations where that is smaller."""
     source = folder / "transformer"
     config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(config))
-    fill(transformer, stream_tensors(source, place.device, place.dtype, lambda stored: stored), source)
+    stream = partial(stream_tensors, source, place.device, place.dtype)
+    if timesteps is not None and modulation.pays(len(timesteps), transformer.inner_dim):
+        fill(transformer, stream(lambda name: None if modulation.is_modulation(name) else name), source)
+        weights = stream(lambda name: name if modulation.is_modulation(name) else None)
+        modulation.install_table(transformer, modulation.build_table(transformer, timesteps, weights))
+    else:
+        fill(transformer, stream(lambda name: name), source)
     check_whole(transformer, source)
     _settle(transformer, place)
     return transformer
@@ -258,11 +266,12 @@ def decode_pictures(vae: AutoencoderKLQwenImage, latents: Tensor, size: Size) ->
 def predict_velocity(
     transformer: QwenImageTransformer2DModel, latents: Tensor, sigma: Tensor, text: Text, size: Size
 ) -> Tensor:
-    """One forward: noisy latents [B, N, C] at sigma [B] under the text -> velocity [B, N, C]."""
+    """One forward: noisy latents [B, N, C] at sigma [B], on the host, under the text -> velocity [B, N, C]."""
     rows, columns = size.grid
+    time = flow.model_time(sigma, latents.dtype)
     return transformer(
         hidden_states=latents,
-        timestep=flow.model_time(sigma, latents.dtype),
+        timestep=time if modulation.has_table(transformer) else time.to(latents.device),
         encoder_hidden_states=text.states,
         encoder_hidden_states_mask=text.mask,
         img_shapes=[[(1, rows, columns)]] * len(latents),

@@ -47,7 +47,7 @@ def denoise(
     sigmas = components.schedule.sampling_sigmas(request.steps, size.tokens)
     latents = noise.to(components.place.device, components.place.dtype)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        level = torch.full((len(latents),), sigma, device=latents.device)
+        level = torch.full((len(latents),), sigma)
         velocity = models.predict_velocity(components.transformer, latents, level, text, size)
         if empty is not None:
             without = models.predict_velocity(components.transformer, latents, level, empty, size)

@@ -23,7 +23,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, models
+from lora_utils import flow, fresh_token, models, modulation
 from lora_utils.adapters import attach_trainable_lora, trained_lora
 from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
 from lora_utils.config import TrainConfig
@@ -78,8 +78,13 @@ def generator_for(seed: int, purpose: str) -> torch.Generator:
 # --- preparing ------------------------------------------------------------------------------------------------------
 
 
-def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place) -> Run:
-    """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA."""
+def prepare(
+    config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place, any_timestep: bool = False
+) -> Run:
+    """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA.
+
+    `any_timestep`: the caller will show the transformer others than the run's own, so a table won't do.
+    """
     models.release_memory()  # of a run that was cancelled
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
     text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
@@ -100,7 +105,10 @@ def prepare(config: TrainConfig, dataset: Dataset, model_folder: Path, place: mo
     del vae
     models.release_memory()
 
-    transformer = models.load_transformer(model_folder, place)
+    timesteps = None if any_timestep else run_timesteps(config, examples, schedule, place.dtype)
+    transformer = models.load_transformer(model_folder, place, timesteps)
+    if timesteps is not None and modulation.has_table(transformer):
+        log.info("a table of %d timesteps stands in for the modulations", len(timesteps))
     lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
     log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
     largest = max(example.size.tokens for example in examples)
@@ -153,6 +161,18 @@ def batches(examples: Sequence[CachedExample], batch_size: int, seed: int) -> It
         yield from epoch
 
 
+def run_timesteps(
+    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule, dtype: torch.dtype
+) -> Tensor:
+    """Every timestep [S] that the run will show the transformer, drawn beforehand just as the loop will draw them."""
+    stream, generator = batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")
+    drawn = []
+    for _ in range(config.steps * config.gradient_accumulation):
+        batch = next(stream)
+        drawn.append(flow.draw_sigmas(len(batch), schedule.mu(batch[0].size.tokens), generator))
+    return flow.model_time(torch.cat(drawn), dtype).unique()
+
+
 def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
     """The captions' states: fixed ones from the cache, those with the token encoded under gradient."""
     live = [caption for caption in captions if caption not in run.texts]
@@ -187,7 +207,7 @@ def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams, step:
     noisy = flow.add_noise(clean, noise, sigma).to(run.place.device, run.place.dtype)
     text = batch_text(run, captions)
     with run.place.autocast():
-        velocity = models.predict_velocity(run.transformer, noisy, sigma.to(run.place.device), text, batch[0].size)
+        velocity = models.predict_velocity(run.transformer, noisy, sigma, text, batch[0].size)
     loss = F.mse_loss(velocity.float(), flow.velocity_target(clean, noise).to(run.place.device))
     if not torch.isfinite(loss):
         names = ", ".join(example.image_name for example in batch)

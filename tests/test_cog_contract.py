@@ -98,7 +98,7 @@ def test_requirements_are_exact_pins_that_cog_can_rewrite():
 FLOORS = [
     {"train", "predict"},
     {"training", "sampling", "weights"},
-    {"models", "adapters", "caching", "placeholder", "single_frame", "fresh_token"},
+    {"models", "adapters", "caching", "placeholder", "single_frame", "fresh_token", "modulation"},
     {"dataset", "archive", "lora_file", "outputs", "fetch", "streaming"},
     {"flow", "sizes", "console"},
     {"config", "errors", "qwen"},
@@ -109,6 +109,7 @@ SIDEWAYS = {  # within a floor, only these
     ("caching", "placeholder"),
     ("fresh_token", "models"),
     ("fresh_token", "placeholder"),
+    ("models", "modulation"),
     ("models", "placeholder"),
     ("models", "single_frame"),
     ("dataset", "archive"),

@@ -1,0 +1,99 @@
+"""The modulation table: the same numbers as the layers it replaces, for a third of the weights less."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from examples import demo
+from examples.shapes import Prompt
+from lora_utils import flow, models, modulation, training
+from lora_utils.archive import unpack
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
+from lora_utils.sizes import Size
+
+PLACE = models.default_place()
+TIMES = torch.tensor([0.9, 0.123, 0.5])
+CONFIG = TrainConfig(steps=20, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    demo.write_dataset(folder / "d.zip", "house", Prompt("<zwx>"), count=10)
+    unpack(folder / "d.zip", folder / "pictures")
+    return read_dataset(folder / "pictures", (64,), "")
+
+
+def velocity(transformer, sigma, text):
+    latents = torch.randn(len(sigma), 16, 64, generator=torch.Generator().manual_seed(0))
+    return models.predict_velocity(transformer, latents.to(transformer.dtype), sigma, text, Size(64, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_with_the_table_gives_the_numbers_of_the_layers(dtype, random_model):
+    place = models.Place(torch.device("cpu"), dtype)
+    sigma = TIMES[[2, 0]]
+    plain = models.load_transformer(random_model, place)
+    tabled = models.load_transformer(random_model, place, flow.model_time(TIMES, dtype))
+    text = models.Text(torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1)).to(dtype), None)
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(tabled, sigma, text), velocity(plain, sigma, text))
+
+
+def test_the_modulations_weights_never_join_the_transformer(random_model):
+    plain = models.load_transformer(random_model, PLACE)
+    tabled = models.load_transformer(random_model, PLACE, flow.model_time(TIMES, torch.float32))
+    names, left = ({name for name, _ in part.named_parameters()} for part in (plain, tabled))
+    assert names - left == {name for name in names if modulation.is_modulation(name)}
+    assert len(names - left) == 2 * 2 * 2, "two blocks, two streams, weight and bias"
+    assert not left - names
+
+
+def test_an_unknown_timestep_is_refused_and_not_rounded(random_model):
+    tabled = models.load_transformer(random_model, PLACE, flow.model_time(TIMES, torch.float32))
+    for unknown in (0.4, 0.95, 0.01):
+        with pytest.raises(KeyError, match="has no timestep"):
+            velocity(tabled, torch.tensor([unknown]), models.Text(torch.zeros(1, 5, 128), None))
+
+
+def test_a_table_larger_than_the_weights_is_not_used(random_model):
+    assert modulation.pays(506, 3072), "bf16 leaves 506 of the 1000 steps apart: the real model always has a table"
+    many = torch.linspace(0, 1, 129)
+    part = models.load_transformer(random_model, PLACE, many)
+    assert any(modulation.is_modulation(name) for name, _ in part.named_parameters())
+
+
+def test_a_run_knows_its_timesteps_beforehand(dataset, random_model, monkeypatch):
+    run = training.prepare(replace(CONFIG, gradient_accumulation=2), dataset, random_model, PLACE)
+    foreseen = training.run_timesteps(run.config, run.examples, run.schedule, PLACE.dtype)
+    seen, predict = [], models.predict_velocity
+    monkeypatch.setattr(models, "predict_velocity", lambda *given: seen.append(given[2]) or predict(*given))
+    with contextlib.suppress(KeyError):  # a timestep that the table lacks would end the run
+        list(training.train(run))
+    assert torch.equal(flow.model_time(torch.cat(seen), PLACE.dtype).unique(), foreseen)
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_the_loss_curve_is_that_of_the_layers(token, dataset, random_model, monkeypatch):
+    config = replace(CONFIG, train_placeholder_token=token)
+    tabled = training.prepare(config, dataset, random_model, PLACE)
+    assert not any(modulation.is_modulation(name) for name, _ in tabled.transformer.named_parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(modulation, "pays", lambda *_: False)
+        plain = training.prepare(config, dataset, random_model, PLACE)
+    curves = [[report.loss for report in training.train(run)] for run in (tabled, plain)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_checkpointed_blocks_recompute_with_the_steps_own_rows(dataset, random_model):
+    curves = []
+    for checkpointing in (False, True):
+        run = training.prepare(CONFIG, dataset, random_model, PLACE)
+        if checkpointing:
+            run.transformer.enable_gradient_checkpointing()
+            run.transformer.train()
+        curves.append([report.loss for report in training.train(run)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
