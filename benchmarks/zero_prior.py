@@ -44,11 +44,11 @@ class Spec:
 
 
 def plan(groups: list[str], objects: list[str], seeds: int) -> list[Spec]:
-    """Seed by seed, so that what is there after an interruption is paired."""
+    """Seed by seed, so that what is there after an interruption is paired. The sweep takes half the seeds."""
     return [
         Spec(group, arm, kind, seed)
         for group in groups
-        for seed in range(seeds)
+        for seed in range((seeds + 1) // 2 if group == "sweep" else seeds)
         for kind in objects
         for arm in GROUPS[group]
     ]

@@ -30,7 +30,6 @@ PHRASES = {
     "mushroom": shapes.Prompt("circle", "red", part=shapes.Part("square", "white", "below")),
     "fish": shapes.Prompt("circle", "yellow", part=shapes.Part("triangle", "blue", "inside")),
 }
-SAMPLING_STEPS = 12
 WORDINGS = (0, 3)  # the trigger never opens the sentence, where the tokenizer reads `TOK` as another token
 SIZE = Size(shapes.SIDE_PX, shapes.SIDE_PX)
 
@@ -74,8 +73,9 @@ REMEDIES: dict[str, Arm] = {
 class Length:
     """How long a run is, and when and on how many prompts it is measured."""
 
-    steps: int = 600
-    measured_at: tuple[int, ...] = (0, 100, 200, 300, 450, 600)
+    steps: int = 400
+    measured_at: tuple[int, ...] = (0, 100, 150, 200, 300, 400)
+    sampling_steps: int = 10
     token_prompts: int = 20
     plain_prompts: int = 24
     prior_prompts: int = 10
@@ -160,7 +160,7 @@ def measure(bench: Bench, run: training.Run, arm: Arm, kind: str, step: int) -> 
     plain = evaluate.held_out_prompts(bench.length.plain_prompts)
     prior = trigger_prompts(shapes.Prompt(shapes.TOK), bench.length.prior_prompts)
     texts = [question.text for question in (*asked, *plain, *prior)]
-    pictures = evaluate.sample_ours(trained, texts, run.placeholders, SAMPLING_STEPS, batch=len(texts))
+    pictures = evaluate.sample_ours(trained, texts, run.placeholders, bench.length.sampling_steps, batch=len(texts))
     readings = [shapes.read(picture) for picture in pictures]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
@@ -273,5 +273,5 @@ def run_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> tuple[dict, list[Im
         if report.step in bench.length.measured_at:
             points.append(measure(bench, run, arm, kind, report.step))
     texts = [question.text for question in trigger_prompts(arm.told(kind), 5)]
-    pictures = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, SAMPLING_STEPS)
+    pictures = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, bench.length.sampling_steps)
     return {"points": [asdict(point) for point in points], "seconds": time.monotonic() - began}, pictures
