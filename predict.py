@@ -128,9 +128,10 @@ class Predictor(BasePredictor):
         """The rows that this prompt may use, or an error for a token that nothing defines."""
         known = placeholders_of([weights], self.components) if weights else no_placeholders()
         text = f"{request.prompt} {request.negative_prompt}"
+        unused = bool(known.tokens) and not known.used_in([request.prompt]).tokens
         spellings = {token.casefold() for token in known.tokens}
         for token in undefined_tokens(text, self.components.tokenizer, known.slots):
-            if token.casefold() in spellings:
+            if unused and token.casefold() in spellings:
                 continue  # `<ZWX>` for `<zwx>`: the hint below is enough
             defined = (
                 f"the weights define {', '.join(known.tokens)}"
@@ -141,7 +142,7 @@ class Predictor(BasePredictor):
                 f"the prompt holds {token!r}, but {defined}. Give its weights.zip as replicate_weights, or write the word "
                 "without angle brackets."
             )
-        if known.tokens and not known.used_in([request.prompt]).tokens:
+        if unused:
             print(
                 f"hint: the prompt doesn't hold {' or '.join(known.tokens)}, written exactly so, as the weights define it"
             )

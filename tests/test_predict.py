@@ -286,6 +286,8 @@ def test_a_token_that_nothing_defines_is_refused(predictor, archives):
         one(predictor, negative_prompt="no <zwx>")
     with pytest.raises(UserError, match=r"holds '<abc>', but the weights define <zwx>"):
         one(predictor, "a photo of <abc>", replicate_weights=archives / "token.zip")
+    with pytest.raises(UserError, match=r"holds '<ZWX>', but the weights define <zwx>"):
+        one(predictor, "<zwx> beside <ZWX>", replicate_weights=archives / "token.zip")
     with pytest.raises(UserError, match="no weights that define it"):
         one(predictor, TOKEN_PROMPT, replicate_weights=archives / "baseline.zip")
 
