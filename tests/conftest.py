@@ -14,7 +14,10 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from PIL import Image
 
 from examples import demo, small_model
+from examples.shapes import Prompt
 from lora_utils import models
+from lora_utils.archive import unpack
+from lora_utils.dataset import Dataset, read_dataset
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
@@ -59,6 +62,15 @@ def components(random_model: Path) -> models.Components:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     return demo.MODEL
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Ten pictures of a taught object, with captions of unequal length that hold `<zwx>`."""
+    folder = tmp_path_factory.mktemp("dataset")
+    demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
+    unpack(folder / "d.zip", folder / "pictures")
+    return read_dataset(folder / "pictures", (64,), "")
 
 
 @pytest.fixture

@@ -8,26 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from examples.shapes import Prompt
 from lora_utils import flow, models, training
-from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import read_dataset
 from lora_utils.errors import UserError
 from lora_utils.placeholder import embedding_matrix
 
 BASELINE = TrainConfig(steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
 TOKEN = replace(BASELINE, train_placeholder_token=True)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    from examples import demo  # noqa: PLC0415 (only this fixture draws)
-
-    folder = tmp_path_factory.mktemp("dataset")
-    demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
-    unpack(folder / "d.zip", folder / "pictures")
-    return read_dataset(folder / "pictures", (64,), "")
 
 
 @pytest.fixture
