@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
 from examples import evaluate, shapes
-from lora_utils import qwen
+from examples.pretrain_vae import psnr_db, to_tensor, world_picture
+from lora_utils import models, qwen
 
 
 def test_the_folder_opens_with_the_true_classes_and_is_small(tiny_model):
@@ -26,6 +28,11 @@ def test_the_folder_opens_with_the_true_classes_and_is_small(tiny_model):
     assert len(tokenizer(qwen.TEMPLATE_PREFIX).input_ids) == qwen.TEMPLATE_PREFIX_TOKENS
     assert len(tokenizer(qwen.TEMPLATE_SUFFIX).input_ids) == qwen.TEMPLATE_SUFFIX_TOKENS
     assert pipeline.text_encoder.get_input_embeddings().weight.shape[0] >= len(tokenizer) + 32
+
+
+def test_its_autoencoder_keeps_drawings_that_it_has_not_seen(tiny_model):
+    vae, rng = models.load_vae(tiny_model, models.default_place()), np.random.default_rng(123)
+    assert psnr_db(vae, to_tensor([world_picture(rng) for _ in range(48)])) >= 28
 
 
 @pytest.fixture(scope="module")
