@@ -222,7 +222,9 @@ def remedy_of(arm: Arm, run: training.Run, bench: Bench) -> Callable[[int], obje
     if arm.remedy == "trained after a tenth":
         group["initial_lr"] = 0.0
         return lambda step: group.update(initial_lr=rate if step >= tenth else 0.0)
-    return lambda step: group.update(initial_lr=rate if step < tenth else 0.0)
+    if arm.remedy == "frozen after a tenth":
+        return lambda step: group.update(initial_lr=rate if step < tenth else 0.0)
+    raise ValueError(f"there is no remedy {arm.remedy!r}")
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ the last one.
 
 The shipped model was made by these settings on 2 cores of an AMD EPYC, without a GPU, on 2026-11-23: the VAE's 3000
 steps took 14 minutes and end at 34.3 dB on 96 drawings of the world it hasn't seen (31.6 dB on random ones); encoding
-the world's 32768 pictures took 3 minutes; the 5000 steps of text encoder and transformer took 65 minutes, the first
+the world's 32768 pictures took 3 minutes; the 5000 steps of text encoder and transformer took an hour, the first
 2000 of them on one core at 0.9 s a step, then, resumed, 3000 on both at 0.6.
 """
 
