@@ -10,16 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_utils import qwen
+from lora_utils import blocks, qwen
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LoraFile, LowRank
 from lora_utils.models import Place
@@ -38,7 +39,8 @@ def attach_trainable_lora(
 ) -> list[nn.Parameter]:
     """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what is to be trained.
 
-    A is drawn as torch draws a linear layer (peft's default too), but from `generator`; B is zero.
+    A is drawn as torch draws a linear layer (peft's default too), but from `generator`; B is zero. peft wraps the
+    layers, whatever their weights are stored as; the arithmetic is ours.
     """
     names = target_names(transformer, targets)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, bias="none")
@@ -52,17 +54,44 @@ def attach_trainable_lora(
         bound = math.sqrt(1 / down.shape[1])  # kaiming_uniform with a = sqrt(5)
         down.data = (torch.rand(down.shape, generator=generator) * 2 - 1).mul(bound).to(down.device)
         up.data = torch.zeros(up.shape, device=up.device)
+        cast(nn.Module, layer).forward = partial(_forward, layer)
         parameters += [down, up]
+    blocks.install_forward(transformer, _project_together)
     return parameters
 
 
-def _weights(layer: LoraLinear) -> tuple[nn.Parameter, ...]:
-    """A [R, D_in] and B [D_out, R]."""
-    return tuple(cast(nn.Linear, part[_ADAPTER]).weight for part in (layer.lora_A, layer.lora_B))  # pyright: ignore
+def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [R, D_in] and B [D_out, R], fp32."""
+    down, up = (cast(nn.Linear, cast(nn.ModuleDict, part)[_ADAPTER]) for part in (layer.lora_A, layer.lora_B))
+    return cast(nn.Parameter, down.weight), cast(nn.Parameter, up.weight)
 
 
-def _trainable_layers(transformer: nn.Module) -> dict[str, LoraLinear]:
-    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
+def _trainable_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _add_update(output: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """output [..., D_out] + low [..., R] @ up^T, in one pass over the output."""
+    return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.to(output.dtype).T).view_as(output)
+
+
+def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
+    """A wrapped layer on x [..., D_in]. The small fp32 weights are cast to x's dtype, never x to theirs.
+
+    peft itself casts x, and scales by alpha / R in a pass of its own; here that is 1.
+    """
+    down, up = _weights(layer)
+    return _add_update(layer.base_layer(x), F.linear(x, down.to(x.dtype)), up)
+
+
+def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several layers on one x, with a single down-projection if all of them are wrapped."""
+    wrapped = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    if len(wrapped) < len(layers):
+        return blocks.project_each(layers, x)
+    downs, ups = zip(*map(_weights, wrapped), strict=True)
+    lows = F.linear(x, torch.cat(downs).to(x.dtype)).split([len(down) for down in downs], dim=-1)
+    return [_add_update(layer.base_layer(x), low, up) for layer, low, up in zip(wrapped, lows, ups, strict=True)]
 
 
 def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]:

@@ -8,7 +8,6 @@ Legend: B batch, T text tokens, D the text encoder's width, N image tokens, C pa
 import gc
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,12 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_utils import flow, modulation, qwen
+from lora_utils import blocks, flops, flow, modulation, qwen
 from lora_utils.errors import UserError
 from lora_utils.placeholder import Placeholders, embedding_matrix, spliced, tokenize
 from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
 from lora_utils.sizes import Size, pack, unpack
-from lora_utils.streaming import check_whole, fill, stream_tensors
+from lora_utils.streaming import check_whole, fill, stream_tensors, upload
 
 disable_progress_bar()  # bars of carriage returns are noise in a server's log
 transformers_logging.disable_progress_bar()
@@ -41,12 +40,6 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
-
-    def autocast(self) -> AbstractContextManager:
-        """For training: matmuls in the compute dtype while the LoRA's weights stay fp32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
 
 def default_place() -> Place:
@@ -142,6 +135,7 @@ def load_transformer(folder: Path, place: Place, timesteps: Tensor | None = None
     else:
         fill(transformer, stream(lambda name: name), source)
     check_whole(transformer, source)
+    blocks.install_forward(transformer)
     _settle(transformer, place)
     return transformer
 
@@ -164,22 +158,13 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def plan_checkpointing(transformer: QwenImageTransformer2DModel, place: Place, image_tokens: int, batch: int) -> bool:
-    """Switch gradient checkpointing on where the activations of a step wouldn't fit. -> whether it is on.
-
-    105 kB per token and block are saved for backward with a LoRA on attention at width 3072, 160 kB with the MLPs
-    (measured on diffusers 0.42.1 in bf16); the larger is assumed.
-    """
-    if place.device.type != "cuda":
-        return False
-    text_tokens = 128
-    per_token_bytes = 160_000 * transformer.inner_dim / 3072 * len(transformer.transformer_blocks)
-    needed_bytes = per_token_bytes * batch * (image_tokens + text_tokens)
-    free_bytes, _ = torch.cuda.mem_get_info(place.device)
-    if needed_bytes > 0.85 * free_bytes:
-        transformer.enable_gradient_checkpointing()
-        return True
-    return False
+def shape_of(transformer: QwenImageTransformer2DModel) -> flops.Shape:
+    return flops.Shape(
+        len(transformer.transformer_blocks),
+        transformer.inner_dim,
+        transformer.img_in.in_features,
+        transformer.txt_in.in_features,
+    )
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -201,26 +186,29 @@ def length_warning(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeho
     return None
 
 
-def encode_text(
+def encode_states(
     text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, prompts: Sequence[str], placeholders: Placeholders
-) -> Text:
-    """Prompts -> the states that condition the transformer. The one encode path of training and sampling.
+) -> list[Tensor]:
+    """Prompts -> the states [T_i, D] that condition the transformer. The one encode path of training and sampling.
 
     Shorter prompts are padded on the right, where causal attention keeps the padding from every real token; no mask is
     needed within. Gradients flow to the placeholders' rows if grad mode is on.
     """
     ids = [prompt_ids(tokenizer, prompt, placeholders) for prompt in prompts]
-    lengths = torch.tensor([len(row) for row in ids])
-    padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+    padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     for index, row in enumerate(ids):
         padded[index, : len(row)] = torch.tensor(row)
     with spliced(text_encoder, placeholders):
-        device = embedding_matrix(text_encoder).device
-        states = text_encoder(input_ids=padded.to(device), use_cache=False).last_hidden_state  # [B, 34 + T, D]
-    states = states[:, qwen.TEMPLATE_PREFIX_TOKENS :]
-    return join_text(
-        [state[:length] for state, length in zip(states, lengths - qwen.TEMPLATE_PREFIX_TOKENS, strict=True)]
-    )
+        padded = upload(padded, embedding_matrix(text_encoder).device)
+        states = text_encoder(input_ids=padded, use_cache=False).last_hidden_state  # [B, 34 + T, D]
+    return [state[qwen.TEMPLATE_PREFIX_TOKENS : len(row)] for state, row in zip(states, ids, strict=True)]
+
+
+def encode_text(
+    text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, prompts: Sequence[str], placeholders: Placeholders
+) -> Text:
+    """Prompts as one batch."""
+    return join_text(encode_states(text_encoder, tokenizer, prompts, placeholders))
 
 
 def join_text(states: Sequence[Tensor]) -> Text:
@@ -231,7 +219,7 @@ def join_text(states: Sequence[Tensor]) -> Text:
     if min(lengths) == longest:
         return Text(padded, None)
     mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
-    return Text(padded, mask.to(padded.device))  # [B, T]
+    return Text(padded, upload(mask, padded.device))  # [B, T]
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -271,7 +259,7 @@ def predict_velocity(
     time = flow.model_time(sigma, latents.dtype)
     return transformer(
         hidden_states=latents,
-        timestep=time if modulation.has_table(transformer) else time.to(latents.device),
+        timestep=time if modulation.has_table(transformer) else upload(time, latents.device),
         encoder_hidden_states=text.states,
         encoder_hidden_states_mask=text.mask,
         img_shapes=[[(1, rows, columns)]] * len(latents),

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from lora_utils.streaming import upload
+
 STREAMS = ("img_mod", "txt_mod")
 _NAME = re.compile(r"transformer_blocks\.(\d+)\.(img_mod|txt_mod)\.1\.(weight|bias)")
 
@@ -49,7 +51,7 @@ class ModulationTable:
         index = torch.searchsorted(self.timesteps, wanted).clamp_max(len(self.timesteps) - 1)
         if not torch.equal(self.timesteps[index], wanted):
             raise KeyError(f"the modulation table has no timestep {values}")
-        self.current, self.shown = self.rows[index].to(self.device, non_blocking=True), values
+        self.current, self.shown = upload(self.rows[index], self.device), values
 
 
 class _FromTable(nn.Module):

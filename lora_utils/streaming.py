@@ -43,6 +43,13 @@ def stream_tensors(
                     yield name, shard.get_tensor(stored).to(dtype)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what is queued there."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], source: Path) -> None:
     """Put tensors in the place of a module's empty parameters, frozen. Raises UserError for one that doesn't fit."""
     for name, tensor in tensors:

@@ -1,0 +1,136 @@
+"""The transformer's blocks: diffusers' arithmetic on diffusers' modules, in fewer passes over memory.
+
+Owns a block's forward and the RoPE tables; must not know of LoRAs, timesteps or how weights are stored: every linear
+layer is called as the module that it is. Against diffusers 0.42.1 it saves the fp32 copies that its RMSNorm keeps for
+the backward pass, a pass over memory per modulation and per gated residual, and remaking the RoPE table at every step.
+
+Legend: B batch, N image tokens, T text tokens, S = T + N, H heads, E width of a head, D = H * E.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Project = Callable[[Sequence[nn.Module], Tensor], list[Tensor]]  # several linear layers of one input
+
+
+def project_each(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    return [layer(x) for layer in layers]
+
+
+class JointRope(nn.Module):
+    """Stands in for `pos_embed`: one complex table [S, E / 2] for text and image, kept for the shapes last seen."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        self.original = original
+        self.table = lru_cache(maxsize=64)(self._table)
+
+    def _table(self, shape: tuple[int, int, int], text_tokens: int, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):  # a table made while sampling must serve training too
+            image, text = self.original([shape], max_txt_seq_len=text_tokens, device=device)
+            return torch.cat([text, image])
+
+    def forward(self, img_shapes: list[Any], max_txt_seq_len: int, device: torch.device) -> Tensor:
+        (shape,) = img_shapes[0]  # one picture per example, all of one size
+        return self.table(shape, max_txt_seq_len, device)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """RoPE on [B, S, H, E] by a complex table [S, E / 2], in fp32 as diffusers computes it."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, S, H, E / 2]
+    return torch.view_as_real(pairs * table[:, None]).flatten(3).type_as(x)
+
+
+def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm, then * (1 + scale) + shift. x [B, N, D], shift and scale [B, D].
+
+    For one picture the modulation is the norm's own affine part and costs no pass of its own.
+    """
+    if len(x) == 1:
+        return F.layer_norm(x, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
+    return torch.addcmul(shift[:, None], F.layer_norm(x, norm.normalized_shape, eps=norm.eps), 1 + scale[:, None])
+
+
+def attend(
+    attn: Any, image: Tensor, text: Tensor, mask: Tensor | None, rope: Tensor, project: Project
+) -> tuple[Tensor, Tensor]:
+    """Joint attention of image [B, N, D] and text [B, T, D], text first. -> both, before their output layers.
+
+    torch chooses the fastest kernel for the shape; most refuse a mask, so there is none where no text is padded.
+    """
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attn.heads, -1))
+
+    def normed(x: Tensor, norm: Any) -> Tensor:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+    q, k, v = map(heads, project((attn.to_q, attn.to_k, attn.to_v), image))  # [B, N, H, E]
+    text_q, text_k, text_v = map(heads, project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), text))
+    q = rotate(torch.cat([normed(text_q, attn.norm_added_q), normed(q, attn.norm_q)], dim=1), rope)  # [B, S, H, E]
+    k = rotate(torch.cat([normed(text_k, attn.norm_added_k), normed(k, attn.norm_k)], dim=1), rope)
+    v = torch.cat([text_v, v], dim=1)
+    seen = None if mask is None else F.pad(mask, (0, image.shape[1]), value=True)[:, None, None]  # [B, 1, 1, S]
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)  # [B, S, D]
+    return mixed[:, text.shape[1] :], mixed[:, : text.shape[1]]
+
+
+def forward_block(
+    block: Any, project: Project, hidden_states: Tensor, encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None, temb: Tensor, image_rotary_emb: Tensor,
+    joint_attention_kwargs: None = None, modulate_index: None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A dual-stream block on image [B, N, D] and text [B, T, D] -> text and image. Called by diffusers' names."""
+    image, text = hidden_states, encoder_hidden_states
+    i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = block.img_mod(temb).chunk(6, dim=-1)  # [B, D] each
+    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = block.txt_mod(temb).chunk(6, dim=-1)
+    mixed_image, mixed_text = attend(
+        block.attn,
+        modulate(image, block.img_norm1, i_shift1, i_scale1),
+        modulate(text, block.txt_norm1, t_shift1, t_scale1),
+        encoder_hidden_states_mask,
+        image_rotary_emb,
+        project,
+    )
+    image = torch.addcmul(image, i_gate1[:, None], block.attn.to_out[0](mixed_image))
+    text = torch.addcmul(text, t_gate1[:, None], block.attn.to_add_out(mixed_text))
+    image = torch.addcmul(image, i_gate2[:, None], block.img_mlp(modulate(image, block.img_norm2, i_shift2, i_scale2)))
+    text = torch.addcmul(text, t_gate2[:, None], block.txt_mlp(modulate(text, block.txt_norm2, t_shift2, t_scale2)))
+    return text, image
+
+
+class _Recomputed:
+    """A block's forward that keeps nothing but its inputs, and runs again in the backward pass."""
+
+    def __init__(self, forward: Callable[..., tuple[Tensor, Tensor]]):
+        self.forward = forward
+
+    def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        # Nothing in a block is random, so there is no generator's state to keep either.
+        return checkpoint(self.forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
+
+def recompute_first(transformer: QwenImageTransformer2DModel, count: int) -> None:
+    """Let the first `count` blocks recompute their activations, and no other.
+
+    The first, because when their turn comes in the backward pass, what the later blocks kept is free again.
+    """
+    for index, block in enumerate(transformer.transformer_blocks):
+        forward = block.forward.forward if isinstance(block.forward, _Recomputed) else block.forward
+        block.forward = _Recomputed(forward) if index < count else forward
+
+
+def install_forward(transformer: QwenImageTransformer2DModel, project: Project = project_each) -> None:
+    """Let the blocks compute this way. Nothing about the weights changes; a second call changes `project`."""
+    if not isinstance(transformer.pos_embed, JointRope):
+        transformer.pos_embed = cast(Any, JointRope(transformer.pos_embed))
+    for block in transformer.transformer_blocks:
+        block.forward = partial(forward_block, block, project)
