@@ -3,16 +3,18 @@
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path as LocalPath
 from typing import Any, Optional, cast
 
+import torch
 from cog import BaseModel, Input, Path, current_scope
 
 from lora_utils import dataset as datasets
-from lora_utils import fetch, models, training, weights
+from lora_utils import fetch, models, preparation, training, weights
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig, random_seed
-from lora_utils.console import Progress, clock, log_to_stdout, unexpected_errors_printed
+from lora_utils.console import Progress, log_to_stdout, unexpected_errors_printed
 
 
 class TrainingOutput(BaseModel):
@@ -119,33 +121,34 @@ def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
         for line in datasets.describe(found, passes):
             print(line, flush=True)
         base_model = fetch.base_model_name()
-        run = training.prepare(config, found, fetch.fetch_model(base_model), models.default_place())
+        run = preparation.prepare(config, found, fetch.fetch_model(base_model), models.default_place())
     loss = consume(run)
-    target = output_path()
+    target, began = output_path(), time.monotonic()
     placeholders = training.describe_placeholders(run, found.captions)
     weights.save_weights(target, training.finish(run), config, base_model, found.num_images, loss, placeholders)
+    run.seconds["save"] = time.monotonic() - began
+    for line in training.describe_speed(run):
+        print(line, flush=True)
     print(f"wrote weights.zip, {target.stat().st_size / 1e6:.1f} MB", flush=True)
     return target
 
 
-def consume(run: training.Run) -> float:
+def consume(run: preparation.Run) -> float:
     """Step through the run and print its progress. -> the mean loss over the last tenth of the steps."""
-    config, progress, losses, window = run.config, Progress(run.config.steps), [], []
+    config, progress, losses, printed = run.config, Progress(run.config.steps), [], 0
     for report in training.train(run):
-        losses.append(report.loss)
-        window.append(report.loss)
+        losses.append(report.losses)  # numbers are read, and the device waited for, only where a line is printed
         if progress.is_due(report.step):
-            mean = sum(window) / len(window)
+            mean = float(torch.cat(losses[printed:]).mean())
             line = f"step {report.step}/{config.steps} loss {mean:.4f} lr {report.learning_rate:.1e}"
-            print(f"{line} grad {report.grad_norm:.2f} {progress.pace(report.step)}", flush=True)
+            print(f"{line} grad {float(report.grad_norm):.2f} {progress.pace(report.step)}", flush=True)
             for token, row in training.report_rows(run).items():
                 near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
-                grad = f"grad {report.row_grad_norms.get(token, 0):.2g}"
+                grad = f"grad {float(report.row_grad_norms.get(token, 0)):.2g}"
                 print(
                     f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True
                 )
-            window.clear()
+            printed = len(losses)
     cast(Any, current_scope()).record_metric("training_step_count", config.steps)
-    print(f"trained {config.steps} steps in {clock(progress.elapsed_s())}", flush=True)
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last)
+    run.seconds["train"] = progress.elapsed_s() - run.seconds["probe"]
+    return float(torch.cat(losses[-max(1, len(losses) // 10) :]).mean())

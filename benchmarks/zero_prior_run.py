@@ -16,7 +16,7 @@ from PIL import Image
 
 from examples import demo, evaluate, shapes
 from examples.evaluate import Asked
-from lora_utils import flow, fresh_token, models, training
+from lora_utils import flow, fresh_token, models, preparation, training
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import read_dataset
@@ -32,6 +32,7 @@ PHRASES = {
 }
 WORDINGS = (0, 3)  # the trigger never opens the sentence, where the tokenizer reads `TOK` as another token
 SIZE = Size(shapes.SIDE_PX, shapes.SIDE_PX)
+SAMPLED_AT_ONCE = 27  # half of what is asked; more at once leaves the cache and is slower
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,19 +149,20 @@ def _drift(bench: Bench, trained: models.Components, placeholders: Placeholders,
     return float((after - before).square().mean() / before.square().mean())
 
 
-def _as_components(bench: Bench, run: training.Run) -> models.Components:
+def _as_components(bench: Bench, run: preparation.Run) -> models.Components:
     """The model as the run has it now."""
     return replace(bench.base, transformer=run.transformer, text_encoder=run.text_encoder or bench.base.text_encoder)
 
 
-def measure(bench: Bench, run: training.Run, arm: Arm, kind: str, step: int) -> Point:
+def measure(bench: Bench, run: preparation.Run, arm: Arm, kind: str, step: int) -> Point:
     """Draw and count. Draws nothing from the run's random streams and changes nothing of it."""
     trained = _as_components(bench, run)
     asked = trigger_prompts(arm.told(kind), bench.length.token_prompts)
     plain = evaluate.held_out_prompts(bench.length.plain_prompts)
     prior = trigger_prompts(shapes.Prompt(shapes.TOK), bench.length.prior_prompts)
     texts = [question.text for question in (*asked, *plain, *prior)]
-    pictures = evaluate.sample_ours(trained, texts, run.placeholders, bench.length.sampling_steps, batch=len(texts))
+    sampling_steps = bench.length.sampling_steps
+    pictures = evaluate.sample_ours(trained, texts, run.placeholders, sampling_steps, batch=SAMPLED_AT_ONCE)
     readings = [shapes.read(picture) for picture in pictures]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
@@ -190,7 +192,7 @@ def measure(bench: Bench, run: training.Run, arm: Arm, kind: str, step: int) -> 
 # --- the arms' changes to a run -------------------------------------------------------------------------------------
 
 
-def train_word(run: training.Run, bench: Bench, word: str) -> None:
+def train_word(run: preparation.Run, bench: Bench, word: str) -> None:
     """Let a word of the vocabulary learn as a fresh token does: its own row is spliced in and trained.
 
     The piece " TOK" is cut out with its space, which is how the tokenizer reads the word inside a sentence.
@@ -202,10 +204,10 @@ def train_word(run: training.Run, bench: Bench, word: str) -> None:
     run.text_encoder = bench.base.text_encoder
     run.texts = {caption: text for caption, text in run.texts.items() if word not in caption}
     rate = fresh_token.learning_rate(run.config, run.tokenizer, run.text_encoder)
-    run.optimizer = training.new_optimizer(run.config, run.lora, run.placeholders, rate)
+    run.optimizer = preparation.new_optimizer(run.config, run.lora, run.placeholders, rate)
 
 
-def remedy_of(arm: Arm, run: training.Run, bench: Bench) -> Callable[[int], object]:
+def remedy_of(arm: Arm, run: preparation.Run, bench: Bench) -> Callable[[int], object]:
     """What is done to the row after each step."""
     if arm.remedy is None:
         return lambda step: None
@@ -248,7 +250,7 @@ def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
     return replace(config, placeholder_learning_rate=0.0 if arm.row == "frozen" else default * arm.rate_factor)
 
 
-def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> training.Run:
+def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> preparation.Run:
     """A run on 15 pictures of one object.
 
     Seeds are paired: the same seed gives each arm the same pictures, LoRA, order, noise and sigmas.
@@ -258,7 +260,7 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> training.Run:
         demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed, wordings=WORDINGS)
         unpack(Path(folder) / "d.zip", Path(folder) / "pictures")
         found = read_dataset(Path(folder) / "pictures", config.resolutions_px, "")
-        run = training.prepare(config, found, bench.folder, bench.base.place, any_timestep=True)
+        run = preparation.prepare(config, found, bench.folder, bench.base.place, any_timestep=True)
     if arm.trigger == "prior" and arm.row == "trained":
         train_word(run, bench, shapes.TOK)
     return run

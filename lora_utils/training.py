@@ -1,138 +1,107 @@
-"""Training: examples -> a LoRA and, if asked for, the row of a placeholder token.
+"""Training: a prepared run -> a LoRA and, if asked for, the row of a placeholder token.
 
-Owns the run and its loop; must not know Cog, archives or sampling. The loop yields; printing, saving and cancelling
-belong to whoever consumes it.
+Owns the loop; must not know Cog, archives or sampling. The loop yields; printing, saving and cancelling
+belong to whoever consumes it. The device is waited for only where a number is read.
 
 Legend: B batch, N image tokens, C packed channels (64), T text tokens, D the text encoder's width, R rank.
 """
 
-import hashlib
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, models, modulation
-from lora_utils.adapters import attach_trainable_lora, trained_lora
-from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
+from lora_utils import blocks, flops, fresh_token, memory, models
+from lora_utils.adapters import trained_lora
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import Dataset
+from lora_utils.draws import Drawn, generator_for, micro_batches
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LoraFile
-from lora_utils.placeholder import Placeholders, RowReport
+from lora_utils.placeholder import RowReport
+from lora_utils.preparation import PROBE_SIGMA, Run
+from lora_utils.streaming import upload
 
 log = logging.getLogger(__name__)
 
-EMPTY_CAPTION = " "  # what a dropped caption becomes: the sampler's default negative prompt
 MAX_GRAD_NORM = 1.0  # for the LoRA and for the row, each by itself
-WEIGHT_DECAY = 1e-4  # of the LoRA; the row has none
+CHECK_EVERY = 25  # steps from one look at whether the numbers are finite to the next: each waits for the device
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer step. `loss` is the mean of its micro-batches, gradient norms are before clipping."""
+    """One optimizer step. Its numbers are still on the device; reading one waits for the step to end."""
 
     step: int
-    loss: float
     learning_rate: float
-    grad_norm: float
-    seconds: float
-    row_grad_norms: dict[str, float] = field(default_factory=dict)  # of the tokens that the step's captions held
+    losses: Tensor  # of its micro-batches
+    grad_norm: Tensor  # of the LoRA, before clipping
+    row_grad_norms: dict[str, Tensor]  # of the tokens that the step's captions held, before clipping
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
 
 
-@dataclass(slots=True)
-class Run:
-    """A training run, ready to step: made by `prepare`, advanced by `train`, read by `finish`."""
-
-    config: TrainConfig
-    place: models.Place
-    schedule: flow.Schedule
-    transformer: QwenImageTransformer2DModel
-    lora: list[nn.Parameter]
-    examples: list[CachedExample]
-    texts: dict[str, Tensor]  # [T, D] each; captions with the token are missing, they are encoded at every step
-    placeholders: Placeholders
-    text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
-    tokenizer: Qwen2Tokenizer
-    optimizer: torch.optim.Optimizer
-    first_rows: tuple[Tensor, ...]  # as they were drawn
+# --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def generator_for(seed: int, purpose: str) -> torch.Generator:
-    """A stream of its own for each purpose, so that one more draw here doesn't shift what is drawn there."""
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-# --- preparing ------------------------------------------------------------------------------------------------------
-
-
-def prepare(
-    config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place, any_timestep: bool = False
-) -> Run:
-    """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA.
-
-    `any_timestep`: the caller will show the transformer others than the run's own, so a table won't do.
-    """
-    models.release_memory()  # of a run that was cancelled
-    tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
-    text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
-    placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
-    if config.tokens:
-        fresh_token.check_captions(dataset.captions, tokenizer, placeholders)
-    for caption in dict.fromkeys(dataset.captions):
-        if warning := models.length_warning(tokenizer, caption, placeholders):
-            log.warning("caption %s", warning)
-    fixed = [caption for caption in dataset.captions if not placeholders.used_in([caption]).tokens]
-    texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
-    if not config.tokens:
-        text_encoder = None
-    models.release_memory()
-    vae = models.load_vae(model_folder, place)
-    examples = encode_examples(vae, dataset.examples)
-    log.info("encoded %d pictures and %d captions", len(examples), len(texts) - 1)
-    del vae
-    models.release_memory()
-
-    timesteps = None if any_timestep else run_timesteps(config, examples, schedule, place.dtype)
-    transformer = models.load_transformer(model_folder, place, timesteps)
-    if timesteps is not None and modulation.has_table(transformer):
-        log.info("a table of %d timesteps stands in for the modulations", len(timesteps))
-    lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
-    log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
-    largest = max(example.size.tokens for example in examples)
-    if models.plan_checkpointing(transformer, place, largest, config.batch_size):
-        log.info("gradient checkpointing is on: the activations of %d tokens wouldn't fit", largest)
-    row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
-    optimizer = new_optimizer(config, lora, placeholders, row_rate)
-    first_rows = tuple(row.detach().clone() for row in placeholders.rows)
-    return Run(
-        config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
-        first_rows,
+def plan_memory(run: Run) -> None:
+    """Choose how many blocks recompute their activations, by arithmetic, then by a step on the largest batch."""
+    largest = max(run.examples, key=lambda example: example.size.tokens)
+    longest = max(len(models.prompt_ids(run.tokenizer, example.caption, run.placeholders)) for example in run.examples)
+    size = memory.StepSize(
+        blocks=len(run.transformer.transformer_blocks),
+        width=run.transformer.inner_dim,
+        tokens=run.config.batch_size * (largest.size.tokens + longest),
+        targets=run.config.lora_targets,
+        element_bytes=run.place.dtype.itemsize,
+        lora_parameters=sum(weight.numel() for weight in run.lora),
+    )
+    free = memory.free_bytes(run.place.device)
+    use_plan(run, memory.blocks_to_recompute(size, free))
+    log.info(
+        "memory: a step of %d tokens needs %.1f of %.1f GB free; %d of %d blocks recompute their activations",
+        size.tokens, size.needed_bytes(run.recomputed) / 1e9, free / 1e9, run.recomputed, size.blocks,
     )  # fmt: skip
+    began = time.monotonic()
+    probe = Drawn(
+        torch.randn(run.config.batch_size, *largest.latents.shape, generator=generator_for(0, "probe")),
+        torch.zeros(run.config.batch_size, *largest.latents.shape),
+        torch.full((run.config.batch_size,), PROBE_SIGMA),
+        (max((example.caption for example in run.examples), key=len),) * run.config.batch_size,
+        largest.size,
+        (largest.image_name,),
+    )
+    forward_backward(run, [probe])
+    run.optimizer.zero_grad(set_to_none=True)
+    run.flops = 0.0
+    run.seconds["probe"] = time.monotonic() - began
 
 
-def new_optimizer(
-    config: TrainConfig, lora: list[nn.Parameter], placeholders: Placeholders, row_rate: float
-) -> torch.optim.Optimizer:
-    """AdamW; the rows are a group of their own, with their own rate and without weight decay."""
-    groups = [{"params": lora, "lr": config.learning_rate, "weight_decay": WEIGHT_DECAY}]
-    if rows := [row for row in placeholders.rows if row.requires_grad]:
-        groups.append({"params": rows, "lr": row_rate, "weight_decay": 0.0})
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-    return torch.optim.AdamW(groups)
+def use_plan(run: Run, recomputed: int) -> None:
+    run.recomputed = recomputed
+    blocks.recompute_first(run.transformer, recomputed)
+
+
+def step_down(run: Run, drawn: Sequence[Drawn]) -> None:
+    """After a step that ran out of memory: drop what it left and recompute more. Raises UserError if all do."""
+    run.optimizer.zero_grad(set_to_none=True)
+    models.release_memory()
+    blocks_there = len(run.transformer.transformer_blocks)
+    if run.recomputed == blocks_there:
+        size = max((batch.size for batch in drawn), key=lambda size: size.tokens)
+        raise UserError(
+            f"a step on {len(drawn[0].sigma)} pictures of {size.width_px}x{size.height_px} doesn't fit into memory, "
+            "even with every block recomputed; lower resolution, batch_size or rank, or use a larger card."
+        )
+    use_plan(run, memory.more_blocks(run.recomputed, blocks_there))
+    log.warning("out of memory; from here on %d of %d blocks recompute", run.recomputed, blocks_there)
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -148,77 +117,45 @@ def rate_factor(step: int, config: TrainConfig) -> float:
     return 1.0 - progress if config.lr_scheduler == "linear" else 1.0
 
 
-def batches(examples: Sequence[CachedExample], batch_size: int, seed: int) -> Iterator[list[CachedExample]]:
-    """Endless batches, each of one bucket. An epoch shows every example once; the last of a bucket may be short."""
-    rng = random.Random(seed)
-    by_size = [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
-    while True:
-        epoch = []
-        for group in by_size:
-            rng.shuffle(group)
-            epoch += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
-        rng.shuffle(epoch)
-        yield from epoch
-
-
-def run_timesteps(
-    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule, dtype: torch.dtype
-) -> Tensor:
-    """Every timestep [S] that the run will show the transformer, drawn beforehand just as the loop will draw them."""
-    stream, generator = batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")
-    drawn = []
-    for _ in range(config.steps * config.gradient_accumulation):
-        batch = next(stream)
-        drawn.append(flow.draw_sigmas(len(batch), schedule.mu(batch[0].size.tokens), generator))
-    return flow.model_time(torch.cat(drawn), dtype).unique()
-
-
 def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
     """The captions' states: fixed ones from the cache, those with the token encoded under gradient."""
-    live = [caption for caption in captions if caption not in run.texts]
-    states = {caption: run.texts[caption].to(run.place.device) for caption in captions if caption in run.texts}
+    live = list(dict.fromkeys(caption for caption in captions if caption not in run.texts))
+    states = {caption: upload(run.texts[caption], run.place.device) for caption in captions if caption in run.texts}
     if live and run.text_encoder is not None:
         used = run.placeholders.used_in(live)
-        encoded = models.encode_text(run.text_encoder, run.tokenizer, live, used)
-        if any(row.requires_grad for row in used.rows) and not encoded.states.requires_grad:
+        encoded = models.encode_states(run.text_encoder, run.tokenizer, live, used)
+        if any(row.requires_grad for row in used.rows) and not encoded[0].requires_grad:
             raise RuntimeError(f"no gradient reaches {', '.join(used.tokens)}: the text encoder ran without grad mode")
-        for index, caption in enumerate(live):
-            length = len(encoded.states[index]) if encoded.mask is None else int(encoded.mask[index].sum())
-            states[caption] = encoded.states[index, :length]
+        states.update(zip(live, encoded, strict=True))
     return models.join_text([states[caption] for caption in captions])
 
 
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """The run's random draws during training."""
-
-    noise: torch.Generator
-    sigma: torch.Generator
-    dropout: torch.Generator
-
-
-def batch_loss(run: Run, batch: Sequence[CachedExample], streams: Streams, step: int = 1) -> Tensor:
+def batch_loss(run: Run, drawn: Drawn) -> Tensor:
     """Flow-matching loss of one micro-batch: the mean squared error of the velocity, in fp32."""
-    clean = torch.stack([example.latents for example in batch])  # [B, N, C]
-    noise = torch.randn(clean.shape, generator=streams.noise)
-    sigma = flow.draw_sigmas(len(batch), run.schedule.mu(clean.shape[1]), streams.sigma)  # [B]
-    dropped = torch.rand(len(batch), generator=streams.dropout) < run.config.caption_dropout
-    captions = [EMPTY_CAPTION if drop else example.caption for drop, example in zip(dropped, batch, strict=True)]
-    noisy = flow.add_noise(clean, noise, sigma).to(run.place.device, run.place.dtype)
-    text = batch_text(run, captions)
-    with run.place.autocast():
-        velocity = models.predict_velocity(run.transformer, noisy, sigma, text, batch[0].size)
-    loss = F.mse_loss(velocity.float(), flow.velocity_target(clean, noise).to(run.place.device))
-    if not torch.isfinite(loss):
-        names = ", ".join(example.image_name for example in batch)
-        levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
-        raise UserError(
-            f"the loss is {loss.item()} at step {step} (pictures: {names}; sigma: {levels}); lower learning_rate."
-        )
-    return loss
+    noisy = upload(drawn.noisy.to(run.place.dtype), run.place.device)
+    text = batch_text(run, drawn.captions)
+    velocity = models.predict_velocity(run.transformer, noisy, drawn.sigma, text, drawn.size)
+    shape = models.shape_of(run.transformer)
+    run.flops += len(drawn.sigma) * flops.training_flops(shape, noisy.shape[1], text.states.shape[1], run.recomputed)
+    return F.mse_loss(velocity.float(), upload(drawn.target, run.place.device))
 
 
-def clip_and_step(run: Run, step: int) -> tuple[float, dict[str, float]]:
+def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
+    """Losses of the micro-batches; their gradients stay. Out of memory, the plan steps down and all is redone."""
+    while True:
+        losses = []
+        try:
+            for batch in drawn:
+                loss = batch_loss(run, batch)
+                (loss / len(drawn)).backward()
+                losses.append(loss.detach())
+            return torch.stack(losses)
+        except torch.OutOfMemoryError:
+            pass  # to be dealt with below, where the failed step's tensors are no longer held by its traceback
+        step_down(run, drawn)
+
+
+def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Clip the LoRA and each row apart, step, clear the gradients. -> their gradient norms before clipping.
 
     Apart, because a fresh row's first gradient is some 50 times the LoRA's and would stop it from learning. A row that
@@ -226,35 +163,56 @@ def clip_and_step(run: Run, step: int) -> tuple[float, dict[str, float]]:
     """
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate_factor(step, run.config)
-    lora_norm = float(nn.utils.clip_grad_norm_(run.lora, MAX_GRAD_NORM))
-    row_norms = {}
-    for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True):
-        if row.grad is None:
-            continue
-        row_norms[token] = norm = float(nn.utils.clip_grad_norm_([row], MAX_GRAD_NORM))
-        if norm == 0:
-            raise RuntimeError(f"no gradient reaches the row of {token} at step {step + 1}")
-        if not math.isfinite(norm):
-            raise UserError(f"the gradient of {token} is {norm} at step {step + 1}; lower its rate.")
+    lora_norm = nn.utils.clip_grad_norm_(run.lora, MAX_GRAD_NORM)
+    row_norms = {
+        token: nn.utils.clip_grad_norm_([row], MAX_GRAD_NORM)
+        for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
+        if row.grad is not None
+    }
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return lora_norm, row_norms
 
 
+def check_numbers(reports: Sequence[tuple[StepReport, Sequence[Drawn]]]) -> None:
+    """Raise for the first of these steps with a loss or a row's gradient that can't be. Waits for the device, once."""
+    sound = [
+        torch.stack([report.losses.isfinite().all(), *(n.isfinite() & (n > 0) for n in report.row_grad_norms.values())])
+        for report, _ in reports
+    ]
+    if torch.stack([flags.all() for flags in sound]).all():
+        return
+    for report, drawn in reports:
+        if not math.isfinite(report.loss):
+            names = ", ".join(name for batch in drawn for name in batch.names)
+            levels = ", ".join(f"{level:.3f}" for batch in drawn for level in batch.sigma.tolist())
+            raise UserError(
+                f"the loss is {report.loss} at step {report.step} (pictures: {names}; sigma: {levels}); "
+                "lower learning_rate."
+            )
+        for token, norm in report.row_grad_norms.items():
+            if norm == 0:
+                raise RuntimeError(f"no gradient reaches the row of {token} at step {report.step}")
+            if not norm.isfinite():
+                raise UserError(f"the gradient of {token} is {float(norm)} at step {report.step}; lower its rate.")
+
+
 def train(run: Run) -> Iterator[StepReport]:
     """Step through the run, one report per optimizer step. The last states of the run are in `run`."""
-    config = run.config
-    stream = batches(run.examples, config.batch_size, config.seed)
-    streams = Streams(*(generator_for(config.seed, purpose) for purpose in ("noise", "sigma", "dropout")))
+    config, unchecked = run.config, []
+    plan_memory(run)
+    stream = micro_batches(config, run.examples, run.schedule)
     for step in range(config.steps):
-        began, loss = time.monotonic(), 0.0
-        for _ in range(config.gradient_accumulation):
-            part = batch_loss(run, next(stream), streams, step + 1) / config.gradient_accumulation
-            part.backward()
-            loss += part.item()
+        drawn = [next(stream) for _ in range(config.gradient_accumulation)]
+        losses = forward_backward(run, drawn)
         grad_norm, row_grad_norms = clip_and_step(run, step)
         rate = run.optimizer.param_groups[0]["lr"]
-        yield StepReport(step + 1, loss, rate, grad_norm, time.monotonic() - began, row_grad_norms)
+        report = StepReport(step + 1, rate, losses, grad_norm, row_grad_norms)
+        unchecked.append((report, drawn))
+        if step % CHECK_EVERY == 0 or step + 1 == config.steps:
+            check_numbers(unchecked)
+            unchecked = []
+        yield report
 
 
 # --- the result -----------------------------------------------------------------------------------------------------
@@ -268,6 +226,19 @@ def finish(run: Run) -> LoraFile:
             raise RuntimeError(f"the row of {token} hasn't moved in {run.config.steps} steps")
         rows[token] = row.detach().float().cpu().view(1, -1)
     return LoraFile(trained_lora(run.transformer), rows)
+
+
+def describe_speed(run: Run) -> list[str]:
+    """The run's last lines: how fast it was against what the device can do, its peak of memory, where the time went."""
+    device, steps, seconds = run.place.device, run.config.steps, run.seconds["train"]
+    done, peak = run.flops / seconds, flops.measured_peak(device, run.place.dtype)
+    spent = ", ".join(f"{name} {taken:.1f} s" for name, taken in run.seconds.items())
+    held = "of the card's memory" if device.type == "cuda" else "of memory"
+    return [
+        f"trained {steps} steps, {seconds / steps:.3f} s each, at {done / 1e12:.3g} TFLOP/s: {done / peak:.0%} of the "
+        f"{peak / 1e12:.3g} that a plain matrix product reaches here",
+        f"at most {memory.peak_bytes(device) / 1e9:.2f} GB {held}; {spent}",
+    ]
 
 
 def report_rows(run: Run) -> dict[str, RowReport]:

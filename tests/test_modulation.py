@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_utils import flow, models, modulation, training
+from lora_utils import flow, models, modulation, preparation, training
 from lora_utils.config import TrainConfig
 from lora_utils.sizes import Size
 
@@ -54,8 +54,8 @@ def test_a_table_larger_than_the_weights_is_not_used(random_model):
 
 
 def test_a_run_knows_its_timesteps_beforehand(dataset, random_model, monkeypatch):
-    run = training.prepare(replace(CONFIG, gradient_accumulation=2), dataset, random_model, PLACE)
-    foreseen = training.run_timesteps(run.config, run.examples, run.schedule, PLACE.dtype)
+    run = preparation.prepare(replace(CONFIG, gradient_accumulation=2), dataset, random_model, PLACE)
+    foreseen = preparation.shown_timesteps(run.config, run.examples, run.schedule, PLACE.dtype)
     seen, predict = [], models.predict_velocity
     monkeypatch.setattr(models, "predict_velocity", lambda *given: seen.append(given[2]) or predict(*given))
     list(training.train(run))
@@ -65,21 +65,10 @@ def test_a_run_knows_its_timesteps_beforehand(dataset, random_model, monkeypatch
 @pytest.mark.parametrize("token", [False, True])
 def test_the_loss_curve_is_that_of_the_layers(token, dataset, random_model, monkeypatch):
     config = replace(CONFIG, train_placeholder_token=token)
-    tabled = training.prepare(config, dataset, random_model, PLACE)
+    tabled = preparation.prepare(config, dataset, random_model, PLACE)
     assert not any(modulation.is_modulation(name) for name, _ in tabled.transformer.named_parameters())
     with monkeypatch.context() as patch:
         patch.setattr(modulation, "pays", lambda *_: False)
-        plain = training.prepare(config, dataset, random_model, PLACE)
+        plain = preparation.prepare(config, dataset, random_model, PLACE)
     curves = [[report.loss for report in training.train(run)] for run in (tabled, plain)]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-
-
-def test_checkpointed_blocks_recompute_with_the_steps_own_rows(dataset, random_model):
-    curves = []
-    for checkpointing in (False, True):
-        run = training.prepare(CONFIG, dataset, random_model, PLACE)
-        if checkpointing:
-            run.transformer.enable_gradient_checkpointing()
-            run.transformer.train()
-        curves.append([report.loss for report in training.train(run)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_utils import flow, models, training
+from lora_utils import draws, flow, models, preparation, training
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.placeholder import embedding_matrix
@@ -19,23 +19,22 @@ TOKEN = replace(BASELINE, train_placeholder_token=True)
 
 @pytest.fixture
 def prepare(dataset, random_model):
-    def make(config: TrainConfig, data=dataset) -> training.Run:
-        return training.prepare(config, data, random_model, models.default_place())
+    def make(config: TrainConfig, data=dataset) -> preparation.Run:
+        return preparation.prepare(config, data, random_model, models.default_place())
 
     return make
 
 
-def losses(run: training.Run) -> list[float]:
+def losses(run: preparation.Run) -> list[float]:
     return [report.loss for report in training.train(run)]
 
 
 def test_the_loss_of_a_batch_is_the_formula(prepare):
-    run = prepare(BASELINE)
-    batch = run.examples[:3]
-    generators = [training.generator_for(0, purpose) for purpose in ("noise", "sigma", "dropout")]
-    loss = training.batch_loss(run, batch, training.Streams(*generators))
+    run = prepare(replace(BASELINE, caption_dropout=0.0))
+    loss = training.batch_loss(run, next(draws.micro_batches(run.config, run.examples, run.schedule)))
 
-    noise_generator, sigma_generator = (training.generator_for(0, purpose) for purpose in ("noise", "sigma"))
+    batch = next(draws.batches(run.examples, 3, 0))
+    noise_generator, sigma_generator = (draws.generator_for(0, purpose) for purpose in ("noise", "sigma"))
     clean = torch.stack([example.latents for example in batch])
     noise = torch.randn(clean.shape, generator=noise_generator)
     sigma = flow.draw_sigmas(3, run.schedule.mu(16), sigma_generator)
@@ -99,7 +98,7 @@ def test_a_package_without_the_feature_trains_the_same_baseline(prepare, monkeyp
         raise AssertionError("the baseline asked for something of the token")
 
     for name in ("fresh_row", "assign_slots", "check_captions", "learning_rate", "describe", "report"):
-        monkeypatch.setattr(training.fresh_token, name, missing)
+        monkeypatch.setattr(preparation.fresh_token, name, missing)
     monkeypatch.setattr(models, "spliced", lambda *_: contextlib.nullcontext())
     run = prepare(BASELINE)
     assert losses(run) == expected
@@ -112,7 +111,7 @@ def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, component
     """Cached captions and those with the token: what a step reads is what `predict` reads for the same prompt."""
     run = prepare(replace(TOKEN, batch_size=1))
     assert components.text_encoder is not run.text_encoder
-    for caption in (run.examples[0].caption, training.EMPTY_CAPTION):
+    for caption in (run.examples[0].caption, draws.EMPTY_CAPTION):
         in_training = training.batch_text(run, [caption])
         in_prediction = models.encode_text(components.text_encoder, components.tokenizer, [caption], run.placeholders)
         assert torch.equal(in_training.states, in_prediction.states)
@@ -122,12 +121,15 @@ def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, component
 def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(prepare, dataset, monkeypatch):
     mixed = replace(dataset, examples=[*dataset.examples[:5], replace(dataset.examples[5], caption="a red circle")])
     run = prepare(replace(TOKEN, caption_dropout=0.0, steps=4, batch_size=6), mixed)
-    assert set(run.texts) == {"a red circle", training.EMPTY_CAPTION}
-    encoded, encode = [], models.encode_text
-    monkeypatch.setattr(models, "encode_text", lambda *given: encoded.append(given[2]) or encode(*given))
+    assert set(run.texts) == {"a red circle", draws.EMPTY_CAPTION}
+    encoded, encode = [], models.encode_states
+    monkeypatch.setattr(models, "encode_states", lambda *given: encoded.append(given[2]) or encode(*given))
     losses(run)
-    assert len(encoded) == 4
-    assert all(len(captions) == 5 and all("<zwx>" in caption for caption in captions) for captions in encoded)
+    probe, *steps = encoded
+    assert len(probe) == 1
+    assert len(steps) == 4
+    different = len({example.caption for example in run.examples if "<zwx>" in example.caption})
+    assert all(len(captions) == different and all("<zwx>" in caption for caption in captions) for captions in steps)
 
 
 def test_only_the_row_of_the_text_encoder_learns(prepare):
@@ -146,7 +148,7 @@ def test_only_the_row_of_the_text_encoder_learns(prepare):
 def test_without_the_token_text_encoder_and_vae_are_gone_before_training(prepare):
     run = prepare(BASELINE)
     assert run.text_encoder is None
-    assert set(run.texts) == {example.caption for example in run.examples} | {training.EMPTY_CAPTION}
+    assert set(run.texts) == {example.caption for example in run.examples} | {draws.EMPTY_CAPTION}
 
 
 def test_training_lowers_the_loss(prepare):
@@ -163,7 +165,7 @@ def test_accumulation_counts_optimizer_steps_and_averages_micro_batches(prepare)
 def test_a_batch_never_mixes_buckets_and_an_epoch_shows_every_picture_once(prepare):
     run = prepare(BASELINE)
     mixed = [replace(e, size=models.Size(96, 48)) if i % 2 else e for i, e in enumerate(run.examples)]
-    stream = training.batches(mixed, batch_size=2, seed=0)
+    stream = draws.batches(mixed, batch_size=2, seed=0)
     epoch = [next(stream) for _ in range(6)]  # 5 + 5 pictures in batches of two: 3 + 3
     assert all(len({example.size for example in batch}) == 1 for batch in epoch)
     assert sorted(e.image_name for batch in epoch for e in batch) == sorted(e.image_name for e in mixed)
@@ -203,7 +205,9 @@ def test_a_token_behind_what_the_model_reads_is_refused(prepare, dataset):
 
 def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
     run = prepare(TOKEN)
-    run.texts.update(training.encode_fixed_captions(run.text_encoder, run.tokenizer, [e.caption for e in run.examples]))
+    run.texts.update(
+        preparation.encode_fixed_captions(run.text_encoder, run.tokenizer, [e.caption for e in run.examples])
+    )
     assert not any(report.row_grad_norms for report in training.train(run))
     with pytest.raises(RuntimeError, match="row of <zwx> hasn't moved in 6 steps"):
         training.finish(run)
@@ -228,8 +232,7 @@ def test_a_first_gradient_of_the_row_that_is_zero_or_not_finite_stops_the_run(sp
 
 
 def test_a_text_encoder_without_grad_mode_is_found_at_the_first_step(prepare, monkeypatch):
-    encode = models.encode_text
-    monkeypatch.setattr(models, "encode_text", torch.no_grad()(encode))
+    monkeypatch.setattr(models, "encode_states", torch.no_grad()(models.encode_states))
     with pytest.raises(RuntimeError, match="no gradient reaches <zwx>"):
         list(training.train(prepare(replace(TOKEN, caption_dropout=0.0))))
 
@@ -245,24 +248,22 @@ def test_a_rate_of_zero_keeps_the_fresh_row_as_drawn(prepare):
 
 
 def test_random_streams_are_independent_of_each_other():
-    draws = {
-        purpose: torch.rand(4, generator=training.generator_for(0, purpose)) for purpose in ("noise", "row", "lora")
-    }
-    assert not torch.equal(draws["noise"], draws["row"])
-    assert torch.equal(draws["row"], torch.rand(4, generator=training.generator_for(0, "row")))
+    drawn = {purpose: torch.rand(4, generator=draws.generator_for(0, purpose)) for purpose in ("noise", "row", "lora")}
+    assert not torch.equal(drawn["noise"], drawn["row"])
+    assert torch.equal(drawn["row"], torch.rand(4, generator=draws.generator_for(0, "row")))
 
 
 def test_in_bf16_the_lora_stays_fp32_and_learns(dataset, random_model):
-    """The way a GPU runs, on the CPU: base in bf16, matmuls under autocast, LoRA and row in fp32."""
+    """The way a GPU runs, on the CPU: base and matmuls in bf16, LoRA and row in fp32."""
     place = models.Place(torch.device("cpu"), torch.bfloat16)
-    run = training.prepare(replace(TOKEN, steps=3), dataset, random_model, place)
+    run = preparation.prepare(replace(TOKEN, steps=3), dataset, random_model, place)
     assert {parameter.dtype for parameter in run.lora} == {torch.float32}
     assert run.placeholders.rows[0].dtype == torch.float32
     assert next(iter(run.texts.values())).dtype == torch.bfloat16
     base = {p.dtype for p in run.transformer.parameters() if not p.requires_grad}
     assert base == {torch.bfloat16}
     in_bf16 = losses(run)
-    in_fp32 = losses(training.prepare(replace(TOKEN, steps=3), dataset, random_model, models.default_place()))
+    in_fp32 = losses(preparation.prepare(replace(TOKEN, steps=3), dataset, random_model, models.default_place()))
     assert in_bf16[0] == pytest.approx(in_fp32[0], rel=0.02)
     assert in_bf16 == pytest.approx(in_fp32, rel=0.05), "each step's rounding moves the next"
     assert training.finish(run).rows["<zwx>"].dtype == torch.float32

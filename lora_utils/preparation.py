@@ -1,0 +1,118 @@
+"""Preparing a training run: what is fixed is encoded once, what is done with is freed, then the transformer comes.
+
+Owns the run's state and the order in which the parts of the model are on the device; must not know the loop.
+
+Legend: T text tokens, D the text encoder's width, S timesteps.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
+
+from lora_utils import flow, fresh_token, models, modulation
+from lora_utils.adapters import attach_trainable_lora
+from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import Dataset
+from lora_utils.draws import EMPTY_CAPTION, generator_for, run_timesteps
+from lora_utils.placeholder import Placeholders
+
+log = logging.getLogger(__name__)
+
+WEIGHT_DECAY = 1e-4  # of the LoRA; the row has none
+PROBE_SIGMA = 0.5  # of the step that tries the memory plan out, before the first of the run's own
+
+
+@dataclass(slots=True)
+class Run:
+    """A training run, ready to step: made by `prepare`, advanced by `train`, read by `finish`."""
+
+    config: TrainConfig
+    place: models.Place
+    schedule: flow.Schedule
+    transformer: QwenImageTransformer2DModel
+    lora: list[nn.Parameter]
+    examples: list[CachedExample]
+    texts: dict[str, Tensor]  # [T, D] each; captions with the token are missing, they are encoded at every step
+    placeholders: Placeholders
+    text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
+    tokenizer: Qwen2Tokenizer
+    optimizer: torch.optim.Optimizer
+    first_rows: tuple[Tensor, ...]  # as they were drawn
+    recomputed: int = 0  # blocks that recompute their activations in the backward pass
+    flops: float = 0.0  # done so far
+    seconds: dict[str, float] = field(default_factory=dict)  # where the time went
+
+
+def prepare(
+    config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place, any_timestep: bool = False
+) -> Run:
+    """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA.
+
+    `any_timestep`: the caller will show the transformer others than the run's own, so a table won't do.
+    """
+    models.release_memory()  # of a run that was cancelled
+    began = time.monotonic()
+    tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
+    text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
+    loaded = time.monotonic()
+    placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
+    if config.tokens:
+        fresh_token.check_captions(dataset.captions, tokenizer, placeholders)
+    for caption in dict.fromkeys(dataset.captions):
+        if warning := models.length_warning(tokenizer, caption, placeholders):
+            log.warning("caption %s", warning)
+    fixed = [caption for caption in dataset.captions if not placeholders.used_in([caption]).tokens]
+    texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
+    if not config.tokens:
+        text_encoder = None
+    models.release_memory()
+    vae = models.load_vae(model_folder, place)
+    examples = encode_examples(vae, dataset.examples)
+    log.info("encoded %d pictures and %d captions", len(examples), len(texts) - 1)
+    del vae
+    models.release_memory()
+    cached = time.monotonic()
+
+    timesteps = None if any_timestep else shown_timesteps(config, examples, schedule, place.dtype)
+    transformer = models.load_transformer(model_folder, place, timesteps)
+    if timesteps is not None and modulation.has_table(transformer):
+        log.info("a table of %d timesteps stands in for the modulations", len(timesteps))
+    lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
+    log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
+    row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
+    optimizer = new_optimizer(config, lora, placeholders, row_rate)
+    first_rows = tuple(row.detach().clone() for row in placeholders.rows)
+    run = Run(
+        config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
+        first_rows,
+    )  # fmt: skip
+    run.seconds = {"load": loaded - began + time.monotonic() - cached, "cache": cached - loaded}
+    return run
+
+
+def shown_timesteps(
+    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule, dtype: torch.dtype
+) -> Tensor:
+    """The run's own timesteps and the probe's, [S]."""
+    probe = flow.model_time(torch.tensor([PROBE_SIGMA]), dtype)
+    return torch.cat([run_timesteps(config, examples, schedule, dtype), probe]).unique()
+
+
+def new_optimizer(
+    config: TrainConfig, lora: list[nn.Parameter], placeholders: Placeholders, row_rate: float
+) -> torch.optim.Optimizer:
+    """Fused AdamW; the rows are a group of their own, with their own rate and without weight decay."""
+    groups = [{"params": lora, "lr": config.learning_rate, "weight_decay": WEIGHT_DECAY}]
+    if rows := [row for row in placeholders.rows if row.requires_grad]:
+        groups.append({"params": rows, "lr": row_rate, "weight_decay": 0.0})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, fused=True)
