@@ -5,6 +5,7 @@
     python -m benchmarks.zero_prior --report           # only write ZERO_PRIOR.md from the runs there are
 
 Every run is one process of one thread and leaves one file in `build/zero_prior/`; a second call runs what is missing.
+What the page was written from is kept in `zero_prior_runs.jsonl`, a line per run, and isn't run again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from examples import demo, shapes
 from lora_utils import models
 
 WORK = Path("build/zero_prior")
+KEPT = Path(__file__).parent / "zero_prior_runs.jsonl"
 GROUPS: dict[str, dict[str, runs.Arm]] = {"arms": runs.ARMS, "sweep": runs.SWEEP, "remedies": runs.REMEDIES}
 
 
@@ -86,6 +88,7 @@ def execute(specs: list[Spec], model: Path, length: runs.Length, processes: int)
     """Run what has no result yet. -> the folder of the results."""
     folder = work_folder(model, length)
     folder.mkdir(parents=True, exist_ok=True)
+    unpack_kept(folder)
     missing = [spec for spec in specs if not (folder / f"{spec.name}.json").exists()]
     print(f"{len(specs)} runs, {len(missing)} to do, results in {folder}", flush=True)
     began = time.monotonic()
@@ -103,6 +106,24 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def keep(folder: Path) -> None:
+    """All results of one model and length in one file, beside the page."""
+    lines = [
+        json.dumps({"of": folder.name, "name": path.stem, **json.loads(path.read_text())})
+        for path in sorted(folder.glob("*.json"))
+    ]
+    KEPT.write_text("".join(f"{line}\n" for line in lines))
+
+
+def unpack_kept(folder: Path) -> None:
+    """The kept results of this model and length, where they aren't there yet."""
+    for line in KEPT.read_text().splitlines() if KEPT.exists() else []:
+        record = json.loads(line)
+        path = folder / f"{record.pop('name')}.json"
+        if record.pop("of") == folder.name and not path.exists():
+            path.write_text(json.dumps(record))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
@@ -115,7 +136,8 @@ def main() -> None:
     length = runs.Length()
     specs = [] if arguments.report else plan(arguments.groups, arguments.objects, arguments.seeds)
     folder = execute(specs, arguments.model, length, arguments.processes)
-    print(f"wrote {report.write(load(folder), folder, Path(__file__).parent)}")
+    keep(folder)
+    print(f"wrote {report.write(load(folder), folder, KEPT.parent)}")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
     """Each arm minus the trained fresh token, with p."""
     measured: dict[str, Callable[[Run], float | None]] = {
         "fidelity at the end": lambda run: run["points"][-1]["fidelity"],
+        "leakage at the end": lambda run: run["points"][-1]["leakage"],
         "base accuracy at the end": lambda run: run["points"][-1]["base_accuracy"],
         "base accuracy, matched": lambda run: at_fidelity(run["points"], "base_accuracy"),
         "leakage, matched": lambda run: at_fidelity(run["points"], "leakage"),

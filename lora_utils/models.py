@@ -7,7 +7,7 @@ Legend: B batch, T text tokens, D the text encoder's width, N image tokens, C pa
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,13 +121,25 @@ def load_vae(folder: Path, place: Place) -> AutoencoderKLQwenImage:
     return vae
 
 
+Stream = Callable[
+    [Callable[[str], str | None]], Iterator[tuple[str, Tensor]]
+]  # weights, chosen and named by a function
+
+
 def load_transformer(folder: Path, place: Place, timesteps: Tensor | None = None) -> QwenImageTransformer2DModel:
     """For any timestep; or for these alone [S], with a table in place of the modulations where that is smaller."""
     source = folder / "transformer"
     config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
+    stream = partial(stream_tensors, source, place.device, place.dtype)
+    return build_transformer(config, stream, source, place, timesteps)
+
+
+def build_transformer(
+    config: dict[str, Any], stream: Stream, source: Path, place: Place, timesteps: Tensor | None
+) -> QwenImageTransformer2DModel:
+    """From a config and weights on their way to the device; `source` is what errors speak of."""
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(config))
-    stream = partial(stream_tensors, source, place.device, place.dtype)
     if timesteps is not None and modulation.pays(len(timesteps), transformer.inner_dim):
         fill(transformer, stream(lambda name: None if modulation.is_modulation(name) else name), source)
         weights = stream(lambda name: name if modulation.is_modulation(name) else None)

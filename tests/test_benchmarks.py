@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import zero_prior, zero_prior_report, zero_prior_run
+from benchmarks import train, zero_prior, zero_prior_report, zero_prior_run
 from examples import demo
 from lora_utils import models
 
@@ -40,6 +40,7 @@ def test_differences_are_paired_by_object_and_seed():
 
 def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_prior, "WORK", tmp_path / "work")
+    monkeypatch.setattr(zero_prior, "KEPT", tmp_path / "runs.jsonl")
     length = zero_prior_run.Length(steps=4, measured_at=(0, 4), token_prompts=5, plain_prompts=4, prior_prompts=2)
     specs = zero_prior.plan(["arms", "remedies"], ["house"], seeds=2)
     some = [spec for spec in specs if spec.arm in {"prior word, row trained", "phrase", "fresh token, trained"}]
@@ -54,6 +55,12 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     capsys.readouterr()
     zero_prior.execute(some, random_model, length, processes=2)
     assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out
+
+    zero_prior.keep(folder)
+    monkeypatch.setattr(zero_prior, "WORK", tmp_path / "elsewhere")
+    folder = zero_prior.execute(some, random_model, length, processes=2)
+    assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out, "a clone has the kept results"
+    assert zero_prior.load(folder) == runs
     page = zero_prior_report.write(runs, folder, tmp_path).read_text()
     assert "| fresh token, trained |" in page
     assert (tmp_path / "zero_prior.png").stat().st_size > 1000
@@ -74,3 +81,18 @@ def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random
         assert name == "phrase" or all(one == other for one, other in same)
         trained = [row for row in run.placeholders.rows if row.requires_grad]
         assert len(trained) == (zero_prior_run.ARMS[name].row == "trained")
+
+
+def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
+    place = models.Place(torch.device("cpu"), torch.float32)
+    losses = []
+    for recomputed in (0, 6):
+        job = train.Job(train.PRESETS["tiny"], place, rank=4, batch=2, recomputed=recomputed)
+        losses += [way(job)() for way in train.WAYS.values()]  # of the first step, where no LoRA has learned yet
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+def test_the_ways_are_timed_in_turns_after_a_warm_up():
+    calls = []
+    train.seconds_of({"one": lambda: calls.append("one"), "other": lambda: calls.append("other")}, rounds=2)
+    assert calls == ["one", "other"] * 3

@@ -1,0 +1,288 @@
+"""Seconds and memory of a training step, against what the device can do and against the straightforward way.
+
+    python -m benchmarks.train --preset wide --against plain
+    python -m benchmarks.train --preset full --record          # a line in RESULTS.md
+
+`tiny` is the small model's shape, `wide` Qwen-Image's true width with two blocks, `full` all sixty. Weights are random
+and made on the device. `plain` is peft on diffusers' modules, as diffusers' own dreambooth example trains them: LoRA in
+fp32 under autocast, AdamW, latents and captions encoded beforehand. Speed is measured with both in one process, in
+turns; memory with each in a process of its own.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lora_utils import blocks, flops, flow, memory, models, preparation, qwen, training
+from lora_utils.adapters import attach_trainable_lora
+from lora_utils.config import TrainConfig
+from lora_utils.draws import Drawn
+from lora_utils.placeholder import no_placeholders
+from lora_utils.sizes import Size
+from lora_utils.streaming import fill
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+SOURCE = Path("random weights")
+SIGMA = 0.5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    config: dict[str, Any]  # of the transformer
+    side_px: int
+    text_tokens: int
+
+
+TRUE_WIDTH = {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584}
+PRESETS = {
+    "tiny": Preset(
+        {
+            "num_layers": 6,
+            "attention_head_dim": 32,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 128,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        64,
+        16,
+    ),
+    "wide": Preset({"num_layers": 2, **TRUE_WIDTH}, 512, 64),
+    "full": Preset({"num_layers": 60, **TRUE_WIDTH}, 1024, 128),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is measured: a step on one batch, of one way to do it."""
+
+    preset: Preset
+    place: models.Place
+    rank: int
+    batch: int
+    recomputed: int  # blocks; the plain way knows all or none
+
+    @property
+    def size(self) -> Size:
+        return Size(self.preset.side_px, self.preset.side_px)
+
+    @property
+    def shape(self) -> flops.Shape:
+        config = self.preset.config
+        width = config["attention_head_dim"] * config["num_attention_heads"]
+        return flops.Shape(config["num_layers"], width, qwen.PACKED_CHANNELS, config["joint_attention_dim"])
+
+    @property
+    def flops(self) -> float:
+        """Of a step."""
+        return self.batch * flops.training_flops(self.shape, self.size.tokens, self.preset.text_tokens, self.recomputed)
+
+
+def weights_of(config: dict[str, Any], place: models.Place) -> models.Stream:
+    """Random weights, each from its own name, so that every way of computing gets the same."""
+    with init_empty_weights():
+        empty = QwenImageTransformer2DModel.from_config(config)
+    shapes = {name: parameter.shape for name, parameter in cast(nn.Module, empty).named_parameters()}
+
+    def stream(rename: Callable[[str], str | None]) -> Iterator[tuple[str, Tensor]]:
+        for stored, shape in shapes.items():
+            if (name := rename(stored)) is not None:
+                generator = torch.Generator(place.device).manual_seed(zlib.crc32(stored.encode()))
+                drawn = torch.randn(shape, generator=generator, device=place.device)
+                scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+                yield name, (drawn * scale + ("norm" in stored and len(shape) == 1)).to(place.dtype)
+
+    return stream
+
+
+def batch_of(job: Job) -> tuple[Drawn, Tensor]:
+    """One batch and its caption's states [T, D], on the host."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, job.batch, job.size.tokens, qwen.PACKED_CHANNELS, generator=generator)
+    text = torch.randn(job.preset.text_tokens, job.shape.text_width, generator=generator).to(job.place.dtype)
+    sigma = torch.full((job.batch,), SIGMA)
+    return Drawn(latents[0], latents[1], sigma, ("",) * job.batch, job.size, ("",) * job.batch), text
+
+
+def ours(job: Job) -> Callable[[], float]:
+    """The package's own step, as `train` runs it."""
+    times = flow.model_time(torch.tensor([SIGMA]), job.place.dtype)
+    stream = weights_of(job.preset.config, job.place)
+    transformer = models.build_transformer(job.preset.config, stream, SOURCE, job.place, times)
+    config = TrainConfig(rank=job.rank, batch_size=job.batch, seed=0)
+    lora = attach_trainable_lora(transformer, config.lora_targets, job.rank, torch.Generator().manual_seed(0))
+    blocks.recompute_first(transformer, job.recomputed)
+    drawn, text = batch_of(job)
+    run = preparation.Run(
+        config, job.place, flow.Schedule(), transformer, lora, [], {"": text}, no_placeholders(), None,
+        cast(Any, None), preparation.new_optimizer(config, lora, no_placeholders(), 0.0), (), job.recomputed,
+    )  # fmt: skip
+
+    def step() -> float:
+        losses = training.forward_backward(run, [drawn])
+        training.clip_and_step(run, 0)
+        return float(losses.mean())
+
+    return step
+
+
+def plain(job: Job) -> Callable[[], float]:
+    """diffusers' train_dreambooth_lora_qwen_image.py, its step on one cached batch."""
+    with init_empty_weights():
+        transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.preset.config))
+    fill(transformer, weights_of(job.preset.config, job.place)(lambda name: name), SOURCE)
+    transformer.to(job.place.device).requires_grad_(False)
+    targets = [layer.removeprefix("attn.") for layer in qwen.ATTENTION_TARGETS]
+    transformer.add_adapter(
+        LoraConfig(r=job.rank, lora_alpha=job.rank, init_lora_weights="gaussian", target_modules=targets)
+    )
+    if job.recomputed:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    drawn, text = batch_of(job)
+    mixed = job.place.dtype != torch.float32
+
+    def step() -> float:
+        with torch.autocast(job.place.device.type, job.place.dtype) if mixed else contextlib.nullcontext():
+            velocity = transformer(
+                hidden_states=drawn.noisy.to(job.place.device, job.place.dtype),
+                encoder_hidden_states=text.to(job.place.device).expand(job.batch, -1, -1),
+                encoder_hidden_states_mask=None,
+                timestep=drawn.sigma.to(job.place.device),
+                img_shapes=[[(1, *job.size.grid)]] * job.batch,
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(velocity.float(), drawn.target.to(job.place.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+WAYS: dict[str, Callable[[Job], Callable[[], float]]] = {"ours": ours, "plain": plain}
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median seconds of each way's step, in turns, after one to warm up."""
+    taken: dict[str, list[float]] = {way: [] for way in steps}
+    for number in range(rounds + 1):
+        for way, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if number:
+                taken[way].append(time.perf_counter() - began)
+    return {way: statistics.median(values) for way, values in taken.items()}
+
+
+def memory_of(way: str, arguments: argparse.Namespace) -> float:
+    """Peak bytes of one way, in a process of its own, beyond what the process had before the model."""
+    command = [sys.executable, "-m", "benchmarks.train", "--memory-of", way]
+    for name in ("preset", "dtype", "rank", "batch", "recomputed", "device"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def print_memory(way: str, job: Job) -> None:
+    before = memory.peak_bytes(job.place.device)
+    step = WAYS[way](job)
+    step(), step()
+    print(json.dumps(memory.peak_bytes(job.place.device) - before))
+
+
+def where_time_goes(step: Callable[[], float], device: torch.device) -> str:
+    """Shares of a step: matrix products, attention, the rest."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        step()
+    shares = {"matrix products": 0.0, "attention": 0.0, "the rest": 0.0}
+    for event in profiled.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        name = event.key.lower()
+        if "attention" in name or "flash" in name or "fmha" in name:
+            shares["attention"] += own
+        elif name in {"aten::mm", "aten::addmm", "aten::bmm"} or "gemm" in name or "cutlass" in name:
+            shares["matrix products"] += own
+        else:
+            shares["the rest"] += own
+    total = sum(shares.values())
+    return ", ".join(f"{name} {own / total:.0%}" for name, own in shares.items())
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} cores of a CPU, {platform.machine()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="wide")
+    parser.add_argument("--against", choices=["plain"], help="measure this too, in turns")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--recomputed", type=int, default=0, help="blocks that recompute their activations")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
+    parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    place = models.Place(torch.device(arguments.device), DTYPES[arguments.dtype])
+    job = Job(PRESETS[arguments.preset], place, arguments.rank, arguments.batch, arguments.recomputed)
+    if arguments.memory_of:
+        print_memory(arguments.memory_of, job)
+        return
+    ways = ["ours", *([arguments.against] if arguments.against else [])]
+    peaks = {way: memory_of(way, arguments) for way in ways}
+    steps = {way: WAYS[way](job) for way in ways}
+    taken = seconds_of(steps, arguments.rounds)
+    floor = job.flops / flops.measured_peak(place.device, place.dtype, seconds=1.0)
+    command = "python -m benchmarks.train " + " ".join(word for word in sys.argv[1:] if word != "--record")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "peft"))
+    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(place.device)}, {versions}\n"]
+    lines += ["| | s/step | TFLOP/step | floor, s | over the floor | peak memory, GB | where the time goes |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for way in ways:
+        spent = where_time_goes(steps[way], place.device)
+        cells = [way, f"{taken[way]:.3f}", f"{job.flops / 1e12:.3g}", f"{floor:.3f}", f"{taken[way] / floor:.2f}x"]
+        lines.append("| " + " | ".join([*cells, f"{peaks[way] / 1e9:.2f}", spent]) + " |")
+    if arguments.against:
+        faster, smaller = taken[arguments.against] / taken["ours"], peaks["ours"] / peaks[arguments.against]
+        lines.append(f"\n{faster:.2f} times plain's speed, {smaller:.0%} of its memory.")
+    print("\n".join(lines))
+    if arguments.record:
+        with RESULTS.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
