@@ -150,7 +150,7 @@ def plain(job: Job) -> Callable[[], float]:
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.preset.config))
     fill(transformer, weights_of(job.preset.config, job.place)(lambda name: name), SOURCE)
-    transformer.to(job.place.device).requires_grad_(False)
+    cast(nn.Module, transformer).to(job.place.device).requires_grad_(False)
     targets = [layer.removeprefix("attn.") for layer in qwen.ATTENTION_TARGETS]
     transformer.add_adapter(
         LoraConfig(r=job.rank, lora_alpha=job.rank, init_lora_weights="gaussian", target_modules=targets)
@@ -212,7 +212,8 @@ def memory_of(way: str, arguments: argparse.Namespace) -> float:
 def print_memory(way: str, job: Job) -> None:
     before = memory.peak_bytes(job.place.device)
     step = WAYS[way](job)
-    step(), step()
+    step()
+    step()
     print(json.dumps(memory.peak_bytes(job.place.device) - before))
 
 

@@ -67,6 +67,7 @@ class Components:
     vae: AutoencoderKLQwenImage
     transformer: QwenImageTransformer2DModel
     place: Place
+    folder: Path
 
 
 # --- loading and freeing --------------------------------------------------------------------------------------------
@@ -121,6 +122,7 @@ def load_vae(folder: Path, place: Place) -> AutoencoderKLQwenImage:
     return vae
 
 
+_OF_OTHER_MODELS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # Qwen-Image-Edit's and -Layered's
 Stream = Callable[
     [Callable[[str], str | None]], Iterator[tuple[str, Tensor]]
 ]  # weights, chosen and named by a function
@@ -130,6 +132,11 @@ def load_transformer(folder: Path, place: Place, timesteps: Tensor | None = None
     """For any timestep; or for these alone [S], with a table in place of the modulations where that is smaller."""
     source = folder / "transformer"
     config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
+    if other := [name for name in _OF_OTHER_MODELS if config.get(name)]:
+        raise UserError(
+            f"{folder} isn't a text-to-image Qwen-Image: its transformer has {other[0]}, as editing and layered models "
+            "do. Set BASE_MODEL to Qwen/Qwen-Image or Qwen/Qwen-Image-2512."
+        )
     stream = partial(stream_tensors, source, place.device, place.dtype)
     return build_transformer(config, stream, source, place, timesteps)
 
@@ -153,14 +160,25 @@ def build_transformer(
 
 
 def load_components(folder: Path, place: Place) -> Components:
+    """All of a model, for sampling: where the dtype leaves few enough timesteps, with a table of them all."""
     return Components(
         load_tokenizer(folder),
         load_schedule(folder),
         load_text_encoder(folder, place),
         load_vae(folder, place),
-        load_transformer(folder, place),
+        load_transformer(folder, place, modulation.sampling_timesteps(place.dtype)),
         place,
+        folder,
     )
+
+
+def restore_modulations(components: Components) -> None:
+    """Load the layers that the table stands for: a LoRA is about to adapt them. They stay."""
+    source, place = components.folder / "transformer", components.place
+    names = stream_tensors(source, place.device, place.dtype, lambda n: n if modulation.is_modulation(n) else None)
+    modulation.remove_table(components.transformer, names, source)
+    check_whole(components.transformer, source)
+    _settle(components.transformer, place)
 
 
 def release_memory() -> None:

@@ -9,14 +9,18 @@ Legend: S timesteps, L blocks, D the transformer's width, B batch.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lora_utils.streaming import upload
+from lora_utils import qwen
+from lora_utils.streaming import fill, upload
 
 STREAMS = ("img_mod", "txt_mod")
 _NAME = re.compile(r"transformer_blocks\.(\d+)\.(img_mod|txt_mod)\.1\.(weight|bias)")
@@ -27,9 +31,27 @@ def is_modulation(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def is_modulation_layer(name: str) -> bool:
+    """The same of a layer's name."""
+    return is_modulation(f"{name}.weight")
+
+
 def pays(timesteps: int, width: int) -> bool:
     """Whether a table of so many timesteps is smaller than the weights: each takes a row where they have `width`."""
     return timesteps <= width
+
+
+def sampling_timesteps(dtype: torch.dtype) -> Tensor | None:
+    """Every timestep that sampling can show in bf16, [763]; None for another dtype, where they are too many.
+
+    Model time is 1000 sigma rounded to bf16, and the least sigma of any schedule is 0.02 (`qwen.SHIFT_TERMINAL`): what
+    bf16 can hold from 16 to 1000, each number's bits being the integer after the one before.
+    """
+    if dtype != torch.bfloat16:
+        return None
+    least, most = (torch.tensor(value, dtype=dtype).view(torch.int16).item() for value in (16.0, 1000.0))
+    levels = torch.arange(int(least), int(most) + 1, dtype=torch.int16).view(dtype)
+    return levels / qwen.TRAIN_TIMESTEPS  # in bf16, as `flow.model_time` divides
 
 
 @dataclass(slots=True)
@@ -41,6 +63,7 @@ class ModulationTable:
     device: torch.device
     current: Tensor | None = None  # [B, L, 2, 6D]
     shown: tuple[float, ...] = ()
+    hook: RemovableHandle | None = None  # that shows it each forward's timesteps
 
     def show(self, time: Tensor) -> None:
         """Make the rows of these timesteps [B], on the host, the current ones. Raises KeyError for an unknown one."""
@@ -103,7 +126,18 @@ def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTab
         table.show(named["timestep"].cpu())
         return positional, {**named, "timestep": named["timestep"].to(table.device)}
 
-    transformer.register_forward_pre_hook(show, with_kwargs=True)
+    table.hook = transformer.register_forward_pre_hook(show, with_kwargs=True)
+
+
+def remove_table(transformer: QwenImageTransformer2DModel, weights: Iterator[tuple[str, Tensor]], source: Path) -> None:
+    """Put the layers with their weights back where the table stood, for a LoRA that adapts them."""
+    table, width = cast(_FromTable, transformer.transformer_blocks[0].img_mod).table, transformer.inner_dim
+    with init_empty_weights():
+        for block in transformer.transformer_blocks:
+            for name in STREAMS:
+                setattr(block, name, nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)))
+    fill(transformer, weights, source)
+    cast(RemovableHandle, table.hook).remove()
 
 
 def has_table(transformer: QwenImageTransformer2DModel) -> bool:

@@ -5,6 +5,7 @@ Owns what must hold between a LoRA file, its meta.json and a model; must not kno
 
 import datetime
 import importlib.metadata
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +14,16 @@ from typing import Any
 
 import torch
 
+from lora_utils import modulation
 from lora_utils.adapters import place_lora
 from lora_utils.archive import Meta, unpack_weights, write_weights
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LoraFile, read_lora_file, row_sha256, write_lora_file
-from lora_utils.models import Components
+from lora_utils.models import Components, restore_modulations
 from lora_utils.placeholder import Placeholders, assign_slots, embedding_matrix, no_placeholders
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -68,6 +72,9 @@ def load_weights(path: Path, components: Components, name: str | None = None) ->
     with tempfile.TemporaryDirectory() as folder:
         lora_path, meta = unpack_weights(path, Path(folder))
         lora = read_lora_file(lora_path, name)
+    if modulation.has_table(components.transformer) and any(map(modulation.is_modulation_layer, lora.layers)):
+        restore_modulations(components)
+        log.info("%s adapts the modulations: their weights are loaded and stand in for the table from here on", name)
     width = embedding_matrix(components.text_encoder).shape[1]
     _check_rows(lora, meta, width, name)
     return Weights(place_lora(lora, components.transformer, components.place), meta, name)

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_utils import flow, models, modulation, preparation, training
-from lora_utils.config import TrainConfig
+from lora_utils import flow, models, modulation, preparation, sampling, training
+from lora_utils.adapters import applied
+from lora_utils.config import SampleRequest, TrainConfig
+from lora_utils.lora_file import LoraFile, LowRank, write_lora_file
+from lora_utils.placeholder import no_placeholders
 from lora_utils.sizes import Size
+from lora_utils.weights import load_weights
 
 PLACE = models.default_place()
 TIMES = torch.tensor([0.9, 0.123, 0.5])
@@ -72,3 +76,65 @@ def test_the_loss_curve_is_that_of_the_layers(token, dataset, random_model, monk
         plain = preparation.prepare(config, dataset, random_model, PLACE)
     curves = [[report.loss for report in training.train(run)] for run in (tabled, plain)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+BF16 = models.Place(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", [Size(64, 64), Size(1024, 1024), Size(1664, 928), Size(2048, 2048)])
+def test_in_bf16_every_timestep_that_sampling_can_show_is_in_the_table(size):
+    known = modulation.sampling_timesteps(torch.bfloat16)
+    assert known is not None
+    for steps in range(1, 101):
+        sigmas = torch.tensor(flow.Schedule().sampling_sigmas(steps, size.tokens)[:-1])
+        shown = flow.model_time(sigmas, torch.bfloat16)
+        assert torch.isin(shown, known).all(), f"{steps} steps at {size}"
+    assert len(known) == 763, "3.4 GB on the host for Qwen-Image"
+    assert modulation.sampling_timesteps(torch.float32) is None
+
+
+@pytest.fixture
+def tabled(random_model, monkeypatch):
+    """The random model as the real one is loaded for sampling on a card. Its width is too small for a table to pay."""
+    monkeypatch.setattr(modulation, "pays", lambda *_: True)
+    components = models.load_components(random_model, BF16)
+    assert modulation.has_table(components.transformer)
+    return components
+
+
+def latents_of(components, lora=None, scale=1.0):
+    request = SampleRequest("a red circle", steps=4, guidance=4.0, width=64, height=64, seed=0)
+    with torch.inference_mode(), applied(components.transformer, [(lora, scale)] if lora else []):
+        text, empty = (
+            models.encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
+            for words in (request.prompt, " ")
+        )
+        noise = sampling.initial_noise(Size(64, 64), 0)
+        return sampling.denoise(components, noise, Size(64, 64), text, empty, request, lambda step: None)
+
+
+def test_sampling_with_the_table_gives_the_latents_of_the_layers(tabled, random_model, monkeypatch):
+    monkeypatch.undo()
+    plain = models.load_components(random_model, BF16)
+    assert not modulation.has_table(plain.transformer)
+    torch.testing.assert_close(latents_of(tabled), latents_of(plain))
+
+
+def test_a_lora_that_adapts_the_modulations_switches_the_table_off_by_itself(
+    tabled, random_model, tmp_path, monkeypatch
+):
+    name, width = "transformer_blocks.1.img_mod.1", 128
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, width, generator=generator), torch.randn(6 * width, 4, generator=generator)
+    write_lora_file(tmp_path / "lora.safetensors", LoraFile({name: LowRank(down, up, alpha=4.0)}, {}))
+    before = latents_of(tabled)
+    lora = load_weights(tmp_path / "lora.safetensors", tabled).lora
+    assert not modulation.has_table(tabled.transformer)
+    monkeypatch.undo()
+    plain = models.load_components(random_model, BF16)
+    assert torch.equal(latents_of(tabled), latents_of(plain)), "without the LoRA it is the base again"
+    adapted = latents_of(tabled, lora)
+    assert torch.equal(adapted, latents_of(plain, load_weights(tmp_path / "lora.safetensors", plain).lora))
+    assert (adapted - before).norm() > 0.1 * before.norm()

@@ -112,3 +112,12 @@ def test_a_folder_that_is_not_whole_is_named(sharded, random_model, tmp_path):
     shutil.copy(random_model / "text_encoder" / "config.json", tmp_path / "empty" / "text_encoder")
     with pytest.raises(UserError, match="holds no weights"):
         models.load_text_encoder(tmp_path / "empty", PLACE)
+
+
+@pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope"])
+def test_an_editing_or_layered_model_is_refused_by_name(option, random_model, tmp_path):
+    shutil.copytree(random_model / "transformer", tmp_path / "transformer")
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), option: True}))
+    with pytest.raises(UserError, match=f"isn't a text-to-image Qwen-Image: its transformer has {option}"):
+        models.load_transformer(tmp_path, PLACE)
