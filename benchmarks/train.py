@@ -107,9 +107,10 @@ def weights_of(config: dict[str, Any], place: models.Place) -> models.Stream:
         for stored, shape in shapes.items():
             if (name := rename(stored)) is not None:
                 generator = torch.Generator(place.device).manual_seed(zlib.crc32(stored.encode()))
-                drawn = torch.randn(shape, generator=generator, device=place.device)
-                scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-                yield name, (drawn * scale + ("norm" in stored and len(shape) == 1)).to(place.dtype)
+                matrix, norm = len(shape) > 1, "norm" in stored
+                mean, std = float(norm and not matrix), shape[-1] ** -0.5 if matrix else 0.1
+                drawn = torch.empty(shape, dtype=place.dtype, device=place.device)
+                yield name, drawn.normal_(mean, std, generator=generator)
 
     return stream
 
