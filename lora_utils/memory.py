@@ -11,7 +11,7 @@ import torch
 
 # What a block keeps per token, in widths D: the inputs of its two norms, of q/k/v's and of the output layer's LoRA, q
 # and k before their norms, attention's q, k, v and output (10), and the GELU's input (4), less what two of them share.
-# Counted on these blocks (tests/test_memory.py); diffusers' own keep 20.3 and 25.6 under bf16 autocast.
+# Counted on these blocks (tests/test_blocks.py); diffusers' own keep 20.3 and 25.6 under bf16 autocast.
 KEPT_WIDTHS = {"attention": 13.2, "attention_mlp": 18.2}
 BOUNDARY_WIDTHS = 1.0  # a recomputed block's input
 WORKING_WIDTHS = 24.0  # of one block on its way: the MLP's 4 D and its gradient, and what comes and goes around them

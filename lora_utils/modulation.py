@@ -44,8 +44,8 @@ def pays(timesteps: int, width: int) -> bool:
 def sampling_timesteps(dtype: torch.dtype) -> Tensor | None:
     """Every timestep that sampling can show in bf16, [763]; None for another dtype, where they are too many.
 
-    Model time is 1000 sigma rounded to bf16, and the least sigma of any schedule is 0.02 (`qwen.SHIFT_TERMINAL`): what
-    bf16 can hold from 16 to 1000, each number's bits being the integer after the one before.
+    Model time is 1000 sigma rounded to bf16, and the least sigma is 0.02 (`qwen.SHIFT_TERMINAL`), or above 0.016 for
+    100 steps without it: what bf16 can hold from 16 to 1000, each number's bits being the integer after the one before.
     """
     if dtype != torch.bfloat16:
         return None

@@ -1,5 +1,6 @@
 """The modulation table: the same numbers as the layers it replaces, for a third of the weights less."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -87,8 +88,8 @@ BF16 = models.Place(torch.device("cpu"), torch.bfloat16)
 def test_in_bf16_every_timestep_that_sampling_can_show_is_in_the_table(size):
     known = modulation.sampling_timesteps(torch.bfloat16)
     assert known is not None
-    for steps in range(1, 101):
-        sigmas = torch.tensor(flow.Schedule().sampling_sigmas(steps, size.tokens)[:-1])
+    for steps, terminal in itertools.product(range(1, 101), (0.02, None)):
+        sigmas = torch.tensor(flow.Schedule(shift_terminal=terminal).sampling_sigmas(steps, size.tokens)[:-1])
         shown = flow.model_time(sigmas, torch.bfloat16)
         assert torch.isin(shown, known).all(), f"{steps} steps at {size}"
     assert len(known) == 763, "3.4 GB on the host for Qwen-Image"
