@@ -59,6 +59,11 @@ def train(
         choices=["attention", "attention_mlp"],
         description="Which layers the LoRA adapts: attention alone, or the MLPs too (2.3 times as large).",
     ),
+    quantization: str = Input(
+        default="auto",
+        choices=["auto", "none", "fp8", "int8", "nf4"],
+        description="How the frozen model's weights are stored. auto: as they are where the card has room, else in 8 bits, else in 4.",
+    ),
     default_caption: str = Input(default="", description="Caption of pictures that have none of their own."),
     caption_dropout: float = Input(
         default=0.05, ge=0, le=1, description="Share of the steps that train without the caption."
@@ -93,6 +98,7 @@ def train(
             gradient_accumulation=gradient_accumulation,
             resolution=resolution,
             lora_targets=lora_targets,
+            quantization=quantization,
             default_caption=default_caption,
             caption_dropout=caption_dropout,
             lr_scheduler=lr_scheduler,
@@ -125,7 +131,7 @@ def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
     loss = consume(run)
     target, began = output_path(), time.monotonic()
     placeholders = training.describe_placeholders(run, found.captions)
-    weights.save_weights(target, training.finish(run), config, base_model, found.num_images, loss, placeholders)
+    weights.save_weights(target, training.finish(run), run.config, base_model, found.num_images, loss, placeholders)
     run.seconds["save"] = time.monotonic() - began
     for line in training.describe_speed(run):
         print(line, flush=True)

@@ -37,6 +37,7 @@ from lora_utils.adapters import attach_trainable_lora
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn
 from lora_utils.placeholder import no_placeholders
+from lora_utils.quantization import WEIGHT_BYTES
 from lora_utils.sizes import Size
 from lora_utils.streaming import fill
 
@@ -80,6 +81,7 @@ class Job:
     rank: int
     batch: int
     recomputed: int  # blocks; the plain way knows all or none
+    quantization: str = "none"  # ours alone
 
     @property
     def size(self) -> Size:
@@ -128,7 +130,7 @@ def ours(job: Job) -> Callable[[], float]:
     """The package's own step, as `train` runs it."""
     times = flow.model_time(torch.tensor([SIGMA]), job.place.dtype)
     stream = weights_of(job.preset.config, job.place)
-    transformer = models.build_transformer(job.preset.config, stream, SOURCE, job.place, times)
+    transformer = models.build_transformer(job.preset.config, stream, SOURCE, job.place, times, job.quantization)
     config = TrainConfig(rank=job.rank, batch_size=job.batch, seed=0)
     lora = attach_trainable_lora(transformer, config.lora_targets, job.rank, torch.Generator().manual_seed(0))
     blocks.recompute_first(transformer, job.recomputed)
@@ -205,7 +207,7 @@ def seconds_of(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 def memory_of(way: str, arguments: argparse.Namespace) -> float:
     """Peak bytes of one way, in a process of its own, beyond what the process had before the model."""
     command = [sys.executable, "-m", "benchmarks.train", "--memory-of", way]
-    for name in ("preset", "dtype", "rank", "batch", "recomputed", "device"):
+    for name in ("preset", "dtype", "rank", "batch", "recomputed", "quantization", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -254,12 +256,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--recomputed", type=int, default=0, help="blocks that recompute their activations")
+    parser.add_argument("--quantization", choices=["none", *WEIGHT_BYTES], default="none", help="of our base alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     place = models.Place(torch.device(arguments.device), DTYPES[arguments.dtype])
-    job = Job(PRESETS[arguments.preset], place, arguments.rank, arguments.batch, arguments.recomputed)
+    job = Job(
+        PRESETS[arguments.preset], place, arguments.rank, arguments.batch, arguments.recomputed, arguments.quantization
+    )
     if arguments.memory_of:
         print_memory(arguments.memory_of, job)
         return

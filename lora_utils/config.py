@@ -14,6 +14,7 @@ from lora_utils.errors import UserError
 
 MAX_SEED = 2**32 - 1
 LR_SCHEDULERS = ("constant", "cosine", "linear")
+QUANTIZATIONS = ("auto", "none", "fp8", "int8", "nf4")
 OUTPUT_FORMATS = ("webp", "jpg", "png")
 PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
 
@@ -87,6 +88,7 @@ class TrainConfig:
     gradient_accumulation: int = 1  # micro-batches per optimizer step
     resolution: str = "512,768,1024"  # sides of squares with the buckets' area, in pixels
     lora_targets: str = "attention"
+    quantization: str = "auto"  # of the frozen transformer; in a run's own config what it came to
     default_caption: str = ""
     caption_dropout: float = 0.05  # share of the captions replaced by the sampler's empty prompt
     lr_scheduler: str = "constant"
@@ -102,6 +104,7 @@ class TrainConfig:
             "gradient_accumulation": _whole("gradient_accumulation", self.gradient_accumulation, 1, 64),
             "resolution": _resolutions(self.resolution),
             "lora_targets": _choice("lora_targets", self.lora_targets, tuple(qwen.LORA_TARGETS)),
+            "quantization": _choice("quantization", self.quantization, QUANTIZATIONS),
             "caption_dropout": _number("caption_dropout", self.caption_dropout, 0, 1),
             "lr_scheduler": _choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
             "warmup_steps": _whole("warmup_steps", self.warmup_steps, 0, 20000),

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,17 @@ class Drawn:
     names: tuple[str, ...]  # of the pictures
 
 
-def batches(examples: Sequence[CachedExample], batch_size: int, seed: int) -> Iterator[list[CachedExample]]:
+class Sized(Protocol):
+    """A picture in its bucket, encoded or not."""
+
+    @property
+    def size(self) -> Size: ...
+
+
+_Picture = TypeVar("_Picture", bound=Sized)
+
+
+def batches(examples: Sequence[_Picture], batch_size: int, seed: int) -> Iterator[list[_Picture]]:
     """Endless batches, each of one bucket. An epoch shows every example once; the last of a bucket may be short."""
     rng = random.Random(seed)
     by_size = [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
@@ -71,7 +82,7 @@ def micro_batches(config: TrainConfig, examples: Sequence[CachedExample], schedu
 
 
 def run_timesteps(
-    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule, dtype: torch.dtype
+    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype
 ) -> Tensor:
     """Every timestep [S] that the run will show the transformer, drawn beforehand just as the loop will draw them."""
     stream, generator = batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_utils import blocks, flops, flow, modulation, qwen
+from lora_utils import blocks, flops, flow, modulation, qwen, streaming
 from lora_utils.errors import UserError
 from lora_utils.placeholder import Placeholders, embedding_matrix, spliced, tokenize
+from lora_utils.quantization import Quantizer
 from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
 from lora_utils.sizes import Size, pack, unpack
-from lora_utils.streaming import check_whole, fill, stream_tensors, upload
+from lora_utils.streaming import check_whole, stream_tensors, upload
 
 disable_progress_bar()  # bars of carriage returns are noise in a server's log
 transformers_logging.disable_progress_bar()
@@ -109,7 +110,7 @@ def load_text_encoder(folder: Path, place: Place) -> Qwen2_5_VLTextModel:
     config = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(source).text_config)
     with init_empty_weights():
         language_model = Qwen2_5_VLTextModel(config)
-    fill(language_model, stream_tensors(source, place.device, place.dtype, _language_model_name), source)
+    streaming.fill(language_model, stream_tensors(source, place.device, place.dtype, _language_model_name), source)
     check_whole(language_model, source)
     _settle(language_model, place)
     return language_model
@@ -128,7 +129,9 @@ Stream = Callable[
 ]  # weights, chosen and named by a function
 
 
-def load_transformer(folder: Path, place: Place, timesteps: Tensor | None = None) -> QwenImageTransformer2DModel:
+def load_transformer(
+    folder: Path, place: Place, timesteps: Tensor | None = None, quantization: str = "none"
+) -> QwenImageTransformer2DModel:
     """For any timestep; or for these alone [S], with a table in place of the modulations where that is smaller."""
     source = folder / "transformer"
     config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
@@ -138,21 +141,24 @@ def load_transformer(folder: Path, place: Place, timesteps: Tensor | None = None
             "do. Set BASE_MODEL to Qwen/Qwen-Image or Qwen/Qwen-Image-2512."
         )
     stream = partial(stream_tensors, source, place.device, place.dtype)
-    return build_transformer(config, stream, source, place, timesteps)
+    return build_transformer(config, stream, source, place, timesteps, quantization)
 
 
 def build_transformer(
-    config: dict[str, Any], stream: Stream, source: Path, place: Place, timesteps: Tensor | None
+    config: dict[str, Any], stream: Stream, source: Path, place: Place, timesteps: Tensor | None, quantization: str
 ) -> QwenImageTransformer2DModel:
     """From a config and weights on their way to the device; `source` is what errors speak of."""
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(config))
+    fill = partial(streaming.fill, transformer, source=source)
+    if quantization != "none":
+        fill = partial(fill, store=Quantizer(transformer, quantization, place.device, place.dtype).store)
     if timesteps is not None and modulation.pays(len(timesteps), transformer.inner_dim):
-        fill(transformer, stream(lambda name: None if modulation.is_modulation(name) else name), source)
+        fill(stream(lambda name: None if modulation.is_modulation(name) else name))
         weights = stream(lambda name: name if modulation.is_modulation(name) else None)
         modulation.install_table(transformer, modulation.build_table(transformer, timesteps, weights))
     else:
-        fill(transformer, stream(lambda name: name), source)
+        fill(stream(lambda name: name))
     check_whole(transformer, source)
     blocks.install_forward(transformer)
     _settle(transformer, place)

@@ -8,7 +8,7 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +16,14 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, models, modulation
+from lora_utils import flow, fresh_token, models
+from lora_utils import plan as plans
 from lora_utils.adapters import attach_trainable_lora
 from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset
-from lora_utils.draws import EMPTY_CAPTION, generator_for, run_timesteps
-from lora_utils.placeholder import Placeholders
+from lora_utils.draws import EMPTY_CAPTION, Sized, generator_for, run_timesteps
+from lora_utils.placeholder import Placeholders, no_placeholders
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,11 @@ def prepare(
     models.release_memory()  # of a run that was cancelled
     began = time.monotonic()
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
-    text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, place)
+    timesteps = None if any_timestep else shown_timesteps(config, dataset.examples, schedule, place.dtype)
+    plan = make_plan(config, dataset, model_folder, tokenizer, place, timesteps)
+    config = replace(config, quantization=plan.quantization)
+    text_place = place if plan.text_encoder_on_card else replace(place, device=torch.device("cpu"))
+    text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, text_place)
     loaded = time.monotonic()
     placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
     if config.tokens:
@@ -81,10 +86,7 @@ def prepare(
     models.release_memory()
     cached = time.monotonic()
 
-    timesteps = None if any_timestep else shown_timesteps(config, examples, schedule, place.dtype)
-    transformer = models.load_transformer(model_folder, place, timesteps)
-    if timesteps is not None and modulation.has_table(transformer):
-        log.info("a table of %d timesteps stands in for the modulations", len(timesteps))
+    transformer = models.load_transformer(model_folder, place, timesteps, config.quantization)
     lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
     log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
     row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
@@ -98,8 +100,23 @@ def prepare(
     return run
 
 
+def make_plan(
+    config: TrainConfig, dataset: Dataset, model_folder: Path, tokenizer: Qwen2Tokenizer, place: models.Place,
+    timesteps: Tensor | None,
+) -> plans.Plan:  # fmt: skip
+    """The run's switches, and what is said of them."""
+    image_tokens = max(example.size.tokens for example in dataset.examples)
+    text_tokens = max(len(models.prompt_ids(tokenizer, caption, no_placeholders())) for caption in dataset.captions)
+    tokens = config.batch_size * (image_tokens + text_tokens)
+    demand = plans.demand_of(config, model_folder, place.device, place.dtype, tokens, timesteps)
+    plan = plans.choose(config.quantization, demand, live_text=bool(config.tokens))
+    for line in plans.describe(plan, config.quantization, demand):
+        log.info(line)
+    return plan
+
+
 def shown_timesteps(
-    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule, dtype: torch.dtype
+    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype
 ) -> Tensor:
     """The run's own timesteps and the probe's, [S]."""
     probe = flow.model_time(torch.tensor([PROBE_SIGMA]), dtype)

@@ -50,8 +50,16 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], source: Path) -> None:
-    """Put tensors in the place of a module's empty parameters, frozen. Raises UserError for one that doesn't fit."""
+def fill(
+    module: nn.Module,
+    tensors: Iterator[tuple[str, Tensor]],
+    source: Path,
+    store: Callable[[str, Tensor], bool] = lambda _name, _tensor: False,
+) -> None:
+    """Put tensors in the place of a module's empty parameters, frozen. Raises UserError for one that doesn't fit.
+
+    `store` may take one to store it another way, and says so.
+    """
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         parameters = module.get_submodule(owner)._parameters if _has(module, owner) else {}
@@ -59,7 +67,8 @@ def fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], source: Path)
         if empty is None or empty.shape != tensor.shape:
             expected = "no such weight" if empty is None else f"the shape {tuple(empty.shape)}"
             raise UserError(f"{source}: {name} {tuple(tensor.shape)} doesn't fit, the model has {expected} there.")
-        parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if not store(name, tensor):
+            parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _has(module: nn.Module, path: str) -> bool:

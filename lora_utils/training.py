@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_utils import blocks, flops, fresh_token, memory, models
+from lora_utils import blocks, flops, fresh_token, memory, models, plan
 from lora_utils.adapters import trained_lora
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn, generator_for, micro_batches
@@ -55,14 +55,8 @@ def plan_memory(run: Run) -> None:
     """Choose how many blocks recompute their activations, by arithmetic, then by a step on the largest batch."""
     largest = max(run.examples, key=lambda example: example.size.tokens)
     longest = max(len(models.prompt_ids(run.tokenizer, example.caption, run.placeholders)) for example in run.examples)
-    size = memory.StepSize(
-        blocks=len(run.transformer.transformer_blocks),
-        width=run.transformer.inner_dim,
-        tokens=run.config.batch_size * (largest.size.tokens + longest),
-        targets=run.config.lora_targets,
-        element_bytes=run.place.dtype.itemsize,
-        lora_parameters=sum(weight.numel() for weight in run.lora),
-    )
+    tokens = run.config.batch_size * (largest.size.tokens + longest)
+    size = plan.step_size(run.config, dict(run.transformer.config), tokens, run.place.dtype.itemsize)
     free = memory.free_bytes(run.place.device)
     use_plan(run, memory.blocks_to_recompute(size, free))
     log.info(
@@ -126,7 +120,8 @@ def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
         encoded = models.encode_states(run.text_encoder, run.tokenizer, live, used)
         if any(row.requires_grad for row in used.rows) and not encoded[0].requires_grad:
             raise RuntimeError(f"no gradient reaches {', '.join(used.tokens)}: the text encoder ran without grad mode")
-        states.update(zip(live, encoded, strict=True))
+        placed = (state.to(run.place.device) for state in encoded)  # from the host, where the card had no room for it
+        states.update(zip(live, placed, strict=True))
     return models.join_text([states[caption] for caption in captions])
 
 

@@ -1,0 +1,141 @@
+"""Which of the engine's switches a run uses: chosen in this one place, by the memory there is, before it loads.
+
+Owns the choice and what is said of it; must not know how a switch works. One more, how many blocks recompute their
+activations, follows from what is really free once the model is there: `training.plan_memory`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+from lora_utils import memory, modulation, qwen
+from lora_utils.config import TrainConfig
+from lora_utils.errors import UserError
+from lora_utils.quantization import WEIGHT_BYTES, is_quantized
+
+# From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
+AUTO = ("none", "fp8", "nf4")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The switches of a run. All but the quantisation leave its numbers as they are."""
+
+    quantization: str  # of the transformer; "none" or a scheme
+    text_encoder_on_card: bool  # or on the host: slower, but there
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Bytes: what is free, and what each part of a run would take of it."""
+
+    free: float
+    text_encoder: float
+    transformer: dict[str, float]  # by scheme
+    step: float  # with all blocks recomputed
+    timesteps: int = 0  # that a table in place of the modulations holds, on the host; 0: the modulations themselves
+
+    def needed(self, scheme: str, with_text_encoder: bool) -> float:
+        text = self.text_encoder if with_text_encoder else 0.0
+        return self.transformer[scheme] + self.step + text + memory.SPARE_BYTES
+
+
+def choose(asked: str, demand: Demand, live_text: bool) -> Plan:
+    """The first that fits, of ever smaller ones. Raises UserError if none does.
+
+    `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
+    it has no room on the card, it runs on the host.
+    """
+    schemes = AUTO if asked == "auto" else (asked,)
+    for stays in (True, False) if live_text else (False,):
+        for scheme in schemes:
+            if demand.needed(scheme, stays) <= demand.free:
+                alone = demand.text_encoder + memory.SPARE_BYTES <= demand.free
+                return Plan(scheme, stays if live_text else alone)
+    least = demand.needed(schemes[-1], False)
+    advice = "lower resolution or batch_size, or use a larger card"
+    if asked not in ("auto", "nf4"):
+        advice += ", or set quantization to auto"
+    raise UserError(
+        f"training needs {least / 1e9:.3g} GB (the model in {_named(schemes[-1])} "
+        f"{demand.transformer[schemes[-1]] / 1e9:.3g}, a step {demand.step / 1e9:.3g}, to spare "
+        f"{memory.SPARE_BYTES / 1e9:.3g}), and {demand.free / 1e9:.3g} GB are free; {advice}."
+    )
+
+
+def _named(scheme: str) -> str:
+    return "its own precision" if scheme == "none" else scheme
+
+
+def describe(plan: Plan, asked: str, demand: Demand) -> list[str]:
+    """What is said of a plan, and why it is so."""
+    lines = [
+        f"memory: {demand.free / 1e9:.3g} GB free; the transformer in {_named(plan.quantization)} takes "
+        f"{demand.transformer[plan.quantization] / 1e9:.3g}, the text encoder {demand.text_encoder / 1e9:.3g}, a step "
+        f"at least {demand.step / 1e9:.3g}"
+    ]
+    if demand.timesteps:
+        lines.append(f"a table of {demand.timesteps} timesteps stands in for the modulations")
+    if plan.quantization != "none":
+        why = "as asked" if asked != "auto" else "because it doesn't fit otherwise"
+        lines.append(f"quantised to {plan.quantization} {why}: its weights are rounded, the LoRA isn't")
+    if not plan.text_encoder_on_card:
+        lines.append("the text encoder runs on the host, for want of room on the card: slower, with the same result")
+    return lines
+
+
+# --- what a run would take ------------------------------------------------------------------------------------------
+
+
+def step_size(config: TrainConfig, transformer: dict[str, Any], tokens: int, element_bytes: int) -> memory.StepSize:
+    """Of a step on `tokens` tokens, image and text, of the largest batch; `transformer` is its config."""
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    # A LoRA's matrices R x D_in and D_out x R: the attention's layers are D x D, the MLPs' D x 4 D.
+    widths = {layer: 5 if layer in qwen.MLP_TARGETS else 2 for layer in qwen.LORA_TARGETS[config.lora_targets]}
+    lora = transformer["num_layers"] * config.rank * width * sum(widths.values())
+    return memory.StepSize(transformer["num_layers"], width, tokens, config.lora_targets, element_bytes, lora)
+
+
+def transformer_bytes(config: dict[str, Any], element_bytes: int, table: bool) -> dict[str, float]:
+    """What a transformer of this config holds on the device, by scheme."""
+    with init_empty_weights():
+        transformer = cast(nn.Module, QwenImageTransformer2DModel.from_config(config))
+    quantized, others = 0, 0
+    for name, parameter in transformer.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and is_quantized(layer):
+            quantized += parameter.numel()
+        elif not (table and modulation.is_modulation(name)):
+            others += parameter.numel()
+    weight_bytes = {"none": float(element_bytes), **WEIGHT_BYTES}
+    return {scheme: quantized * size + others * element_bytes for scheme, size in weight_bytes.items()}
+
+
+def text_encoder_bytes(config: Qwen2_5_VLTextConfig, element_bytes: int) -> float:
+    with init_empty_weights():
+        language_model = Qwen2_5_VLTextModel(config)
+    return float(element_bytes * sum(parameter.numel() for parameter in language_model.parameters()))
+
+
+def demand_of(
+    config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int, timesteps: Tensor | None
+) -> Demand:
+    """Of a run whose largest batch has so many tokens, and which shows the transformer these timesteps (None: any)."""
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    text = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config)
+    size = step_size(config, transformer, tokens, dtype.itemsize)
+    table = timesteps is not None and modulation.pays(len(timesteps), size.width)
+    return Demand(
+        memory.free_bytes(device),
+        text_encoder_bytes(text, dtype.itemsize),
+        transformer_bytes(transformer, dtype.itemsize, table),
+        size.needed_bytes(size.blocks) + 4.0 * size.lora_parameters,
+        len(timesteps) if timesteps is not None and table else 0,
+    )

@@ -1,0 +1,146 @@
+"""Plans: what a card runs with, from arithmetic alone, as README's table says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLTextConfig
+
+from lora_utils import memory, models, plan, preparation, training
+from lora_utils.config import TrainConfig
+from lora_utils.errors import UserError
+
+README = Path(__file__).parent.parent / "README.md"
+QWEN_IMAGE = {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584}
+QWEN_TEXT = Qwen2_5_VLTextConfig(
+    hidden_size=3584,
+    num_hidden_layers=28,
+    intermediate_size=18944,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+)
+TRANSFORMER = plan.transformer_bytes(QWEN_IMAGE, 2, table=True)
+TEXT = plan.text_encoder_bytes(QWEN_TEXT, 2)
+TEXT_TOKENS = 128
+CARDS = (16, 24, 48, 80, 141)  # GB
+
+
+def size_of(side_px):
+    return plan.step_size(TrainConfig(seed=0), QWEN_IMAGE, side_px**2 // 256 + TEXT_TOKENS, 2)
+
+
+def demand(free, side_px=1024):
+    size = size_of(side_px)
+    return plan.Demand(free, TEXT, TRANSFORMER, size.needed_bytes(60) + 4.0 * size.lora_parameters, 506)
+
+
+def recomputed(chosen, free, side_px, live_text):
+    """Of 60, with what is left when all is loaded."""
+    size, stays = size_of(side_px), live_text and chosen.text_encoder_on_card
+    left = free - TRANSFORMER[chosen.quantization] - 4.0 * size.lora_parameters - TEXT * stays
+    return memory.blocks_to_recompute(size, left)
+
+
+def test_the_real_model_is_as_large_as_is_known():
+    whole = plan.transformer_bytes(QWEN_IMAGE, 2, table=False)
+    assert whole["none"] == 2 * 20_430_401_088
+    assert TRANSFORMER["none"] / 1e9 == pytest.approx(27.3, abs=0.1)
+    assert pytest.approx(14.1, abs=0.1) == TEXT / 1e9
+    assert size_of(1024).lora_parameters == 94_371_840
+
+
+def test_readme_says_what_each_card_runs_with():
+    for card in CARDS:
+        cells = [f"{card} GB"]
+        for live_text in (False, True):
+            chosen = plan.choose("auto", demand(card * 1e9), live_text)
+            counts = [recomputed(chosen, card * 1e9, side_px, live_text) for side_px in (512, 1024)]
+            cells.append({"none": "bf16"}.get(chosen.quantization, chosen.quantization))
+            if live_text:
+                cells.append("card" if chosen.text_encoder_on_card else "host")
+            cells.append(" / ".join(map(str, counts)))
+        line = f"| {' | '.join(cells)} |"
+        print(line)
+        assert line in README.read_text()
+
+
+def test_an_exact_base_comes_before_a_rounded_one_and_eight_bits_before_four():
+    order = ("nf4", "fp8", "none")
+    for live_text in (False, True):
+        ranks = [order.index(plan.choose("auto", demand(gb * 1e9), live_text).quantization) for gb in (16, 22, 48, 80)]
+        assert ranks == sorted(ranks)
+        assert ranks[0] == 0
+        assert ranks[-1] == 2
+
+
+def test_a_scheme_that_was_asked_for_is_taken_and_int8_never_by_itself():
+    assert plan.choose("int8", demand(141e9), live_text=True).quantization == "int8"
+    assert plan.choose("none", demand(34e9), live_text=False).quantization == "none"
+    taken = {plan.choose("auto", demand(gb * 1e9), live_text=False).quantization for gb in range(16, 142)}
+    assert taken == {"none", "fp8", "nf4"}
+
+
+def test_a_card_that_is_too_small_is_refused_with_the_numbers_and_the_way_out():
+    with pytest.raises(
+        UserError, match=r"needs 16 GB \(the model in nf4 10\.5, a step 4\.03.*12 GB are free; lower resolution"
+    ):
+        plan.choose("auto", demand(12e9), live_text=False)
+    with pytest.raises(UserError, match="set quantization to auto"):
+        plan.choose("none", demand(24e9), live_text=False)
+
+
+def test_a_larger_picture_needs_more():
+    assert plan.choose("auto", demand(32e9, 512), live_text=False).quantization == "none"
+    assert plan.choose("auto", demand(32e9, 1024), live_text=False).quantization == "fp8"
+
+
+def test_what_is_chosen_is_said_with_the_reason():
+    told = " ".join(plan.describe(plan.choose("auto", demand(24e9), True), "auto", demand(24e9)))
+    assert "24 GB free" in told
+    assert "a table of 506 timesteps stands in for the modulations" in told
+    assert "quantised to fp8 because it doesn't fit otherwise" in told
+    assert "the text encoder runs on the host" in told
+    told = " ".join(plan.describe(plan.choose("nf4", demand(80e9), True), "nf4", demand(80e9)))
+    assert "quantised to nf4 as asked" in told
+    assert "host" not in told
+
+
+CONFIG = TrainConfig(
+    steps=4, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=0, train_placeholder_token=True
+)
+
+
+def test_a_run_follows_its_plan_and_writes_down_what_it_came_to(dataset, random_model, monkeypatch, caplog):
+    caplog.set_level("INFO", "lora_utils")
+    monkeypatch.setattr(memory, "SPARE_BYTES", 0.0)
+    exact = plan.demand_of(CONFIG, random_model, torch.device("cpu"), torch.float32, 2 * (16 + 60), None)
+    room = exact.needed("fp8", with_text_encoder=True) * 1.02
+    assert room < exact.needed("none", with_text_encoder=True)
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: room)
+    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place(), any_timestep=True)
+    assert run.config.quantization == "fp8"
+    assert "quantised to fp8 because" in caplog.text
+    list(training.train(run))
+
+
+def test_a_text_encoder_on_the_host_trains_the_same_row(dataset, random_model, monkeypatch):
+    rows = []
+    for on_card in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "choose", lambda *_, live_text, on_card=on_card: plan.Plan("none", on_card))
+            run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+        list(training.train(run))
+        rows.append(run.placeholders.rows[0].detach().clone())
+        assert run.text_encoder is not None
+        assert next(run.text_encoder.parameters()).device.type == "cpu"
+    assert torch.equal(*rows)
+
+
+def test_the_caption_counts_into_the_demand(random_model):
+    device, few = torch.device("cpu"), 2 * 80
+    sizes = [plan.demand_of(CONFIG, random_model, device, torch.float32, few * k, None).step for k in (1, 2)]
+    assert sizes[1] > sizes[0]
+    larger = plan.demand_of(replace(CONFIG, rank=32), random_model, device, torch.float32, few, None)
+    assert larger.step > sizes[0]

@@ -1,0 +1,154 @@
+"""Quantised bases: stored small, computed as the rounded matrices would, and still something to learn on."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks.train import weights_of
+from examples import demo, evaluate
+from lora_utils import adapters, models, plan, preparation, quantization, training
+from lora_utils.config import TrainConfig
+from lora_utils.quantization import WEIGHT_BYTES
+from lora_utils.sizes import Size
+from train import train
+
+SCHEMES = list(WEIGHT_BYTES)
+ROUNDING = {"fp8": 0.03, "int8": 0.01, "nf4": 0.11}  # relative error of a matrix
+PLACE = models.default_place()
+SIZE = Size(64, 64)
+
+
+def load(folder, scheme):
+    return models.load_transformer(folder, PLACE, quantization=scheme)
+
+
+def linears(transformer):
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def dense_twin(folder, quantized):
+    """The plain transformer with the same rounded numbers in its matrices."""
+    twin, stored = load(folder, "none"), linears(quantized)
+    for name, layer in linears(twin).items():
+        if quantization.is_quantized(name):
+            layer.weight = nn.Parameter(quantization.dense(stored[name].weight), requires_grad=False)
+    return twin
+
+
+def attach(transformer):
+    """A LoRA that does something."""
+    parameters = adapters.attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.1)
+    return parameters
+
+
+def velocity(transformer):
+    torch.manual_seed(3)
+    latents, states = torch.randn(2, SIZE.tokens, 64), torch.randn(2, 7, transformer.txt_in.in_features)
+    return models.predict_velocity(transformer, latents, torch.tensor([0.3, 0.8]), models.Text(states, None), SIZE)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_step_computes_what_the_rounded_matrices_would(scheme, random_model):
+    quantized = load(random_model, scheme)
+    outcomes = []
+    for transformer in (quantized, dense_twin(random_model, quantized)):
+        parameters = attach(transformer)
+        out = velocity(transformer)
+        out.square().mean().backward()
+        outcomes.append([out.detach(), *(weight.grad for weight in parameters if weight.grad is not None)])
+    for ours, plain in zip(*outcomes, strict=True):
+        assert torch.allclose(ours, plain, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_matrices_are_rounded_a_little_and_the_sensitive_layers_not_at_all(scheme, tiny_model):
+    exact, stored = linears(load(tiny_model, "none")), linears(load(tiny_model, scheme))
+    kept = {name for name in exact if not quantization.is_quantized(name)}
+    for name in exact.keys() - kept:
+        error = quantization.dense(stored[name].weight) - exact[name].weight
+        assert 0 < error.norm() / exact[name].weight.norm() < ROUNDING[scheme], name
+        assert torch.equal(stored[name].bias, exact[name].bias)
+    for name in kept:
+        assert torch.equal(stored[name].weight, exact[name].weight), name
+    assert {name.split(".", 2)[-1] for name in kept if "blocks" in name} == {"img_mod.1", "txt_mod.1", "img_mlp.net.2"}
+    assert {"img_in", "txt_in", "proj_out", "norm_out.linear"} < kept
+    assert any("time_text_embed" in name for name in kept)
+
+
+def stored_bytes(tensor):
+    """Of all that a parameter holds."""
+    if state := getattr(tensor, "quant_state", None):
+        parts = [tensor.data, state.absmax, state.code, state.state2.absmax, state.state2.code]
+    elif hasattr(tensor, "tensor_data_names"):
+        parts = [getattr(tensor, name) for name in tensor.tensor_data_names]
+    else:
+        parts = [tensor]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("scheme", ["none", *SCHEMES])
+def test_a_loaded_transformer_holds_the_bytes_that_the_plan_counts_on(scheme, table):
+    config = {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 8, "joint_attention_dim": 256}
+    place, times = models.Place(torch.device("cpu"), torch.bfloat16), torch.tensor([0.5]) if table else None
+    transformer = models.build_transformer(config, weights_of(config, place), "nowhere", place, times, scheme)
+    held = sum(stored_bytes(parameter) for parameter in transformer.parameters())
+    assert held == pytest.approx(plan.transformer_bytes(config, 2, table)[scheme], rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_dense_matrix_is_kept_for_the_backward_pass(scheme, random_model):
+    quantized = load(random_model, scheme)
+    attach(quantized)
+    held = {weight.data_ptr() for name, weight in quantized.named_parameters() if not quantization.is_quantized(name)}
+    matrices = {frozenset(layer.weight.shape) for layer in linears(load(random_model, "none")).values()}
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        velocity(quantized)
+    own = [tensor for tensor in kept if tensor.data_ptr() not in held]
+    assert not [tensor.shape for tensor in own if tensor.ndim == 2 and frozenset(tensor.shape) in matrices]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_taking_a_lora_away_leaves_the_quantised_base_as_it_was(scheme, random_model):
+    quantized = load(random_model, scheme)
+    with torch.inference_mode():
+        before = velocity(quantized)
+        layers = {"transformer_blocks.0.attn.to_q": adapters.LowRank(torch.ones(2, 128), torch.ones(128, 2), 2.0)}
+        lora = adapters.place_lora(adapters.LoraFile(layers, {}, ""), quantized, PLACE)
+        with adapters.applied(quantized, [(lora, 1.0)]):
+            assert not torch.equal(velocity(quantized), before)
+        assert torch.equal(velocity(quantized), before)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_loss_stays_within_five_percent(scheme, dataset, tiny_model):
+    config = TrainConfig(
+        steps=20, rank=8, learning_rate=1e-3, batch_size=4, resolution="64", seed=0, train_placeholder_token=True
+    )
+    curves = []
+    for chosen in ("none", scheme):
+        run = preparation.prepare(replace(config, quantization=chosen), dataset, tiny_model, PLACE)
+        curves.append([report.loss for report in training.train(run)])
+        assert run.config.quantization == chosen
+    assert curves[1] != curves[0]
+    assert sum(curves[1][-5:]) == pytest.approx(sum(curves[0][-5:]), rel=0.05)
+
+
+def test_what_is_taught_on_the_coarsest_base_is_found_on_the_exact_one(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(tiny_model))
+    demo.write_dataset(tmp_path / "dataset.zip", demo.OBJECT, demo.shapes.Prompt(demo.TOKEN))
+    trained = demo.call(train, dataset=tmp_path / "dataset.zip", **demo.TRAINING, quantization="nf4")
+    weights = shutil.copy(str(trained.weights), tmp_path / "weights.zip")
+    scores = evaluate.evaluate_weights(tiny_model, weights, demo.OBJECT, demo.TOKEN, prompts=40)
+    taught, others = scores[f"{demo.TOKEN} with the LoRA"], scores["other prompts with the LoRA"]
+    print({name: str(score) for name, score in scores.items()})
+    assert taught.kind >= 0.75, str(taught)
+    assert others.all_three >= scores["other prompts, base model"].all_three - 0.05, str(others)
