@@ -33,7 +33,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lora_utils import blocks, flops, flow, memory, models, preparation, qwen, training
-from lora_utils.adapters import attach_trainable_lora
+from lora_utils.adapters import attach_trainable_lora, use_blocks
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn
 from lora_utils.placeholder import no_placeholders
@@ -82,6 +82,7 @@ class Job:
     batch: int
     recomputed: int  # blocks; the plain way knows all or none
     quantization: str = "none"  # ours alone
+    compiled: bool = False  # ours alone
 
     @property
     def size(self) -> Size:
@@ -133,6 +134,7 @@ def ours(job: Job) -> Callable[[], float]:
     transformer = models.build_transformer(job.preset.config, stream, SOURCE, job.place, times, job.quantization)
     config = TrainConfig(rank=job.rank, batch_size=job.batch, seed=0)
     lora = attach_trainable_lora(transformer, config.lora_targets, job.rank, torch.Generator().manual_seed(0))
+    use_blocks(transformer, job.compiled)
     blocks.recompute_first(transformer, job.recomputed)
     drawn, text = batch_of(job)
     run = preparation.Run(
@@ -209,6 +211,7 @@ def memory_of(way: str, arguments: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "benchmarks.train", "--memory-of", way]
     for name in ("preset", "dtype", "rank", "batch", "recomputed", "quantization", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
+    command += ["--compiled"] * arguments.compiled
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -257,14 +260,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--recomputed", type=int, default=0, help="blocks that recompute their activations")
     parser.add_argument("--quantization", choices=["none", *WEIGHT_BYTES], default="none", help="of our base alone")
+    parser.add_argument("--compiled", action="store_true", help="our blocks alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     place = models.Place(torch.device(arguments.device), DTYPES[arguments.dtype])
     job = Job(
-        PRESETS[arguments.preset], place, arguments.rank, arguments.batch, arguments.recomputed, arguments.quantization
-    )
+        PRESETS[arguments.preset], place, arguments.rank, arguments.batch, arguments.recomputed, arguments.quantization,
+        arguments.compiled,
+    )  # fmt: skip
     if arguments.memory_of:
         print_memory(arguments.memory_of, job)
         return

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from types import MethodType
 from typing import cast
 
 import torch
@@ -54,10 +54,17 @@ def attach_trainable_lora(
         bound = math.sqrt(1 / down.shape[1])  # kaiming_uniform with a = sqrt(5)
         down.data = (torch.rand(down.shape, generator=generator) * 2 - 1).mul(bound).to(down.device)
         up.data = torch.zeros(up.shape, device=up.device)
-        cast(nn.Module, layer).forward = partial(_forward, layer)
+        # A method, not a partial: the compiler takes one layer's for another's, and compiles one block for all.
+        cast(nn.Module, layer).forward = MethodType(_forward, layer)
         parameters += [down, up]
-    blocks.install_forward(transformer, _project_together)
+    use_blocks(transformer, compiled=False)
     return parameters
+
+
+def use_blocks(transformer: QwenImageTransformer2DModel, compiled: bool) -> None:
+    """Let the blocks of a transformer with a trainable LoRA compute plainly, or compiled."""
+    compute = blocks.compiled_block() if compiled else blocks.compute_block
+    blocks.install_forward(transformer, _project_together, compute)
 
 
 def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
@@ -136,14 +143,16 @@ def place_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, place: 
 
 @dataclass(frozen=True, slots=True)
 class _AddUpdate:
-    """A forward hook: the layer's output plus strength * up @ down @ input."""
+    """A forward hook: strength * up @ down @ input is added to the layer's output in place, in no pass of its own."""
 
     down: Tensor  # [R, D_in]
     up: Tensor  # [D_out, R]
     strength: float  # scale * alpha / R
 
     def __call__(self, _layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(arguments[0], self.down), self.up) * self.strength
+        low = F.linear(arguments[0], self.down).flatten(0, -2)  # [..., R]
+        output.view(-1, output.shape[-1]).addmm_(low, self.up.T, alpha=self.strength)
+        return output
 
 
 @contextmanager

@@ -43,7 +43,14 @@ class JointRope(nn.Module):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """RoPE on [B, S, H, E] by a complex table [S, E / 2], in fp32 as diffusers computes it."""
+    """RoPE on [B, S, H, E] in fp32, as diffusers computes it, by a table [S, E / 2] of complex numbers.
+
+    Or by their real and imaginary parts [S, E / 2, 2]: more passes over memory, but the compiler fuses them, and it
+    can't do complex numbers.
+    """
+    if not table.is_complex():
+        (a, b), (c, d) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table[:, None].unbind(-1)
+        return torch.stack([a * c - b * d, a * d + b * c], dim=-1).flatten(3).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, S, H, E / 2]
     return torch.view_as_real(pairs * table[:, None]).flatten(3).type_as(x)
 
@@ -83,21 +90,19 @@ def attend(
     return mixed[:, text.shape[1] :], mixed[:, : text.shape[1]]
 
 
-def forward_block(
-    block: Any, project: Project, hidden_states: Tensor, encoder_hidden_states: Tensor,
-    encoder_hidden_states_mask: Tensor | None, temb: Tensor, image_rotary_emb: Tensor,
-    joint_attention_kwargs: None = None, modulate_index: None = None,
+def compute_block(
+    block: Any, project: Project, image: Tensor, text: Tensor, mask: Tensor | None, image_mod: Tensor,
+    text_mod: Tensor, rope: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A dual-stream block on image [B, N, D] and text [B, T, D] -> text and image. Called by diffusers' names."""
-    image, text = hidden_states, encoder_hidden_states
-    i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = block.img_mod(temb).chunk(6, dim=-1)  # [B, D] each
-    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = block.txt_mod(temb).chunk(6, dim=-1)
+    """A dual-stream block on image [B, N, D] and text [B, T, D], with modulations [B, 6 D] -> text and image."""
+    i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = image_mod.chunk(6, dim=-1)  # [B, D] each
+    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = text_mod.chunk(6, dim=-1)
     mixed_image, mixed_text = attend(
         block.attn,
         modulate(image, block.img_norm1, i_shift1, i_scale1),
         modulate(text, block.txt_norm1, t_shift1, t_scale1),
-        encoder_hidden_states_mask,
-        image_rotary_emb,
+        mask,
+        rope,
         project,
     )
     image = torch.addcmul(image, i_gate1[:, None], block.attn.to_out[0](mixed_image))
@@ -105,6 +110,35 @@ def forward_block(
     image = torch.addcmul(image, i_gate2[:, None], block.img_mlp(modulate(image, block.img_norm2, i_shift2, i_scale2)))
     text = torch.addcmul(text, t_gate2[:, None], block.txt_mlp(modulate(text, block.txt_norm2, t_shift2, t_scale2)))
     return text, image
+
+
+Compute = Callable[..., tuple[Tensor, Tensor]]  # what `compute_block` does
+
+
+def compiled_block() -> Compute:
+    """`compute_block` compiled at its first calls, once for all blocks and shapes.
+
+    Raises torch._dynamo.exc.TorchDynamoException when it can't be, there or in the first backward pass.
+    """
+    compiled = cast(Compute, torch.compile(compute_block, dynamic=True))
+
+    def compute(*given: Any) -> tuple[Tensor, Tensor]:
+        return compiled(*given[:-1], torch.view_as_real(given[-1]))
+
+    return compute
+
+
+def forward_block(
+    block: Any, project: Project, compute: Compute, hidden_states: Tensor, encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None, temb: Tensor, image_rotary_emb: Tensor,
+    joint_attention_kwargs: None = None, modulate_index: None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A block, called by diffusers' names. The modulations, maybe from a table, stay out of what is compiled."""
+    image_mod, text_mod = block.img_mod(temb), block.txt_mod(temb)
+    return compute(
+        block, project, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, image_mod, text_mod,
+        image_rotary_emb,
+    )  # fmt: skip
 
 
 class _Recomputed:
@@ -128,9 +162,11 @@ def recompute_first(transformer: QwenImageTransformer2DModel, count: int) -> Non
         block.forward = _Recomputed(forward) if index < count else forward
 
 
-def install_forward(transformer: QwenImageTransformer2DModel, project: Project = project_each) -> None:
-    """Let the blocks compute this way. Nothing about the weights changes; a second call changes `project`."""
+def install_forward(
+    transformer: QwenImageTransformer2DModel, project: Project = project_each, compute: Compute = compute_block
+) -> None:
+    """Let the blocks compute this way. Nothing about the weights changes; a second call changes how."""
     if not isinstance(transformer.pos_embed, JointRope):
         transformer.pos_embed = cast(Any, JointRope(transformer.pos_embed))
     for block in transformer.transformer_blocks:
-        block.forward = partial(forward_block, block, project)
+        block.forward = partial(forward_block, block, project, compute)

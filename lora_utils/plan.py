@@ -15,13 +15,16 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from lora_utils import memory, modulation, qwen
+from lora_utils import flops, memory, modulation, qwen
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.quantization import WEIGHT_BYTES, is_quantized
 
 # From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
 AUTO = ("none", "fp8", "nf4")
+
+COMPILE_S = 90.0  # to compile a block, forward and backward, and again where no text or no gradient comes in
+COMPILED_GAIN = 0.1  # of a step's time, at least: benchmarks/RESULTS.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Plan:
 
     quantization: str  # of the transformer; "none" or a scheme
     text_encoder_on_card: bool  # or on the host: slower, but there
+    compiled: bool = False  # the blocks' arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Demand:
         return self.transformer[scheme] + self.step + text + memory.SPARE_BYTES
 
 
-def choose(asked: str, demand: Demand, live_text: bool) -> Plan:
+def choose(asked: str, demand: Demand, live_text: bool, run_s: float = 0.0) -> Plan:
     """The first that fits, of ever smaller ones. Raises UserError if none does.
 
     `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
@@ -58,7 +62,8 @@ def choose(asked: str, demand: Demand, live_text: bool) -> Plan:
         for scheme in schemes:
             if demand.needed(scheme, stays) <= demand.free:
                 alone = demand.text_encoder + memory.SPARE_BYTES <= demand.free
-                return Plan(scheme, stays if live_text else alone)
+                compiled = scheme == "none" and run_s * COMPILED_GAIN > COMPILE_S
+                return Plan(scheme, stays if live_text else alone, compiled)
     least = demand.needed(schemes[-1], False)
     advice = "lower resolution or batch_size, or use a larger card"
     if asked not in ("auto", "nf4"):
@@ -88,6 +93,10 @@ def describe(plan: Plan, asked: str, demand: Demand) -> list[str]:
         lines.append(f"quantised to {plan.quantization} {why}: its weights are rounded, the LoRA isn't")
     if not plan.text_encoder_on_card:
         lines.append("the text encoder runs on the host, for want of room on the card: slower, with the same result")
+    if plan.compiled:
+        lines.append(
+            "the blocks are compiled, which takes a minute or two, because the run is long enough to win it back"
+        )
     return lines
 
 
@@ -139,3 +148,14 @@ def demand_of(
         size.needed_bytes(size.blocks) + 4.0 * size.lora_parameters,
         len(timesteps) if timesteps is not None and table else 0,
     )
+
+
+def estimated_seconds(
+    config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, image_tokens: int, text_tokens: int
+) -> float:
+    """Of a run whose steps are all of the largest size, at two thirds of the speed of a plain matrix product."""
+    size = json.loads((folder / "transformer" / "config.json").read_text())
+    width = size["num_attention_heads"] * size["attention_head_dim"]
+    shape = flops.Shape(size["num_layers"], width, qwen.PACKED_CHANNELS, size["joint_attention_dim"])
+    step = config.batch_size * flops.training_flops(shape, image_tokens, text_tokens, 0)
+    return 1.5 * config.steps * config.gradient_accumulation * step / flops.measured_peak(device, dtype, seconds=0.05)

@@ -48,6 +48,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     first_rows: tuple[Tensor, ...]  # as they were drawn
     recomputed: int = 0  # blocks that recompute their activations in the backward pass
+    compiled: bool = False  # the blocks' arithmetic
     flops: float = 0.0  # done so far
     seconds: dict[str, float] = field(default_factory=dict)  # where the time went
 
@@ -94,7 +95,7 @@ def prepare(
     first_rows = tuple(row.detach().clone() for row in placeholders.rows)
     run = Run(
         config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
-        first_rows,
+        first_rows, compiled=plan.compiled,
     )  # fmt: skip
     run.seconds = {"load": loaded - began + time.monotonic() - cached, "cache": cached - loaded}
     return run
@@ -109,7 +110,8 @@ def make_plan(
     text_tokens = max(len(models.prompt_ids(tokenizer, caption, no_placeholders())) for caption in dataset.captions)
     tokens = config.batch_size * (image_tokens + text_tokens)
     demand = plans.demand_of(config, model_folder, place.device, place.dtype, tokens, timesteps)
-    plan = plans.choose(config.quantization, demand, live_text=bool(config.tokens))
+    seconds = plans.estimated_seconds(config, model_folder, place.device, place.dtype, image_tokens, text_tokens)
+    plan = plans.choose(config.quantization, demand, live_text=bool(config.tokens), run_s=seconds)
     for line in plans.describe(plan, config.quantization, demand):
         log.info(line)
     return plan

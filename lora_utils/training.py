@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from lora_utils import blocks, flops, fresh_token, memory, models, plan
-from lora_utils.adapters import trained_lora
+from lora_utils.adapters import trained_lora, use_blocks
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn, generator_for, micro_batches
 from lora_utils.errors import UserError
@@ -58,7 +59,8 @@ def plan_memory(run: Run) -> None:
     tokens = run.config.batch_size * (largest.size.tokens + longest)
     size = plan.step_size(run.config, dict(run.transformer.config), tokens, run.place.dtype.itemsize)
     free = memory.free_bytes(run.place.device)
-    use_plan(run, memory.blocks_to_recompute(size, free))
+    run.recomputed = memory.blocks_to_recompute(size, free)
+    use_compiled(run, run.compiled)
     log.info(
         "memory: a step of %d tokens needs %.1f of %.1f GB free; %d of %d blocks recompute their activations",
         size.tokens, size.needed_bytes(run.recomputed) / 1e9, free / 1e9, run.recomputed, size.blocks,
@@ -81,6 +83,19 @@ def plan_memory(run: Run) -> None:
 def use_plan(run: Run, recomputed: int) -> None:
     run.recomputed = recomputed
     blocks.recompute_first(run.transformer, recomputed)
+
+
+def use_compiled(run: Run, compiled: bool) -> None:
+    run.compiled = compiled
+    use_blocks(run.transformer, compiled)
+    use_plan(run, run.recomputed)
+
+
+def compute_plainly(run: Run, reason: str) -> None:
+    """After blocks couldn't be compiled: drop what the step left, and go on without."""
+    log.warning("the blocks can't be compiled here (%s); going on without", reason)
+    run.optimizer.zero_grad(set_to_none=True)
+    use_compiled(run, compiled=False)
 
 
 def step_down(run: Run, drawn: Sequence[Drawn]) -> None:
@@ -146,8 +161,13 @@ def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
                 losses.append(loss.detach())
             return torch.stack(losses)
         except torch.OutOfMemoryError:
-            pass  # to be dealt with below, where the failed step's tensors are no longer held by its traceback
-        step_down(run, drawn)
+            reason = None  # dealt with below, where the failed step's tensors are no longer held by its traceback
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+        if reason is None:
+            step_down(run, drawn)
+        else:
+            compute_plainly(run, reason)
 
 
 def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
