@@ -1,1 +1,3 @@
 """Measurements of the package on the small model: each module is a command, each writes a page beside itself."""
+
+import lora_utils  # noqa: F401 (first, so that what diffusers would say of other cards' kernels isn't said)

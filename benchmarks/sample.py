@@ -3,10 +3,9 @@
     python -m benchmarks.sample --preset wide --against plain
     python -m benchmarks.sample --preset full --record         # a line in RESULTS.md
 
-The presets' transformers are benchmarks.train's; text states are random, 128 tokens and 6 for the empty prompt. What is
-measured is the denoising with guidance, without the decoding: `ours` as predict.py runs it, `plain` as diffusers'
-pipeline does. With `--swap` it measures, at the same width, how long another LoRA takes to put in place of the last one,
-against loading the transformer.
+The presets' transformers are benchmarks.train's; text states are random, 6 tokens for the empty prompt. Measured is the
+denoising with guidance, without the decoding: `ours` as predict.py runs it, `plain` as diffusers' pipeline does. With
+`--swap` it measures how long another LoRA takes to be put in place of the last one, against loading the transformer.
 """
 
 import argparse
@@ -37,17 +36,12 @@ from lora_utils.streaming import fill
 EMPTY_TOKENS = 6  # of " ", the usual negative prompt
 
 
-def texts(job: Job) -> tuple[Tensor, Tensor]:
+def texts(job: Job) -> list[Tensor]:
     """States of a prompt and of the empty one, [1, T, D] each."""
     generator = torch.Generator().manual_seed(0)
     lengths = (job.preset.text_tokens, EMPTY_TOKENS)
-    return cast(
-        tuple[Tensor, Tensor],
-        tuple(
-            torch.randn(1, length, job.shape.text_width, generator=generator).to(job.place.device, job.place.dtype)
-            for length in lengths
-        ),
-    )
+    drawn = (torch.randn(1, length, job.shape.text_width, generator=generator) for length in lengths)
+    return [states.to(job.place.device, job.place.dtype) for states in drawn]
 
 
 def image_flops(job: Job, steps: int) -> float:
@@ -86,13 +80,14 @@ def plain(job: Job, steps: int) -> Callable[[], Any]:
         time_shift_type="exponential",
     )  # fmt: skip
     unused = cast(Any, None)
-    pipeline = QwenImagePipeline(scheduler, unused, unused, unused, transformer)
+    pipeline: Any = QwenImagePipeline(scheduler, unused, unused, unused, transformer)
     pipeline.set_progress_bar_config(disable=True)
     text, empty = texts(job)
 
     def image() -> Tensor:
         return pipeline(
-            prompt_embeds=text, negative_prompt_embeds=empty, height=job.size.height_px, width=job.size.width_px,
+            prompt_embeds=text, prompt_embeds_mask=torch.ones(text.shape[:2]), negative_prompt_embeds=empty,
+            negative_prompt_embeds_mask=torch.ones(empty.shape[:2]), height=job.size.height_px, width=job.size.width_px,
             num_inference_steps=steps, true_cfg_scale=4.0, output_type="latent",
             generator=torch.Generator().manual_seed(0),
         ).images.cpu()  # fmt: skip
@@ -126,9 +121,8 @@ def swap_lines(job: Job) -> list[str]:
         loaded_s = time.perf_counter() - began
         layers = {}
         for layer in target_names(transformer, "attention"):
-            linear = transformer.get_submodule(layer)
-            down = torch.randn(job.rank, linear.in_features)
-            layers[layer] = LowRank(down, torch.randn(linear.out_features, job.rank), float(job.rank))
+            wide = job.shape.width
+            layers[layer] = LowRank(torch.randn(job.rank, wide), torch.randn(wide, job.rank), float(job.rank))
         swaps = []
         for index in range(4):
             write_lora_file(folder / f"{index}.safetensors", LoraFile(layers))
