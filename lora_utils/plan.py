@@ -23,8 +23,10 @@ from lora_utils.quantization import WEIGHT_BYTES, is_quantized
 # From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
 AUTO = ("none", "fp8", "nf4")
 
-COMPILE_S = 90.0  # to compile a block, forward and backward, and again where no text or no gradient comes in
-COMPILED_GAIN = 0.1  # of a step's time, at least: benchmarks/RESULTS.md
+# Both are guesses, on the careful side: no card has measured them yet (`benchmarks.train --compiled` will). The small
+# model's blocks took some 60 s on a busy CPU.
+COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
+COMPILED_GAIN = 0.1  # of a step's time
 
 
 @dataclass(frozen=True, slots=True)

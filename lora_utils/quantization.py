@@ -20,8 +20,8 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 # weights, and a fp32 scale of those scales per 256 of them (double quantisation, Dettmers et al. 2023, QLoRA).
 WEIGHT_BYTES = {"fp8": 1.0 + 4 / 3072, "int8": 1.0 + 4 / 3072, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
-# In each block attention and the MLPs, but not the image MLP's second layer, whose inputs have outliers. That, the
-# modulations and all that stands outside of the blocks stay in the compute dtype (shared practice of fp8 Qwen-Images).
+# In each block attention and the MLPs, but not the image MLP's second layer. That, the modulations and all that stands
+# outside of the blocks stay in the compute dtype, as fp8 versions of Qwen-Image keep them.
 _QUANTIZED = re.compile(r"transformer_blocks\.\d+\.(attn\..*|img_mlp\.net\.0\.proj|txt_mlp\..*)")
 
 

@@ -163,7 +163,7 @@ def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
         except torch.OutOfMemoryError:
             reason = None  # dealt with below, where the failed step's tensors are no longer held by its traceback
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if reason is None:
             step_down(run, drawn)
         else:
@@ -192,7 +192,11 @@ def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
 def check_numbers(reports: Sequence[tuple[StepReport, Sequence[Drawn]]]) -> None:
     """Raise for the first of these steps with a loss or a row's gradient that can't be. Waits for the device, once."""
     sound = [
-        torch.stack([report.losses.isfinite().all(), *(n.isfinite() & (n > 0) for n in report.row_grad_norms.values())])
+        # A row may be on the host while the losses are on the card.
+        torch.stack([
+            report.losses.isfinite().all(),
+            *((norm.isfinite() & (norm > 0)).to(report.losses.device) for norm in report.row_grad_norms.values()),
+        ])
         for report, _ in reports
     ]
     if torch.stack([flags.all() for flags in sound]).all():

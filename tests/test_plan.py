@@ -129,7 +129,7 @@ def test_a_text_encoder_on_the_host_trains_the_same_row(dataset, random_model, m
     rows = []
     for on_card in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "choose", lambda *_, live_text, on_card=on_card: plan.Plan("none", on_card))
+            patch.setattr(plan, "choose", lambda *_, on_card=on_card, **_named: plan.Plan("none", on_card))
             run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
         list(training.train(run))
         rows.append(run.placeholders.rows[0].detach().clone())
