@@ -189,17 +189,18 @@ def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     return lora_norm, row_norms
 
 
+def _is_sound(report: StepReport) -> Tensor:
+    """Whether the losses and the rows' gradients are numbers that can be: one flag, not read yet.
+
+    A row may be on the host while the losses are on the card.
+    """
+    rows = [(norm.isfinite() & (norm > 0)).to(report.losses.device) for norm in report.row_grad_norms.values()]
+    return torch.stack([report.losses.isfinite().all(), *rows]).all()
+
+
 def check_numbers(reports: Sequence[tuple[StepReport, Sequence[Drawn]]]) -> None:
     """Raise for the first of these steps with a loss or a row's gradient that can't be. Waits for the device, once."""
-    sound = [
-        # A row may be on the host while the losses are on the card.
-        torch.stack([
-            report.losses.isfinite().all(),
-            *((norm.isfinite() & (norm > 0)).to(report.losses.device) for norm in report.row_grad_norms.values()),
-        ])
-        for report, _ in reports
-    ]
-    if torch.stack([flags.all() for flags in sound]).all():
+    if torch.stack([_is_sound(report) for report, _ in reports]).all():
         return
     for report, drawn in reports:
         if not math.isfinite(report.loss):
