@@ -64,8 +64,14 @@ def free_bytes(device: torch.device) -> float:
     return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Count the card's peak from here on; the host's is the process's and can't be counted anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> float:
-    """The most that this process has held so far: on the card, or in the host's memory."""
+    """The most that was held: on the card since `forget_peak`, or of the host's memory by this process ever."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux

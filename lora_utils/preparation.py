@@ -16,7 +16,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, models
+from lora_utils import flow, fresh_token, memory, models
 from lora_utils import plan as plans
 from lora_utils.adapters import attach_trainable_lora
 from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
@@ -61,6 +61,7 @@ def prepare(
     `any_timestep`: the caller will show the transformer others than the run's own, so a table won't do.
     """
     models.release_memory()  # of a run that was cancelled
+    memory.forget_peak(place.device)
     began = time.monotonic()
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
     timesteps = None if any_timestep else shown_timesteps(config, dataset.examples, schedule, place.dtype)

@@ -9,9 +9,10 @@ Legend: B batch, N image tokens, C packed channels (64), T text tokens, D the te
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def plan_memory(run: Run) -> None:
         largest.size,
         (largest.image_name,),
     )
-    forward_backward(run, [probe])
+    within_the_plan(run, [probe], lambda: forward_backward(run, [probe]))
     run.optimizer.zero_grad(set_to_none=True)
     run.flops = 0.0
     run.seconds["probe"] = time.monotonic() - began
@@ -151,19 +152,32 @@ def batch_loss(run: Run, drawn: Drawn) -> Tensor:
 
 
 def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
-    """Losses of the micro-batches; their gradients stay. Out of memory, the plan steps down and all is redone."""
+    """Losses of the micro-batches [len(drawn)]; their gradients stay."""
+    losses = []
+    for batch in drawn:
+        loss = batch_loss(run, batch)
+        (loss / len(drawn)).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+T = TypeVar("T")
+
+
+def within_the_plan(run: Run, drawn: Sequence[Drawn], step: Callable[[], T]) -> T:
+    """Do a step on these micro-batches. Out of memory, the plan steps down and all of the step is redone.
+
+    A step that failed has moved nothing: what an optimizer allocates comes before its first weight.
+    """
     while True:
-        losses = []
+        flops_before = run.flops
         try:
-            for batch in drawn:
-                loss = batch_loss(run, batch)
-                (loss / len(drawn)).backward()
-                losses.append(loss.detach())
-            return torch.stack(losses)
+            return step()
         except torch.OutOfMemoryError:
             reason = None  # dealt with below, where the failed step's tensors are no longer held by its traceback
         except TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        run.flops = flops_before
         if reason is None:
             step_down(run, drawn)
         else:
@@ -187,6 +201,13 @@ def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return lora_norm, row_norms
+
+
+def take_step(run: Run, drawn: Sequence[Drawn], step: int) -> StepReport:
+    """Optimizer step `step`, counted from 0."""
+    losses = forward_backward(run, drawn)
+    grad_norm, row_grad_norms = clip_and_step(run, step)
+    return StepReport(step + 1, run.optimizer.param_groups[0]["lr"], losses, grad_norm, row_grad_norms)
 
 
 def _is_sound(report: StepReport) -> Tensor:
@@ -224,10 +245,7 @@ def train(run: Run) -> Iterator[StepReport]:
     stream = micro_batches(config, run.examples, run.schedule)
     for step in range(config.steps):
         drawn = [next(stream) for _ in range(config.gradient_accumulation)]
-        losses = forward_backward(run, drawn)
-        grad_norm, row_grad_norms = clip_and_step(run, step)
-        rate = run.optimizer.param_groups[0]["lr"]
-        report = StepReport(step + 1, rate, losses, grad_norm, row_grad_norms)
+        report = within_the_plan(run, drawn, partial(take_step, run, drawn, step))
         unchecked.append((report, drawn))
         if step % CHECK_EVERY == 0 or step + 1 == config.steps:
             check_numbers(unchecked)

@@ -91,6 +91,25 @@ def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, rando
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
+def test_out_of_memory_in_the_optimizer_redoes_the_step(dataset, random_model, monkeypatch):
+    """Its moments come into being at its first step, when the activations are gone but the gradients are there."""
+    planned, crowded = (preparation.prepare(CONFIG, dataset, random_model, models.default_place()) for _ in range(2))
+    step, calls = crowded.optimizer.step, []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step()
+
+    monkeypatch.setattr(crowded.optimizer, "step", failing)
+    curve = [report.loss for report in training.train(crowded)]
+    assert crowded.recomputed == 1
+    monkeypatch.setattr(memory, "blocks_to_recompute", lambda *_: 1)
+    assert curve == [report.loss for report in training.train(planned)]
+    assert crowded.flops == planned.flops, "the step that failed isn't counted"
+
+
 def test_a_step_that_never_fits_is_refused_with_what_to_change(crowded):
     with pytest.raises(UserError, match=r"3 pictures of 64x64 doesn't fit into memory.*lower resolution"):
         list(training.train(crowded(3)))
