@@ -88,8 +88,19 @@ def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
     losses = []
     for recomputed in (0, 6):
         job = train.Job(train.PRESETS["tiny"], place, rank=4, batch=2, recomputed=recomputed)
-        losses += [way(job)() for way in train.WAYS.values()]  # of the first step, where no LoRA has learned yet
+        losses += [
+            train.WAYS[way](job)() for way in ("ours", "plain")
+        ]  # of the first step, where no LoRA has learned yet
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+def test_the_token_is_timed_on_a_text_of_the_same_length(monkeypatch):
+    lengths, join = [], models.join_text
+    monkeypatch.setattr(models, "join_text", lambda states: lengths.append(len(states[0])) or join(states))
+    job = train.Job(train.PRESETS["tiny"], models.default_place(), rank=4, batch=2, recomputed=0)
+    for way in ("ours", "token"):
+        train.WAYS[way](job)()
+    assert lengths == [train.PRESETS["tiny"].text_tokens] * 2
 
 
 def test_the_ways_are_timed_in_turns_after_a_warm_up():
