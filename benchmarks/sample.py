@@ -26,7 +26,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenIm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.train import DTYPES, PRESETS, RESULTS, SOURCE, Job, machine, seconds_of, weights_of, where_time_goes
+from benchmarks import RESULTS
+from benchmarks.train import DTYPES, PRESETS, SOURCE, Job, machine, seconds_of, weights_of, where_time_goes
 from lora_utils import flops, flow, memory, models, modulation, qwen, sampling
 from lora_utils.adapters import applied, place_lora, target_names
 from lora_utils.config import SampleRequest

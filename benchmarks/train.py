@@ -34,6 +34,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
+from benchmarks import RESULTS
 from examples import demo
 from lora_utils import blocks, flops, flow, memory, models, preparation, qwen, training
 from lora_utils.adapters import attach_trainable_lora, use_blocks
@@ -44,7 +45,6 @@ from lora_utils.quantization import WEIGHT_BYTES
 from lora_utils.sizes import Size
 from lora_utils.streaming import fill
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
 SOURCE = Path("random weights")
 SIGMA = 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

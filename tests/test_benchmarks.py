@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import train, zero_prior, zero_prior_report, zero_prior_run
+from benchmarks import start, train, zero_prior, zero_prior_report, zero_prior_run
 from examples import demo
 from lora_utils import models
 
@@ -107,3 +107,15 @@ def test_the_ways_are_timed_in_turns_after_a_warm_up():
     calls = []
     train.seconds_of({"one": lambda: calls.append("one"), "other": lambda: calls.append("other")}, rounds=2)
     assert calls == ["one", "other"] * 3
+
+
+def test_the_time_to_a_first_step_and_a_first_picture_is_told(random_model, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = [row.split(" | ") for row in start.table(random_model)[2:]]
+    assert [row[0].split(": ")[0] for row in rows] == ["| train"] * 4 + ["| predict"] * 4
+    assert rows[2][0].endswith("the first step taken")
+    assert rows[6][0].endswith("drawn")
+    for process in (rows[:4], rows[4:]):
+        since = [float(row[1]) for row in process]
+        assert since == sorted(since)
+        assert since[0] > 0

@@ -1,0 +1,107 @@
+"""How long a user waits: from a start to a training's first step, and from weights.zip to a first picture.
+
+    python -m benchmarks.start
+    python -m benchmarks.start --record         # lines in RESULTS.md
+
+On the small model, through train.py and predict.py, each in a process of its own that starts with nothing imported.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import RESULTS
+
+WAITED_FOR = {
+    "train": ("imported", "LoRA of rank", "step 1/", "wrote weights.zip"),
+    "predict": ("imported", "loaded", "first picture", "second picture"),
+}
+TOLD = {
+    "imported": "Python's imports",
+    "LoRA of rank": "the model loaded, 15 pictures and their captions encoded",
+    "step 1/": "the first step taken",
+    "wrote weights.zip": "weights.zip written, after that one step",
+    "loaded": "the model loaded",
+    "first picture": "a LoRA with a token loaded from weights.zip, and a picture of 64x64 in 20 steps drawn",
+    "second picture": "the same LoRA's second picture",
+}
+
+
+def train_once(folder: Path) -> None:
+    from examples import demo  # noqa: PLC0415 (the imports are part of what is timed)
+    from train import train  # noqa: PLC0415
+
+    print("imported", flush=True)
+    demo.write_dataset(folder / "dataset.zip", demo.OBJECT, demo.shapes.Prompt(demo.TOKEN))
+    trained = demo.call(train, dataset=folder / "dataset.zip", **{**demo.TRAINING, "steps": 1})
+    Path(str(trained.weights)).rename(folder / "weights.zip")
+
+
+def predict_twice(folder: Path) -> None:
+    from examples import demo  # noqa: PLC0415
+    from predict import Predictor  # noqa: PLC0415
+
+    print("imported", flush=True)
+    predictor = Predictor()
+    predictor.setup()
+    for which in ("first", "second"):
+        demo.call(predictor.predict, prompt=demo.TOKEN, replicate_weights=folder / "weights.zip", **demo.SAMPLING)
+        print(f"{which} picture", flush=True)
+
+
+CHILDREN = {"train": train_once, "predict": predict_twice}
+
+
+def seconds_until(process: str, folder: Path, model: Path) -> dict[str, float]:
+    """What a process waits for -> seconds from its start until it says so."""
+    began, seconds = time.monotonic(), {}
+    command = [sys.executable, "-m", "benchmarks.start", "--child", process, str(folder)]
+    environment = {**os.environ, "BASE_MODEL": str(model)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            for mark in WAITED_FOR[process]:
+                if line.startswith(mark):
+                    seconds.setdefault(mark, time.monotonic() - began)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return seconds
+
+
+def table(model: Path) -> list[str]:
+    lines = ["| | s since the start | s of its own |", "| --- | --- | --- |"]
+    with tempfile.TemporaryDirectory() as name:
+        for process in CHILDREN:
+            before = 0.0
+            for mark, seconds in seconds_until(process, Path(name), model).items():
+                lines.append(f"| {process}: {TOLD[mark]} | {seconds:.2f} | {seconds - before:.2f} |")
+                before = seconds
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.child:
+        CHILDREN[given.child[0]](Path(given.child[1]))
+        return
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers"))
+    lines = [f"\n`python -m benchmarks.start`, {datetime.date.today()}, {os.cpu_count()} cores of a CPU, {versions}\n"]
+    lines += table(Path(__file__).parent.parent / "examples" / "tiny_qwen_image")
+    print("\n".join(lines))
+    if given.record:
+        with RESULTS.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
