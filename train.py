@@ -23,7 +23,7 @@ class TrainingOutput(BaseModel):
 
 def train(
     dataset: Path = Input(
-        description="A zip or tar of pictures (jpg, png, webp, bmp, avif, heic), each with its caption in NAME.txt beside it."
+        description="A zip or tar of pictures (jpg, png, webp, bmp, gif, tiff, avif, heic) with captions in NAME.txt beside them or in metadata.jsonl, metadata.csv or captions.json."
     ),
     train_placeholder_token: bool = Input(
         default=False,
@@ -65,6 +65,10 @@ def train(
         description="How the frozen model's weights are stored. auto: as they are where the card has room, else in 8 bits, else in 4.",
     ),
     default_caption: str = Input(default="", description="Caption of pictures that have none of their own."),
+    trigger_word: str = Input(
+        default="",
+        description="A word put in front of each caption that lacks it, and in the place of [trigger]. Without it [trigger] is the placeholder token.",
+    ),
     caption_dropout: float = Input(
         default=0.05, ge=0, le=1, description="Share of the steps that train without the caption."
     ),
@@ -100,6 +104,7 @@ def train(
             lora_targets=lora_targets,
             quantization=quantization,
             default_caption=default_caption,
+            trigger_word=trigger_word,
             caption_dropout=caption_dropout,
             lr_scheduler=lr_scheduler,
             warmup_steps=warmup_steps,
@@ -122,7 +127,9 @@ def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
     print(f"seed {config.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as folder:
         unpack(archive, LocalPath(folder))
-        found = datasets.read_dataset(LocalPath(folder), config.resolutions_px, config.default_caption)
+        found = datasets.read_dataset(
+            LocalPath(folder), config.resolutions_px, config.default_caption, config.trigger_word, config.tokens
+        )
         passes = config.steps * config.batch_size * config.gradient_accumulation / found.num_images
         for line in datasets.describe(found, passes):
             print(line, flush=True)

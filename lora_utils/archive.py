@@ -4,9 +4,9 @@ Must not know pictures, tensors or models. An archive is told by its content, no
 none.
 """
 
-import gzip
 import json
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -19,7 +19,12 @@ from typing import IO, Any
 from lora_utils.errors import UserError
 
 MAX_UNPACKED_BYTES = 20 * 10**9
+# Pictures hardly compress, and text by a tenth; what swells more than this, beyond a first part, is a bomb.
+MAX_RATIO = 200
+FREE_OF_RATIO_BYTES = 100 * 10**6
 MAX_MEMBERS = 100_000
+MAX_NESTING = 3  # archives within archives
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 LORA_MEMBER = "lora/lora_weights.safetensors"
 META_MEMBER = "meta.json"
 META_SCHEMA = 1
@@ -46,15 +51,32 @@ def is_litter(path: PurePosixPath) -> bool:
 
 def _safe_name(archive: Path, name: str) -> PurePosixPath:
     """The member's path inside the archive, or an error for one that would leave the folder it is unpacked into."""
-    path = PurePosixPath(name.replace("\\", "/"))
+    readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    path = PurePosixPath(readable.replace("\\", "/"))
     first = path.parts[0] if path.parts else ""
     if path.is_absolute() or ".." in path.parts or first[1:2] == ":" or "\0" in name or not path.parts:
         raise UserError(f"{archive.name} holds the unsafe path {name!r}; pack the files with relative paths, no '..'.")
     return path
 
 
+def _check_count(archive: Path, members: int) -> None:
+    if members > MAX_MEMBERS:
+        raise UserError(f"{archive.name} holds more than {MAX_MEMBERS} files; pack fewer.")
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's name. Many packers write UTF-8 without the flag that says so, and zipfile reads cp437 then."""
+    if info.flag_bits & 0x800:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
+
+
 def _zip_members(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as opened:
+        _check_count(archive, len(opened.infolist()))
         for info in opened.infolist():
             if info.is_dir():
                 continue
@@ -63,7 +85,7 @@ def _zip_members(archive: Path) -> Iterator[Member]:
             if info.flag_bits & 1:
                 raise UserError(f"{archive.name} is encrypted; pack it without a password.")
             with opened.open(info) as source:
-                yield Member(info.filename, info.file_size, source)
+                yield Member(_zip_name(info), info.file_size, source)
 
 
 def _tar_members(archive: Path) -> Iterator[Member]:
@@ -81,23 +103,23 @@ def _tar_members(archive: Path) -> Iterator[Member]:
             pass
 
 
-# What the readers of zip, tar, gzip, bzip2 and xz raise for bytes that aren't theirs.
+# What the readers of zip, tar, gzip, bzip2 and xz have been seen to raise for bytes that aren't theirs.
 _DAMAGE = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-)
+    zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error, ArithmeticError, EOFError,
+    LookupError, RuntimeError, ValueError,
+)  # fmt: skip
 
 
 @contextmanager
 def _damage_reported(archive: Path) -> Iterator[None]:
+    """Turn what a reader raises for damage into a UserError; the system's own errors, like a full disk, stay."""
     try:
         yield
-    except _DAMAGE as error:
+    except UserError:
+        raise
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise UserError(f"{archive.name} is damaged or cut short ({error}); pack or upload it again.") from error
 
 
@@ -115,35 +137,75 @@ def members(archive: Path) -> Iterator[Member]:
             found = _tar_members(archive)
         else:
             raise UserError(f"{archive.name} is neither a zip nor a tar archive; pack the files as .zip or .tar.gz.")
-        for count, member in enumerate(found):
-            if count >= MAX_MEMBERS:
-                raise UserError(f"{archive.name} holds more than {MAX_MEMBERS} files.")
+        for count, member in enumerate(found, start=1):
+            _check_count(archive, count)
             path = _safe_name(archive, member.name)
             if not is_litter(path):
                 yield Member(str(path), member.size_bytes, member.source)
 
 
-def _copy_counted(archive: Path, source: IO[bytes], target: Path, budget_bytes: int) -> int:
-    """Copy at most `budget_bytes`; what an archive claims of its sizes isn't believed. -> bytes copied."""
-    copied = 0
-    with target.open("wb") as sink:
-        while chunk := source.read(1 << 20):
-            copied += len(chunk)
-            if copied > budget_bytes:
-                raise UserError(f"{archive.name} unpacks to more than {MAX_UNPACKED_BYTES // 10**9} GB.")
-            sink.write(chunk)
-    return copied
+@dataclass(slots=True)
+class _Budget:
+    """What an archive may still write, archives within it included. What it claims of its sizes isn't believed."""
+
+    archive: Path
+    left_bytes: int
+
+    @classmethod
+    def of(cls, archive: Path) -> "_Budget":
+        swollen = FREE_OF_RATIO_BYTES + MAX_RATIO * archive.stat().st_size
+        return cls(archive, min(MAX_UNPACKED_BYTES, swollen))
+
+    def copy(self, source: IO[bytes], target: Path) -> None:
+        with target.open("xb") as sink:
+            while chunk := source.read(1 << 20):
+                self.left_bytes -= len(chunk)
+                if self.left_bytes < 0:
+                    raise UserError(
+                        f"{self.archive.name} unpacks to more than {MAX_UNPACKED_BYTES / 1e9:g} GB, or to more than "
+                        f"{MAX_RATIO} times its size; pack less."
+                    )
+                sink.write(chunk)
 
 
 def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Unpack every file into `folder`, which the caller owns and removes. -> the files, in the archive's order."""
-    unpacked, left_bytes = [], MAX_UNPACKED_BYTES
+    """Unpack every file into `folder`, which the caller owns and removes. -> the files, in the archive's order.
+
+    An archive within it is unpacked into a folder of its name.
+    """
+    if not archive.is_file():
+        raise UserError(f"there is no file {archive}.")
+    return _unpack(archive, folder, _Budget.of(archive), nesting=1)
+
+
+def _unpack(archive: Path, folder: Path, budget: _Budget, nesting: int) -> list[Path]:
+    unpacked = []
     for member in members(archive):
         target = folder / member.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _damage_reported(archive):
-            left_bytes -= _copy_counted(archive, member.source, target, left_bytes)
-        unpacked.append(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _damage_reported(archive):
+                budget.copy(member.source, target)
+        except FileExistsError as error:
+            raise UserError(
+                f"{archive.name} holds {member.name!r} twice, or a file where its folder would be; give each file a "
+                "name of its own."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{member.name[:80]!r} of {archive.name} can't be written ({error.strerror}).") from error
+        if target.name.lower().endswith(ARCHIVE_ENDINGS):
+            unpacked += _unpack_nested(target, budget, nesting)
+        else:
+            unpacked.append(target)
+    return unpacked
+
+
+def _unpack_nested(archive: Path, budget: _Budget, nesting: int) -> list[Path]:
+    if nesting >= MAX_NESTING:
+        raise UserError(f"{archive.name} is nested {nesting} archives deep; pack the pictures in one.")
+    inside = archive.with_name(f"{archive.name}.unpacked")
+    unpacked = _unpack(archive, inside, budget, nesting + 1)
+    archive.unlink()
     return unpacked
 
 
@@ -227,13 +289,13 @@ def unpack_weights(weights: Path, folder: Path) -> tuple[Path, Meta | None]:
         raise UserError(f"there is no file {weights}.")
     if not zipfile.is_zipfile(weights) and not tarfile.is_tarfile(weights):
         return weights, None  # bare safetensors; what it is shows when it is read
-    lora_paths, meta, left_bytes = [], None, MAX_UNPACKED_BYTES
+    lora_paths, meta, budget = [], None, _Budget.of(weights)
     for member in members(weights):
         path = PurePosixPath(member.name)
         if path.suffix == ".safetensors":
             lora_paths.append(folder / f"{len(lora_paths)}.safetensors")
             with _damage_reported(weights):
-                left_bytes -= _copy_counted(weights, member.source, lora_paths[-1], left_bytes)
+                budget.copy(member.source, lora_paths[-1])
         elif path.name == META_MEMBER:
             with _damage_reported(weights):
                 meta = Meta.from_json(member.source.read(1 << 24).decode("utf-8", "replace"), weights.name)

@@ -90,6 +90,7 @@ class TrainConfig:
     lora_targets: str = "attention"
     quantization: str = "auto"  # of the frozen transformer; in a run's own config what it came to
     default_caption: str = ""
+    trigger_word: str = ""  # put in front of captions that lack it, and in the place of `[trigger]`
     caption_dropout: float = 0.05  # share of the captions replaced by the sampler's empty prompt
     lr_scheduler: str = "constant"
     warmup_steps: int = 0
@@ -110,6 +111,7 @@ class TrainConfig:
             "warmup_steps": _whole("warmup_steps", self.warmup_steps, 0, 20000),
             "seed": _whole("seed", self.seed, 0, MAX_SEED),
             "default_caption": self.default_caption.strip(),
+            "trigger_word": self.trigger_word.strip(),
         }
         if self.train_placeholder_token:  # off: whatever stands in its fields is ignored
             checked["placeholder_init_std"] = _number("placeholder_init_std", self.placeholder_init_std, 0, 0.1)

@@ -1,27 +1,27 @@
-"""A folder of pictures and captions -> checked `Example`s, and a picture -> pixels.
+"""A folder of pictures and captions -> checked `Example`s, and an example -> pixels.
 
-Owns captions, EXIF, transparency, the choice of buckets and the report on what was found; must not know models.
+Owns which files are pictures, the choice of buckets and the report on what was found; must not know models.
 """
 
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from pillow_heif import register_heif_opener
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lora_utils.archive import is_litter
+from lora_utils.captions import read_captions, with_trigger
 from lora_utils.errors import UserError
+from lora_utils.pictures import PICTURE_ENDINGS, difference_hash, open_picture
 from lora_utils.sizes import Size, choose_buckets
 
-register_heif_opener()  # teaches Pillow .heic and .heif; avif it reads by itself
-
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".heic", ".heif")
-MAX_CAPTION_BYTES = 64 * 1024
+PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +35,17 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`num_images` pictures as examples, and the names of the files that were neither picture nor caption."""
+    """`num_images` pictures as examples, the names of the files that were neither picture nor caption, and remarks."""
 
     examples: list[Example]
     num_images: int
     left_out: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def captions(self) -> list[str]:
         """One a picture, in the pictures' order."""
         return list({example.image_path: example.caption for example in self.examples}.values())
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture upright, in RGB, transparency laid on white. Raises UserError for what can't be read."""
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.has_transparency_data:
-                rgba = upright.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {path.name} can't be read ({error}); save it anew as JPEG or PNG.") from error
 
 
 def load_pixels(example: Example) -> Tensor:
@@ -67,38 +55,94 @@ def load_pixels(example: Example) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1.0  # [3, H, W]
 
 
-def read_caption(picture: Path, default: str) -> str:
-    """The text of NAME.txt beside the picture; the default where there is none or it is empty."""
-    path = picture.with_suffix(".txt")
-    if not path.is_file():
-        return default
-    if path.stat().st_size > MAX_CAPTION_BYTES:
-        raise UserError(f"caption {path.name} has {path.stat().st_size} bytes; captions end at {MAX_CAPTION_BYTES}.")
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a picture turned out to be: its size and hash, or what is wrong with it."""
+
+    width_px: int = 0
+    height_px: int = 0
+    hash: bytes = b""
+    problem: str = ""
+
+
+def _look_at(path: Path) -> _Seen:
+    """Decode a picture to the end: one that is cut short shows only there."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip() or default
-    except UnicodeDecodeError as error:
-        raise UserError(f"caption {path.name} isn't UTF-8 text ({error}); save it as UTF-8.") from error
+        picture = open_picture(path)
+    except UserError as error:
+        return _Seen(problem=str(error))
+    return _Seen(picture.width, picture.height, difference_hash(picture))
 
 
-def read_dataset(folder: Path, resolutions_px: tuple[int, ...], default_caption: str) -> Dataset:
+def read_dataset(
+    folder: Path, resolutions_px: tuple[int, ...], default_caption: str, trigger_word: str = "",
+    tokens: Sequence[str] = (),
+) -> Dataset:  # fmt: skip
     """Find and check every picture below `folder`, in the order of their paths.
 
-    Raises UserError naming the file for a picture or caption that can't be read, and for a folder without pictures.
+    Raises UserError with all that is wrong at once, each file by its name, and for a folder without pictures.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     own = [path for path in files if not is_litter(PurePosixPath(path.relative_to(folder)))]
     pictures = [path for path in own if path.suffix.lower() in PICTURE_ENDINGS]
-    captions = {path.with_suffix(".txt") for path in pictures}
-    left_out = [str(path.relative_to(folder)) for path in own if path not in captions and path not in pictures]
+    found = read_captions(folder, pictures, own)
+    left_out = [str(path.relative_to(folder)) for path in own if path not in found.files and path not in set(pictures)]
     if not pictures:
-        found = ", ".join(left_out[:5]) or "nothing"
-        raise UserError(f"the dataset holds no pictures ({', '.join(PICTURE_ENDINGS)}); it holds {found}.")
-    examples = []
+        listed = ", ".join(left_out[:5]) or "nothing"
+        raise UserError(f"the dataset holds no pictures ({', '.join(PICTURE_ENDINGS)}); it holds {listed}.")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders leave the interpreter free
+        seen = dict(zip(pictures, pool.map(_look_at, pictures), strict=True))
+    problems = found.problems + [one.problem for one in seen.values() if one.problem]
+    captions = {}
     for path in pictures:
-        width_px, height_px = open_picture(path).size
-        caption = read_caption(path, default_caption)
-        examples += [Example(path, caption, size) for size in choose_buckets(width_px, height_px, resolutions_px)]
-    return Dataset(examples, len(pictures), left_out)
+        try:
+            captions[path] = with_trigger(found.texts.get(path, default_caption), trigger_word, tokens)
+        except UserError as error:
+            problems.append(f"{path.relative_to(folder)}: {error}")
+    if problems:
+        raise UserError(_all_of(problems))
+    examples = [
+        Example(path, captions[path], size)
+        for path, one in seen.items()
+        for size in choose_buckets(one.width_px, one.height_px, resolutions_px)
+    ]
+    notes = _trigger_note(trigger_word, [found.texts.get(path, default_caption) for path in pictures])
+    notes += _small_note(folder, examples, seen) + _duplicate_notes(folder, seen)
+    return Dataset(examples, len(pictures), left_out, notes)
+
+
+def _all_of(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+    return "\n- ".join([f"the dataset has {len(problems)} problems:", *problems[:PROBLEMS_SHOWN], *more])
+
+
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
+def _trigger_note(trigger_word: str, texts: Sequence[str]) -> list[str]:
+    lacking = sum(with_trigger(text, trigger_word, ()) != text for text in texts) if trigger_word else 0
+    return [f"{lacking} captions were given the trigger word {trigger_word!r}"] if lacking else []
+
+
+def _small_note(folder: Path, examples: Sequence[Example], seen: dict[Path, _Seen]) -> list[str]:
+    small = [
+        str(example.image_path.relative_to(folder))
+        for example in examples
+        if example.size.width_px > seen[example.image_path].width_px
+        or example.size.height_px > seen[example.image_path].height_px
+    ]
+    return [f"too small for the smallest bucket, and enlarged: {_first(small)}"] if small else []
+
+
+def _duplicate_notes(folder: Path, seen: dict[Path, _Seen]) -> list[str]:
+    alike: dict[bytes, list[str]] = defaultdict(list)
+    for path, one in seen.items():
+        alike[one.hash].append(str(path.relative_to(folder)))
+    groups = [names for names in alike.values() if len(names) > 1]
+    shown = [f"look the same, and count as often: {_first(names)}" for names in groups[:5]]
+    return shown + ([f"and {len(groups) - 5} more groups that look the same"] if len(groups) > 5 else [])
 
 
 def describe(dataset: Dataset, passes: float) -> list[str]:
@@ -108,7 +152,8 @@ def describe(dataset: Dataset, passes: float) -> list[str]:
         lines.append(f"  bucket {size}: {count} pictures")
     empty = sum(not caption for caption in dataset.captions)
     if empty:
-        lines.append(f"  {empty} pictures have no caption; set default_caption or add NAME.txt")
+        lines.append(f"  {empty} pictures have no caption; set default_caption, add NAME.txt or a table of captions")
+    lines += [f"  {note}" for note in dataset.notes]
     if dataset.left_out:
         lines.append(f"  left out, neither picture nor caption: {_first(dataset.left_out)}")
     return lines

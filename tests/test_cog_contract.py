@@ -112,7 +112,7 @@ FLOORS = [
         "plan",
         "quantization",
     },
-    {"dataset", "archive", "lora_file", "outputs", "fetch", "streaming"},
+    {"dataset", "captions", "pictures", "archive", "lora_file", "outputs", "fetch", "streaming"},
     {"flow", "sizes", "console", "flops"},
     {"config", "errors", "qwen"},
 ]
@@ -134,6 +134,8 @@ SIDEWAYS = {  # within a floor, only these
     ("plan", "modulation"),
     ("plan", "quantization"),
     ("dataset", "archive"),
+    ("dataset", "captions"),
+    ("dataset", "pictures"),
     ("config", "errors"),
     ("config", "qwen"),
 }

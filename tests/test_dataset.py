@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_utils.dataset import Example, describe, load_pixels, open_picture, read_dataset
+from lora_utils.dataset import Example, describe, load_pixels, read_dataset
 from lora_utils.errors import UserError
+from lora_utils.pictures import open_picture
 from lora_utils.sizes import Size
 
 GRADIENT = Image.fromarray(np.dstack([np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))] * 3))

@@ -1,0 +1,151 @@
+"""Captions as users have them: beside each picture, or in one table for a folder.
+
+Owns which file is whose caption, and what a caption's `[trigger]` becomes; must not know pictures or models.
+"""
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_utils.errors import UserError
+
+SIDECAR_ENDINGS = (".txt", ".caption")
+TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_TABLE_BYTES = 64 * 1024 * 1024
+TRIGGER = "[trigger]"
+_NAME_COLUMNS = ("file_name", "filename", "file", "image")  # the hub's imagefolder calls it the first
+_TEXT_COLUMNS = ("text", "caption", "prompt")
+
+
+@dataclass(slots=True)
+class Captions:
+    """What was found: captions by picture, the files that held them, and what is wrong with them."""
+
+    texts: dict[Path, str] = field(default_factory=dict)
+    files: set[Path] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+
+def _same_name(name: str) -> str:
+    """Archivers of macOS take accents apart, those of Windows turn slashes round; neither keeps the case."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./").casefold()
+
+
+def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path]) -> Captions:
+    """The captions of these pictures from all the folder's files. A caption beside its picture wins over a table's."""
+    found = Captions()
+    for table in (path for path in files if path.name.casefold() in TABLES):
+        found.files.add(table)
+        _read_table(folder, table, pictures, found)
+    sidecars = {path: path for path in files if path.suffix.casefold() in SIDECAR_ENDINGS}
+    alike = {_same_name(str(path)): path for path in sidecars}
+    for picture in pictures:
+        for name in _sidecar_names(picture):
+            path = sidecars.get(name) or alike.get(_same_name(str(name)))
+            if path is not None:
+                found.files.add(path)
+                try:
+                    text = _read_text(folder, path, MAX_CAPTION_BYTES, "caption").strip()
+                except UserError as error:
+                    found.problems.append(str(error))
+                    text = ""
+                if text:
+                    found.texts[picture] = text
+                break
+    return found
+
+
+def _sidecar_names(picture: Path) -> Iterator[Path]:
+    """NAME.txt, NAME.caption, and what some tools write, NAME.jpg.txt."""
+    for ending in SIDECAR_ENDINGS:
+        yield picture.with_suffix(ending)
+    for ending in SIDECAR_ENDINGS:
+        yield picture.with_name(picture.name + ending)
+
+
+def _read_text(folder: Path, path: Path, most_bytes: int, what: str) -> str:
+    name = path.relative_to(folder)
+    if (size := path.stat().st_size) > most_bytes:
+        raise UserError(f"{what} {name} has {size} bytes; {most_bytes} are the most.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {name} isn't UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    if "\0" in text:
+        raise UserError(f"{what} {name} holds zero bytes; save it as UTF-8 text.")
+    return text
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _read_table(folder: Path, table: Path, pictures: Sequence[Path], found: Captions) -> None:
+    """Add a table's captions; the names in it are relative to where it stands."""
+    title, own = str(table.relative_to(folder)), {}
+    for picture in pictures:
+        if table.parent in picture.parents:
+            own[_same_name(str(picture.relative_to(table.parent)))] = picture
+    try:
+        for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title):
+            picture = own.get(_same_name(name))
+            if picture is None:
+                found.problems.append(f"{title} names {name!r}, and there is no such picture; correct the name.")
+            elif text.strip():
+                found.texts[picture] = text.strip()
+    except UserError as error:
+        found.problems.append(str(error))
+
+
+def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
+    """(picture's name, caption) of a table's rows. Raises UserError for one that isn't such a row."""
+    try:
+        if table.name.casefold() == "captions.json":
+            values = json.loads(text)
+            rows = [{"file_name": k, **(v if isinstance(v, dict) else {"text": v})} for k, v in values.items()] if (
+                isinstance(values, dict)
+            ) else values  # fmt: skip
+        elif table.suffix.casefold() == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{title} can't be read ({error}); see README's formats for captions.") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{title} must hold an object or a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        name, caption = (_column(row, columns) for columns in (_NAME_COLUMNS, _TEXT_COLUMNS))
+        if name is None or caption is None:
+            raise UserError(f"{title}, row {number}: expected file_name and text, both of them texts.")
+        yield name, caption
+
+
+def _column(row: object, columns: Sequence[str]) -> str | None:
+    values = [row[column] for column in columns if column in row] if isinstance(row, dict) else []
+    return values[0] if values and isinstance(values[0], str) else None
+
+
+# --- triggers -------------------------------------------------------------------------------------------------------
+
+
+def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
+    """The caption with `[trigger]` written out, and with the trigger word in front where it lacks it.
+
+    `[trigger]` is the trigger word, or where there is none the only placeholder token. Raises UserError where neither
+    tells what it stands for.
+    """
+    stands_for = [trigger_word] if trigger_word else list(tokens)
+    if TRIGGER in caption:
+        if len(stands_for) != 1:
+            why = (
+                "there is neither trigger_word nor token" if not stands_for else f"it could be {', '.join(stands_for)}"
+            )
+            raise UserError(f"the caption {caption[:60]!r} holds {TRIGGER}, but {why}; set trigger_word.")
+        caption = caption.replace(TRIGGER, stands_for[0])
+    if trigger_word and trigger_word not in caption:
+        return f"{trigger_word}, {caption}" if caption else trigger_word
+    return caption
