@@ -23,8 +23,8 @@ from lora_utils.quantization import WEIGHT_BYTES, is_quantized
 # From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
 AUTO = ("none", "fp8", "nf4")
 
-# Both are guesses, on the careful side: no card has measured them yet (`benchmarks.train --compiled` will). The small
-# model's blocks took some 60 s on a busy CPU.
+# On the careful side, for no card has measured them yet (`benchmarks.train --compiled` will). On a CPU compiling took
+# 60 s and made the true width's step faster by some tenth, the small model's by a third.
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
 COMPILED_GAIN = 0.1  # of a step's time
 

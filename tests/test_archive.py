@@ -149,3 +149,74 @@ def test_an_archive_with_two_loras_or_none_is_refused(tmp_path):
     for members in ({"a.safetensors": b"", "b.safetensors": b""}, {"readme.txt": b""}):
         with pytest.raises(UserError, match="expected one"):
             archive.unpack_weights(tar(tmp_path / "w.tar", members), tmp_path)
+
+
+def test_an_archive_within_an_archive_is_unpacked_too(write_zip, tmp_path):
+    inner = write_zip({"a/one.png": PICTURE, "a/one.txt": "x"}, "inner.zip")
+    middle = tar(tmp_path / "middle.tar.gz", {"Inner.ZIP": inner.read_bytes()}, "w:gz")
+    outer = write_zip({"sets/middle.tar.gz": middle.read_bytes(), "notes.gz": b"no archive"}, "outer.zip")
+    files = archive.unpack(outer, tmp_path / "out")
+    assert [file.name for file in files] == ["one.png", "one.txt", "notes.gz"]
+    assert all(file.is_file() for file in files)
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 3
+
+
+def test_archives_nested_without_end_are_refused(write_zip, tmp_path):
+    path = write_zip({"one.png": PICTURE}, "0.zip")
+    for depth in range(1, 5):
+        path = write_zip({f"{depth - 1}.zip": path.read_bytes()}, f"{depth}.zip")
+    with pytest.raises(UserError, match="nested 3 archives deep"):
+        archive.unpack(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_swells_two_hundredfold_is_a_bomb(nested, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "FREE_OF_RATIO_BYTES", 10**6)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for index in range(20):
+            packed.writestr(f"{index}.bmp", b"\0" * 10**6)
+    path = tmp_path / "bomb.zip"
+    if nested:
+        with zipfile.ZipFile(tmp_path / "outer.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.write(path, "bomb.zip")
+        path = tmp_path / "outer.zip"
+    with pytest.raises(UserError, match=rf"{path.name} unpacks to more than 20 GB, or to more than 200 times its size"):
+        archive.unpack(path, tmp_path / "out")
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert written <= 10**6 + 200 * path.stat().st_size + 10**6
+
+
+def test_too_many_files_are_refused_before_one_is_written(write_zip, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 10)
+    with pytest.raises(UserError, match="more than 10 files; pack fewer"):
+        archive.unpack(write_zip({f"{index}.txt": "x" for index in range(11)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_stands_twice_or_is_too_long_is_named(tmp_path):
+    for names, message in (
+        (["a.txt", "a.txt"], r"holds 'a\.txt' twice"),
+        (["a", "a/b.txt"], r"holds 'a/b\.txt' twice, or a file where its folder would be"),
+        (["x" * 300], "can't be written \\(File name too long\\)"),
+    ):
+        path = tmp_path / f"{len(names[0])}{len(names[-1])}.tar"
+        with tarfile.open(path, "w") as packed:
+            for name in names:
+                packed.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+        with pytest.raises(UserError, match=message):
+            archive.unpack(path, tmp_path / f"out{path.stem}")
+
+
+def test_names_in_any_script_survive_packers_that_forget_the_flag(tmp_path):
+    path = tmp_path / "d.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("狐 Bär.txt", "x")
+    raw = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(header) + flags + 1] &= ~0x08
+    path.write_bytes(raw)
+    assert zipfile.ZipFile(path).namelist() != ["狐 Bär.txt"], "the flag is gone"
+    assert [file.name for file in archive.unpack(path, tmp_path / "out")] == ["狐 Bär.txt"]
+    with tarfile.open(tmp_path / "d.tar", "w") as packed:
+        packed.addfile(tarfile.TarInfo("caf\udce9.txt"), io.BytesIO(b""))
+    assert [file.name for file in archive.unpack(tmp_path / "d.tar", tmp_path / "out")] == ["caf\ufffd.txt"]
