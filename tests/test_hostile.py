@@ -144,7 +144,7 @@ def test_names_of_any_kind(names, tarred):
     members = {f"{name}{'.png' if index % 2 else ''}": PICTURES["png"] for index, name in enumerate(names)}
     try:
         content = (as_tar if tarred else as_zip)({**WHOLE, **members})
-    except (ValueError, UnicodeError):  # a name that no packer writes
+    except (ValueError, IndexError):  # a name that no packer writes
         return
     read_whatever(content)
 
