@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import models, qwen
+from lora_utils import qwen
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.lora_file import row_sha256
@@ -19,6 +19,7 @@ from lora_utils.placeholder import (
     Placeholders,
     RowReport,
     assign_slots,
+    check_name,
     embedding_matrix,
     fresh_row,
     no_placeholders,
@@ -47,7 +48,15 @@ def new_placeholders(
     return Placeholders(tuple(slots), tuple(slots.values()), placed)
 
 
-def check_captions(captions: Sequence[str], tokenizer: Qwen2Tokenizer, placeholders: Placeholders) -> None:
+def unplaced(config: TrainConfig, tokenizer: Qwen2Tokenizer) -> Placeholders:
+    """The run's tokens with rows still to come: enough to read captions by before any model is loaded."""
+    for token in config.tokens:
+        check_name(token, tokenizer)
+    ids = range(len(tokenizer), len(tokenizer) + len(config.tokens))
+    return Placeholders(config.tokens, tuple(ids), tuple(torch.empty(0) for _ in ids))
+
+
+def check_captions(captions: Sequence[str], placeholders: Placeholders) -> None:
     """Refuse captions that could never train a token; warn where some hold none."""
     for token in placeholders.tokens:
         if not any(token in caption for caption in captions):
@@ -60,13 +69,6 @@ def check_captions(captions: Sequence[str], tokenizer: Qwen2Tokenizer, placehold
     without = [caption for caption in captions if not placeholders.used_in([caption]).tokens]
     if without:
         log.warning("%d of %d captions lack %s, the first is %r", len(without), len(captions), names, without[0])
-    for caption in captions:
-        used, ids = placeholders.used_in([caption]), models.prompt_ids(tokenizer, caption, placeholders)
-        for token in (token for token, slot in used.slots.items() if slot not in ids):
-            raise UserError(
-                f"the model reads {qwen.MAX_PROMPT_TOKENS} tokens, and {token!r} stands behind them in the caption "
-                f"{caption[:80]!r}...; put it nearer to the start."
-            )
 
 
 def median_row_norm(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer) -> float:

@@ -16,14 +16,15 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, memory, models
+from lora_utils import flow, fresh_token, memory, models, qwen
 from lora_utils import plan as plans
 from lora_utils.adapters import attach_trainable_lora
 from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset
 from lora_utils.draws import EMPTY_CAPTION, Sized, generator_for, run_timesteps
-from lora_utils.placeholder import Placeholders, no_placeholders
+from lora_utils.errors import UserError
+from lora_utils.placeholder import Placeholders, no_placeholders, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def prepare(
     memory.forget_peak(place.device)
     began = time.monotonic()
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
+    check_captions(config, dataset, tokenizer)
     timesteps = None if any_timestep else shown_timesteps(config, dataset.examples, schedule, place.dtype)
     plan = make_plan(config, dataset, model_folder, tokenizer, place, timesteps)
     config = replace(config, quantization=plan.quantization)
@@ -71,11 +73,6 @@ def prepare(
     text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, text_place)
     loaded = time.monotonic()
     placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
-    if config.tokens:
-        fresh_token.check_captions(dataset.captions, tokenizer, placeholders)
-    for caption in dict.fromkeys(dataset.captions):
-        if warning := models.length_warning(tokenizer, caption, placeholders):
-            log.warning("caption %s", warning)
     fixed = [caption for caption in dataset.captions if not placeholders.used_in([caption]).tokens]
     texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
     if not config.tokens:
@@ -100,6 +97,25 @@ def prepare(
     )  # fmt: skip
     run.seconds = {"load": loaded - began + time.monotonic() - cached, "cache": cached - loaded}
     return run
+
+
+def check_captions(config: TrainConfig, dataset: Dataset, tokenizer: Qwen2Tokenizer) -> None:
+    """Say how long the captions are. Raises UserError for ones that the model can't read, or that hold no token."""
+    tokens = fresh_token.unplaced(config, tokenizer)
+    lengths = {caption: len(tokenize(tokenizer, caption, tokens.slots)) for caption in dict.fromkeys(dataset.captions)}
+    log.info(
+        "captions: %d different ones of %d to %d tokens", len(lengths), min(lengths.values()), max(lengths.values())
+    )
+    if too_long := [caption for caption, length in lengths.items() if length > qwen.MAX_PROMPT_TOKENS]:
+        raise UserError(
+            f"the model reads {qwen.MAX_PROMPT_TOKENS} tokens, and {len(too_long)} captions are longer; the first, of "
+            f"{lengths[too_long[0]]}, is {too_long[0][:80]!r}...; shorten them."
+        )
+    for caption in lengths:
+        if warning := models.length_warning(tokenizer, caption, tokens):
+            log.warning("caption %s", warning)
+    if config.tokens:
+        fresh_token.check_captions(dataset.captions, tokens)
 
 
 def make_plan(

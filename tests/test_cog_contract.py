@@ -123,7 +123,6 @@ SIDEWAYS = {  # within a floor, only these
     ("caching", "models"),
     ("caching", "placeholder"),
     ("draws", "caching"),
-    ("fresh_token", "models"),
     ("fresh_token", "placeholder"),
     ("models", "blocks"),
     ("models", "modulation"),

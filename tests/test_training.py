@@ -187,20 +187,45 @@ def test_a_loss_that_is_not_finite_stops_with_pictures_and_sigma(prepare):
         list(training.train(run))
 
 
-def test_captions_without_the_token_are_refused_and_some_are_counted(prepare, dataset, caplog, monkeypatch):
+@pytest.mark.usefixtures("without_models")
+def test_captions_without_the_token_are_refused_before_a_model_is_loaded(prepare, dataset):
     none = replace(dataset, examples=[replace(example, caption="a mushroom") for example in dataset.examples])
     with pytest.raises(UserError, match=r"none of the 10 captions holds .*'<zwx>'; the first is 'a mushroom'"):
         prepare(TOKEN, none)
+
+
+def test_captions_without_the_token_are_counted(prepare, dataset, caplog, monkeypatch):
+    none = replace(dataset, examples=[replace(example, caption="a mushroom") for example in dataset.examples])
     some = replace(dataset, examples=[*dataset.examples[:8], *none.examples[8:]])
     monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
     prepare(TOKEN, some)
     assert "2 of 10 captions lack <zwx>" in caplog.text
 
 
-def test_a_token_behind_what_the_model_reads_is_refused(prepare, dataset):
-    late = [replace(example, caption="red " * 1100 + "<zwx>") for example in dataset.examples]
-    with pytest.raises(UserError, match="reads 1024 tokens"):
-        prepare(TOKEN, replace(dataset, examples=late))
+@pytest.fixture
+def without_models(monkeypatch):
+    """Whoever loads one fails the test."""
+    for name in ("load_text_encoder", "load_vae", "load_transformer"):
+        monkeypatch.setattr(models, name, lambda *_, name=name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
+@pytest.mark.usefixtures("without_models")
+def test_captions_longer_than_the_model_reads_are_refused_before_it_is_loaded(config, prepare, dataset):
+    late = [replace(example, caption="red " * 1100 + "<zwx>") for example in dataset.examples[:2]]
+    with pytest.raises(
+        UserError, match=r"reads 1024 tokens, and 1 captions are longer; the first, of \d+, is 'red red"
+    ):
+        prepare(config, replace(dataset, examples=[*late, *dataset.examples[2:]]))
+
+
+def test_the_captions_lengths_are_said_and_long_ones_warned_of(prepare, dataset, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
+    caplog.set_level(logging.INFO, "lora_utils")
+    long = replace(dataset.examples[0], caption="red " * 600 + "<zwx>")
+    prepare(TOKEN, replace(dataset, examples=[long, *dataset.examples[1:]]))
+    assert "different ones of" in caplog.text
+    assert "tokens; the model was trained on up to 512" in caplog.text
 
 
 def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
