@@ -1,9 +1,14 @@
 """A folder of pictures and captions -> checked `Example`s, and an example -> pixels.
 
 Owns which files are pictures, the choice of buckets and the report on what was found; must not know models.
+
+    python -m lora_utils.dataset DATASET      # the report alone, of an archive or a folder
 """
 
+import argparse
 import os
+import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lora_utils.archive import is_litter
+from lora_utils.archive import is_litter, unpack
 from lora_utils.captions import read_captions, with_trigger
+from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.pictures import PICTURE_ENDINGS, difference_hash, open_picture
 from lora_utils.sizes import Size, choose_buckets
@@ -162,3 +168,33 @@ def describe(dataset: Dataset, passes: float) -> list[str]:
 def _first(names: Sequence[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report on a dataset, or what is wrong with it. -> 0, or 1 where a training would refuse it."""
+    defaults = TrainConfig(seed=0)
+    parser = argparse.ArgumentParser(prog="python -m lora_utils.dataset", description="What a training would find.")
+    parser.add_argument("dataset", type=Path, help="an archive or a folder of pictures and captions")
+    for name in ("resolution", "default_caption", "trigger_word", "placeholder_token"):
+        parser.add_argument(f"--{name}", default=getattr(defaults, name), help="as train's input of that name")
+    parser.add_argument("--train_placeholder_token", action="store_true", help="as train's input of that name")
+    given = vars(parser.parse_args(arguments))
+    source = given.pop("dataset")
+    try:
+        config = TrainConfig(**given, seed=0)
+        with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as unpacked:
+            folder = source if source.is_dir() else Path(unpacked)
+            if folder is not source:
+                unpack(source, folder)
+            found = read_dataset(
+                folder, config.resolutions_px, config.default_caption, config.trigger_word, config.tokens
+            )
+            print("\n".join(describe(found, config.steps * config.batch_size / found.num_images)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

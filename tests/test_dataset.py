@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_utils.dataset import Example, describe, load_pixels, read_dataset
+from lora_utils.dataset import Example, describe, load_pixels, main, read_dataset
 from lora_utils.errors import UserError
 from lora_utils.pictures import open_picture
 from lora_utils.sizes import Size
@@ -94,3 +94,24 @@ def test_the_report_counts_buckets_and_names_what_was_left_out(tmp_path):
     lines = "\n".join(describe(read_dataset(tmp_path, (64, 128), ""), passes=40))
     for part in ("1 pictures", "40 times", "bucket 64x64: 1", "bucket 128x128: 1", "no caption", "x.mp4"):
         assert part in lines
+
+
+def test_the_report_alone_of_a_folder_or_an_archive(tmp_path, write_zip, capsys):
+    save(GRADIENT, tmp_path / "set" / "one.png")
+    (tmp_path / "set" / "one.txt").write_text("[trigger]")
+    given = ["--resolution", "64", "--trigger_word", "ohwx"]
+    assert main([str(tmp_path / "set"), *given]) == 0
+    of_folder = capsys.readouterr().out
+    assert "1 pictures, each seen about 1000 times" in of_folder
+    archive = write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"})
+    assert main([str(archive), *given]) == 0
+    assert capsys.readouterr().out == of_folder
+
+
+def test_a_dataset_that_a_training_would_refuse_says_why(tmp_path, write_zip, capsys):
+    assert main([str(write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"}))]) == 1
+    assert "set trigger_word" in capsys.readouterr().err
+    assert main([str(tmp_path / "missing.zip")]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    assert main([str(tmp_path), "--resolution", "77"]) == 1
+    assert "multiples of 16" in capsys.readouterr().err
