@@ -10,8 +10,7 @@ from typing import Any, Optional, cast
 import torch
 from cog import BaseModel, Input, Path, current_scope
 
-from lora_utils import dataset as datasets
-from lora_utils import fetch, models, preparation, training, weights
+from lora_utils import fetch, models, preflight, preparation, training, weights
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig, random_seed
 from lora_utils.console import Progress, log_to_stdout, unexpected_errors_printed
@@ -69,6 +68,29 @@ def train(
         default="",
         description="A word put in front of each caption that lacks it, and in the place of [trigger]. Without it [trigger] is the placeholder token.",
     ),
+    autocaption: bool = Input(
+        default=False,
+        description="Let the text encoder, a vision-language model, describe the pictures that have no caption.",
+    ),
+    autocaption_prefix: str = Input(
+        default="", description="Put in front of each caption that autocaption writes, like 'a photo of <zwx>, '."
+    ),
+    autocaption_suffix: str = Input(default="", description="Put behind each caption that autocaption writes."),
+    mask_from: str = Input(
+        default="none",
+        choices=["none", "file", "alpha"],
+        description="Where pictures are learned in full: white in NAME.mask.png beside them (file), or opaque in themselves (alpha). none: everywhere.",
+    ),
+    mask_floor: float = Input(
+        default=0.1, ge=0, le=1, description="What the loss counts outside a mask; inside it counts 1."
+    ),
+    class_word: str = Input(
+        default="",
+        description="What the token or trigger word is one of, like 'person'. The LoRA is held to what the base model makes of that word, so that others of its kind stay as they are.",
+    ),
+    preservation_weight: float = Input(
+        default=0.25, ge=0, le=0.9, description="Share of the micro-batches that hold the class instead of teaching."
+    ),
     caption_dropout: float = Input(
         default=0.05, ge=0, le=1, description="Share of the steps that train without the caption."
     ),
@@ -105,6 +127,13 @@ def train(
             quantization=quantization,
             default_caption=default_caption,
             trigger_word=trigger_word,
+            autocaption=autocaption,
+            autocaption_prefix=autocaption_prefix,
+            autocaption_suffix=autocaption_suffix,
+            mask_from=mask_from,
+            mask_floor=mask_floor,
+            class_word=class_word,
+            preservation_weight=preservation_weight,
             caption_dropout=caption_dropout,
             lr_scheduler=lr_scheduler,
             warmup_steps=warmup_steps,
@@ -127,17 +156,15 @@ def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
     print(f"seed {config.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as folder:
         unpack(archive, LocalPath(folder))
-        found = datasets.read_dataset(
-            LocalPath(folder), config.resolutions_px, config.default_caption, config.trigger_word, config.tokens
-        )
-        passes = config.steps * config.batch_size * config.gradient_accumulation / found.num_images
-        for line in datasets.describe(found, passes):
-            print(line, flush=True)
         base_model = fetch.base_model_name()
+        tokenizer = models.load_tokenizer(fetch.fetch_model(base_model, ("tokenizer",)))
+        found = preflight.read_dataset(LocalPath(folder), config, tokenizer)
+        for line in preflight.describe(found, config, tokenizer):
+            print(line, flush=True)
         run = preparation.prepare(config, found, fetch.fetch_model(base_model), models.default_place())
     loss = consume(run)
     target, began = output_path(), time.monotonic()
-    placeholders = training.describe_placeholders(run, found.captions)
+    placeholders = training.describe_placeholders(run)
     weights.save_weights(target, training.finish(run), run.config, base_model, found.num_images, loss, placeholders)
     run.seconds["save"] = time.monotonic() - began
     for line in training.describe_speed(run):
@@ -148,20 +175,34 @@ def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
 
 def consume(run: preparation.Run) -> float:
     """Step through the run and print its progress. -> the mean loss over the last tenth of the steps."""
-    config, progress, losses, printed = run.config, Progress(run.config.steps), [], 0
+    config, progress, reports, printed = run.config, Progress(run.config.steps), [], 0
     for report in training.train(run):
-        losses.append(report.losses)  # numbers are read, and the device waited for, only where a line is printed
+        reports.append(report)  # numbers are read, and the device waited for, only where a line is printed
         if progress.is_due(report.step):
-            mean = float(torch.cat(losses[printed:]).mean())
-            line = f"step {report.step}/{config.steps} loss {mean:.4f} lr {report.learning_rate:.1e}"
-            print(f"{line} grad {float(report.grad_norm):.2f} {progress.pace(report.step)}", flush=True)
+            print(f"step {report.step}/{config.steps} {described_losses(reports[printed:])} "
+                  f"lr {report.learning_rate:.1e} grad {float(report.grad_norm):.2f} {progress.pace(report.step)}",
+                  flush=True)  # fmt: skip
             for token, row in training.report_rows(run).items():
                 near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
                 grad = f"grad {float(report.row_grad_norms.get(token, 0)):.2g}"
                 print(
                     f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True
                 )
-            printed = len(losses)
+            printed = len(reports)
     cast(Any, current_scope()).record_metric("training_step_count", config.steps)
     run.seconds["train"] = progress.elapsed_s() - run.seconds["probe"]
-    return float(torch.cat(losses[-max(1, len(losses) // 10) :]).mean())
+    last = reports[-max(1, len(reports) // 10) :]
+    taught = mean_of([report.taught for report in last])
+    return taught if taught is not None else last[-1].loss
+
+
+def described_losses(reports: list[training.StepReport]) -> str:
+    """The mean losses of these steps' micro-batches: of those that taught, and of those that held the class."""
+    taught, kept = mean_of([report.taught for report in reports]), mean_of([report.kept for report in reports])
+    parts = ["loss -" if taught is None else f"loss {taught:.4f}", "" if kept is None else f"class {kept:.4f}"]
+    return " ".join(filter(None, parts))
+
+
+def mean_of(losses: list[torch.Tensor]) -> float | None:
+    joined = torch.cat(losses)
+    return float(joined.mean()) if len(joined) else None

@@ -151,7 +151,7 @@ def new_run(job: Job) -> preparation.Run:
     blocks.recompute_first(transformer, job.recomputed)
     return preparation.Run(
         config, job.place, flow.Schedule(), transformer, lora, [], {"": batch_of(job)[1]}, no_placeholders(), None,
-        cast(Any, None), preparation.new_optimizer(config, lora, no_placeholders(), 0.0), (), job.recomputed,
+        cast(Any, None), preparation.new_optimizer(config, lora, no_placeholders(), 0.0), (), recomputed=job.recomputed,
     )  # fmt: skip
 
 

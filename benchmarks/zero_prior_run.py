@@ -259,7 +259,7 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> preparation.Run
     with tempfile.TemporaryDirectory() as folder:
         demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed, wordings=WORDINGS)
         unpack(Path(folder) / "d.zip", Path(folder) / "pictures")
-        found = read_dataset(Path(folder) / "pictures", config.resolutions_px, "")
+        found = read_dataset(Path(folder) / "pictures", config)
         run = preparation.prepare(config, found, bench.folder, bench.base.place, any_timestep=True)
     if arm.trigger == "prior" and arm.row == "trained":
         train_word(run, bench, shapes.TOK)

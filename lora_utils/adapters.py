@@ -101,6 +101,23 @@ def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [_add_update(layer.base_layer(x), low, up) for layer, low, up in zip(wrapped, lows, ups, strict=True)]
 
 
+@contextmanager
+def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
+    """Within it, a transformer with a trainable LoRA is the base model. Not for a forward with a backward pass."""
+    layers = _trainable_layers(transformer).values()
+    computed = [block.forward for block in transformer.transformer_blocks]
+    try:
+        for layer in layers:
+            cast(nn.Module, layer).forward = layer.base_layer.forward
+        blocks.install_forward(transformer)
+        yield
+    finally:
+        for layer in layers:
+            cast(nn.Module, layer).forward = MethodType(_forward, layer)
+        for block, forward in zip(transformer.transformer_blocks, computed, strict=True):
+            block.forward = forward
+
+
 def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]:
     """The weights of the trainable LoRA by module name, on the CPU."""
     found = {}

@@ -1,26 +1,39 @@
-"""Examples -> tensors on the CPU, in one pass: what a run can compute once, it computes here.
+"""Examples -> tensors, in one pass: what a run can compute once, it computes here, and finds it in the next run.
 
-Owns which captions can be encoded beforehand; must not know of training.
+Owns what an entry follows from, and which captions can be encoded beforehand; must not know of training.
 
 Legend: N image tokens, C packed channels (64), T text tokens, D the text encoder's width.
 """
 
+import hashlib
 import logging
-import time
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
+import PIL
 import torch
+import transformers
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils.dataset import Example, load_pixels
-from lora_utils.models import encode_pictures, encode_text
+from lora_utils import models, qwen
+from lora_utils.console import Progress
+from lora_utils.dataset import Example, load_pixels, load_shares
+from lora_utils.models import Place, encode_pictures, encode_text, prompt_ids
 from lora_utils.placeholder import no_placeholders
 from lora_utils.sizes import Size
+from lora_utils.store import Store, Tensors, fingerprint, key_of
 
 log = logging.getLogger(__name__)
+
+# Pictures are encoded in batches of about this many pixels. A bucket's batches are all of one size, the last filled up
+# with blanks: so a picture's latents don't depend on which others are new today.
+BATCH_PIXELS, MOST_AT_ONCE = 1024 * 1024, 8
 _LOG_EVERY_S = 10.0
 
 
@@ -28,30 +41,168 @@ _LOG_EVERY_S = 10.0
 class CachedExample:
     """One picture in one bucket, ready for training. Its text is looked up by the caption."""
 
-    latents: Tensor  # [N, C] fp32, normalised
+    tensors: Tensors  # latents [N, C] fp32, normalised; shares [N, 4] where there is a mask: see masks.py
     caption: str
     size: Size
     image_name: str
 
+    @property
+    def latents(self) -> Tensor:
+        return self.tensors["latents"]
 
-def encode_examples(vae: AutoencoderKLQwenImage, examples: Sequence[Example]) -> list[CachedExample]:
-    """Each example's latents, on the CPU."""
-    cached, logged = [], time.monotonic()
-    for count, example in enumerate(examples, start=1):
-        latents = encode_pictures(vae, load_pixels(example).unsqueeze(0))[0].cpu()
-        cached.append(CachedExample(latents, example.caption, example.size, example.image_path.name))
-        if time.monotonic() - logged > _LOG_EVERY_S:
-            logged = time.monotonic()
-            log.info("encoded %d of %d pictures", count, len(examples))
-    return cached
+    @property
+    def shares(self) -> Tensor | None:
+        """Of each latent, what is to be learned; None: all of it."""
+        return self.tensors.get("shares")
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def cache_examples(examples: Sequence[Example], folder: Path, place: Place, store: Store) -> list[CachedExample]:
+    """Each example's latents. The VAE is loaded only if some of them are new, and is gone at the end."""
+    keys = _example_keys(examples, folder / "vae", place)
+    found = {key: store.find(key) for key in dict.fromkeys(keys)}
+    new = {key: example for key, example in zip(keys, examples, strict=True) if found[key] is None}
+    if new:
+        vae, progress = models.load_vae(folder, place), Progress(len(new), _LOG_EVERY_S)
+        for count, (key, tensors) in enumerate(_encoded(vae, new), start=1):
+            found[key] = store.keep(key, tensors)
+            if progress.is_due(count) and 1 < count < len(new):
+                log.info("encoded %d of %d pictures", count, len(new))
+        del vae
+        models.release_memory()
+    if len(new) < len(found):
+        log.info("%d of %d encoded pictures were in the cache", len(found) - len(new), len(found))
+    return [
+        CachedExample(tensors, example.caption, example.size, example.image_path.name)
+        for key, example in zip(keys, examples, strict=True)
+        if (tensors := found[key]) is not None
+    ]
+
+
+def _example_keys(examples: Sequence[Example], vae: Path, place: Place) -> list[str]:
+    files = {(example.image_path, example.mask_path) for example in examples}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(files, pool.map(_digest, files), strict=True))
+    follows_from = {"of": "latents, 1", "vae": fingerprint(vae), "pillow": PIL.__version__, **_arithmetic(place)}
+    return [
+        key_of(
+            **follows_from,
+            files=digests[example.image_path, example.mask_path],
+            size=str(example.size),
+            masked=example.masked,
+        )
+        for example in examples
+    ]
+
+
+def _digest(files: tuple[Path, Path | None]) -> str:
+    digests = []
+    for path in (path for path in files if path is not None):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
+
+
+def _arithmetic(place: Place) -> dict[str, str]:
+    """What rounds a result this way or another."""
+    return {"device": place.device.type, "dtype": str(place.dtype), "torch": torch.__version__}
+
+
+def batch_size(size: Size) -> int:
+    return max(1, min(MOST_AT_ONCE, BATCH_PIXELS // (size.width_px * size.height_px)))
+
+
+def _encoded(vae: AutoencoderKLQwenImage, new: Mapping[str, Example]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(key, tensors) of examples, bucket by bucket. While one batch is encoded, the next is read and decoded."""
+    batches = []
+    for size, keys in groupby(sorted(new, key=lambda key: new[key].size), key=lambda key: new[key].size):
+        bucket, count = list(keys), batch_size(size)
+        batches += [bucket[start : start + count] for start in range(0, len(bucket), count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        coming: list[Future[tuple[Tensor, Tensor | None]]] = []
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            read = [future.result() for future in coming or [pool.submit(_read, new[key]) for key in batch]]
+            coming = [pool.submit(_read, new[key]) for key in following]
+            pixels = torch.zeros(batch_size(new[batch[0]].size), *read[0][0].shape)
+            for index, (picture, _) in enumerate(read):
+                pixels[index] = picture
+            latents = encode_pictures(vae, pixels).cpu()  # [B, N, C]
+            for index, key in enumerate(batch):
+                shares = read[index][1]
+                yield key, {"latents": latents[index].clone()} | ({} if shares is None else {"shares": shares})
+
+
+def _read(example: Example) -> tuple[Tensor, Tensor | None]:
+    return load_pixels(example), load_shares(example)
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+class Texts(Mapping[str, Tensor]):
+    """Caption -> states [T, D] on the CPU, read when they are asked for."""
+
+    def __init__(self, entries: Mapping[str, Tensors]):
+        self._entries = entries
+
+    def __getitem__(self, caption: str) -> Tensor:
+        return self._entries[caption]["states"]
+
+    def __contains__(self, caption: object) -> bool:  # Mapping's own would read the states
+        return caption in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCaptions:
+    """Captions without a placeholder token, whose states never change: what was found of them, and the rest's keys."""
+
+    found: dict[str, Tensors]
+    new: dict[str, str]
+
+
+def find_captions(
+    captions: Sequence[str], tokenizer: Qwen2Tokenizer, folder: Path, place: Place, store: Store
+) -> FixedCaptions:
+    """Look the captions up; `encode_captions` adds those that are new."""
+    source = folder / "text_encoder"
+    follows_from = {
+        "of": "text, 1",
+        "encoder": fingerprint(source),
+        "by": transformers.__version__,
+        **_arithmetic(place),
+    }
+    keys = {
+        caption: key_of(
+            **follows_from, drop=qwen.TEMPLATE_PREFIX_TOKENS, ids=prompt_ids(tokenizer, caption, no_placeholders())
+        )
+        for caption in dict.fromkeys(captions)
+    }
+    found = {caption: tensors for caption, key in keys.items() if (tensors := store.find(key)) is not None}
+    if found:
+        log.info("%d of %d encoded captions were in the cache", len(found), len(keys))
+    return FixedCaptions(found, {caption: key for caption, key in keys.items() if caption not in found})
 
 
 @torch.no_grad()
-def encode_fixed_captions(
-    text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, captions: Iterable[str]
-) -> dict[str, Tensor]:
-    """Caption -> states [T, D] on the CPU. Captions with a placeholder token aren't fixed: their row is learning."""
-    return {
-        caption: encode_text(text_encoder, tokenizer, [caption], no_placeholders()).states[0].cpu()
-        for caption in dict.fromkeys(captions)
-    }
+def encode_captions(
+    fixed: FixedCaptions, text_encoder: Qwen2_5_VLTextModel | None, tokenizer: Qwen2Tokenizer, store: Store
+) -> Texts:
+    """All of them. One at a time: a prompt's states are then bit for bit what prediction makes of it."""
+    entries = dict(fixed.found)
+    progress = Progress(len(fixed.new), _LOG_EVERY_S)
+    for count, (caption, key) in enumerate(fixed.new.items(), start=1):
+        if text_encoder is None:
+            raise RuntimeError(f"{len(fixed.new)} captions are new, and there is no text encoder")
+        states = encode_text(text_encoder, tokenizer, [caption], no_placeholders()).states[0].cpu()
+        entries[caption] = store.keep(key, {"states": states.clone()})
+        if progress.is_due(count) and 1 < count < len(fixed.new):
+            log.info("encoded %d of %d captions", count, len(fixed.new))
+    return Texts(entries)

@@ -6,18 +6,19 @@ Owns which file is whose caption, and what a caption's `[trigger]` becomes; must
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_utils.config import TRIGGER, TrainConfig
 from lora_utils.errors import UserError
 
 SIDECAR_ENDINGS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 64 * 1024 * 1024
-TRIGGER = "[trigger]"
 _NAME_COLUMNS = ("file_name", "filename", "file", "image")  # the hub's imagefolder calls it the first
 _TEXT_COLUMNS = ("text", "caption", "prompt")
 
@@ -31,7 +32,7 @@ class Captions:
     problems: list[str] = field(default_factory=list)
 
 
-def _same_name(name: str) -> str:
+def same_name(name: str) -> str:
     """Archivers of macOS take accents apart, those of Windows turn slashes round; neither keeps the case."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./").casefold()
 
@@ -43,10 +44,10 @@ def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path])
         found.files.add(table)
         _read_table(folder, table, pictures, found)
     sidecars = {path: path for path in files if path.suffix.casefold() in SIDECAR_ENDINGS}
-    alike = {_same_name(str(path)): path for path in sidecars}
+    alike = {same_name(str(path)): path for path in sidecars}
     for picture in pictures:
         for name in _sidecar_names(picture):
-            path = sidecars.get(name) or alike.get(_same_name(str(name)))
+            path = sidecars.get(name) or alike.get(same_name(str(name)))
             if path is not None:
                 found.files.add(path)
                 try:
@@ -89,10 +90,10 @@ def _read_table(folder: Path, table: Path, pictures: Sequence[Path], found: Capt
     title, own = str(table.relative_to(folder)), {}
     for picture in pictures:
         if table.parent in picture.parents:
-            own[_same_name(str(picture.relative_to(table.parent)))] = picture
+            own[same_name(str(picture.relative_to(table.parent)))] = picture
     try:
         for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title):
-            picture = own.get(_same_name(name))
+            picture = own.get(same_name(name))
             if picture is None:
                 found.problems.append(f"{title} names {name!r}, and there is no such picture; correct the name.")
             elif text.strip():
@@ -148,4 +149,18 @@ def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
         caption = caption.replace(TRIGGER, stands_for[0])
     if trigger_word and trigger_word not in caption:
         return f"{trigger_word}, {caption}" if caption else trigger_word
+    return caption
+
+
+def preserved_caption(caption: str, config: TrainConfig) -> str:
+    """The caption with the class word in place of what is taught; as it is where there is no class word.
+
+    'a photo of <zwx> person' becomes 'a photo of person', not 'person person'.
+    """
+    if not config.class_word:
+        return caption
+    for trigger in config.triggers:
+        caption = re.sub(
+            rf"{re.escape(trigger)}(\s+{re.escape(config.class_word)}\b)?", lambda _: config.class_word, caption
+        )
     return caption

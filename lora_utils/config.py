@@ -15,7 +15,9 @@ from lora_utils.errors import UserError
 MAX_SEED = 2**32 - 1
 LR_SCHEDULERS = ("constant", "cosine", "linear")
 QUANTIZATIONS = ("auto", "none", "fp8", "int8", "nf4")
+MASK_SOURCES = ("none", "file", "alpha")
 OUTPUT_FORMATS = ("webp", "jpg", "png")
+TRIGGER = "[trigger]"  # in captions: the trigger word, or the placeholder token
 PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
 
 
@@ -91,6 +93,13 @@ class TrainConfig:
     quantization: str = "auto"  # of the frozen transformer; in a run's own config what it came to
     default_caption: str = ""
     trigger_word: str = ""  # put in front of captions that lack it, and in the place of `[trigger]`
+    autocaption: bool = False  # the text encoder describes pictures without a caption
+    autocaption_prefix: str = ""  # around what it writes
+    autocaption_suffix: str = ""
+    mask_from: str = "none"  # where the loss counts in full: `NAME.mask.png`, or the picture's own alpha
+    mask_floor: float = 0.1  # what it counts elsewhere
+    class_word: str = ""  # what token or trigger word is one of: the LoRA leaves it as the base has it
+    preservation_weight: float = 0.25  # share of the micro-batches that see to that, if there is a class_word
     caption_dropout: float = 0.05  # share of the captions replaced by the sampler's empty prompt
     lr_scheduler: str = "constant"
     warmup_steps: int = 0
@@ -106,12 +115,16 @@ class TrainConfig:
             "resolution": _resolutions(self.resolution),
             "lora_targets": _choice("lora_targets", self.lora_targets, tuple(qwen.LORA_TARGETS)),
             "quantization": _choice("quantization", self.quantization, QUANTIZATIONS),
+            "mask_from": _choice("mask_from", self.mask_from, MASK_SOURCES),
+            "mask_floor": _number("mask_floor", self.mask_floor, 0, 1),
+            "preservation_weight": _number("preservation_weight", self.preservation_weight, 0, 0.9),
             "caption_dropout": _number("caption_dropout", self.caption_dropout, 0, 1),
             "lr_scheduler": _choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
             "warmup_steps": _whole("warmup_steps", self.warmup_steps, 0, 20000),
             "seed": _whole("seed", self.seed, 0, MAX_SEED),
             "default_caption": self.default_caption.strip(),
             "trigger_word": self.trigger_word.strip(),
+            "class_word": self.class_word.strip(),
         }
         if self.train_placeholder_token:  # off: whatever stands in its fields is ignored
             checked["placeholder_init_std"] = _number("placeholder_init_std", self.placeholder_init_std, 0, 0.1)
@@ -121,6 +134,26 @@ class TrainConfig:
             checked["placeholder_token"] = _token_names(self.placeholder_token)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What is wrong only beside another input."""
+        around = self.autocaption_prefix + self.autocaption_suffix
+        unnamed = [token for token in self.tokens if token not in around]
+        if self.autocaption and self.tokens and TRIGGER not in around and len(unnamed) == len(self.tokens):
+            raise UserError(
+                f"autocaption writes captions without {self.tokens[0]}, which would then learn nothing from them; set "
+                f"autocaption_prefix to something like 'a photo of {self.tokens[0]}, '."
+            )
+        if self.class_word and not self.triggers:
+            raise UserError(
+                f"class_word {self.class_word!r} says what a token or trigger word is one of, and there is neither; "
+                "set train_placeholder_token or trigger_word."
+            )
+        if any(trigger in self.class_word for trigger in self.triggers):
+            raise UserError(
+                f"class_word {self.class_word!r} holds the token or trigger word itself; name the class alone."
+            )
 
     @property
     def resolutions_px(self) -> tuple[int, ...]:
@@ -130,6 +163,11 @@ class TrainConfig:
     def tokens(self) -> tuple[str, ...]:
         """The placeholder tokens, if they are trained."""
         return tuple(self.placeholder_token.split(",")) if self.train_placeholder_token else ()
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """The tokens, and the trigger word if there is one: what names the thing that is taught."""
+        return self.tokens + ((self.trigger_word,) if self.trigger_word else ())
 
 
 @dataclass(frozen=True, slots=True)

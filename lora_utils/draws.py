@@ -7,7 +7,7 @@ Legend: B batch, N image tokens, C packed channels (64).
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, TypeVar
@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lora_utils import flow
+from lora_utils import flow, qwen
 from lora_utils.caching import CachedExample
 from lora_utils.config import TrainConfig
 from lora_utils.sizes import Size
@@ -38,6 +38,8 @@ class Drawn:
     captions: tuple[str, ...]
     size: Size
     names: tuple[str, ...]  # of the pictures
+    weights: Tensor | None = None  # of the loss, [B, N, C]; None where all count alike
+    preserves: bool = False  # the class: the target is what the base model predicts for these captions
 
 
 class Sized(Protocol):
@@ -63,22 +65,50 @@ def batches(examples: Sequence[_Picture], batch_size: int, seed: int) -> Iterato
         yield from epoch
 
 
-def micro_batches(config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule) -> Iterator[Drawn]:
-    """Endless; `gradient_accumulation` of them make a step."""
-    noises, sigmas, dropout = (generator_for(config.seed, purpose) for purpose in ("noise", "sigma", "dropout"))
+def micro_batches(
+    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule,
+    preserved: Mapping[str, str] | None = None,
+) -> Iterator[Drawn]:  # fmt: skip
+    """Endless; `gradient_accumulation` of them make a step.
+
+    With `preserved`, captions by the class's, a share of them (`preservation_weight`) holds the class.
+    """
+    noises, sigmas, dropout, classes = (
+        generator_for(config.seed, purpose) for purpose in ("noise", "sigma", "dropout", "preservation")
+    )
     for batch in batches(examples, config.batch_size, config.seed):
         clean = torch.stack([example.latents for example in batch])  # [B, N, C]
         noise = torch.randn(clean.shape, generator=noises)
         sigma = flow.draw_sigmas(len(batch), schedule.mu(clean.shape[1]), sigmas)  # [B]
         dropped = torch.rand(len(batch), generator=dropout) < config.caption_dropout
+        captions = [EMPTY_CAPTION if drop else e.caption for drop, e in zip(dropped, batch, strict=True)]
+        preserves = float(torch.rand((), generator=classes)) < config.preservation_weight
+        held = [preserved[example.caption] for example in batch if preserved and example.caption in preserved]
+        if preserves := preserves and len(held) == len(batch):
+            captions = held
         yield Drawn(
             flow.add_noise(clean, noise, sigma),
             flow.velocity_target(clean, noise),
             sigma,
-            tuple(EMPTY_CAPTION if drop else example.caption for drop, example in zip(dropped, batch, strict=True)),
+            tuple(captions),
             batch[0].size,
             tuple(example.image_name for example in batch),
+            None if preserves else loss_weights(batch, config.mask_floor),
+            preserves,
         )
+
+
+def loss_weights(batch: Sequence[CachedExample], floor: float) -> Tensor | None:
+    """[B, N, C]: 1 where the mask is white, `floor` where it is black; None where no picture has a mask.
+
+    A token's C channels are its 2 x 2 latents' 16, with the latent as the faster index: see `sizes.pack`.
+    """
+    shares = [example.shares for example in batch]
+    if all(share is None for share in shares):
+        return None
+    whole = torch.ones(batch[0].size.tokens, qwen.PATCH**2)
+    filled = torch.stack([whole if share is None else share for share in shares])  # [B, N, 4]
+    return (floor + (1 - floor) * filled).repeat(1, 1, qwen.LATENT_CHANNELS)  # [B, N, C]
 
 
 def run_timesteps(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,11 +15,6 @@ from lora_utils.errors import UserError
 DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"
 MAX_DOWNLOAD_BYTES = 10 * 10**9
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-# Of a repository with example pictures and other formats, only what the components are loaded from.
-_MODEL_FILES = [
-    "model_index.json",
-    *(f"{part}/*.{end}" for part in COMPONENTS for end in ("json", "safetensors", "txt")),
-]
 
 
 def base_model_name() -> str:
@@ -26,8 +22,16 @@ def base_model_name() -> str:
     return os.environ.get("BASE_MODEL") or DEFAULT_BASE_MODEL
 
 
-def fetch_model(base_model: str) -> Path:
-    """The folder of a model in diffusers' layout: itself if it is one, else the hub's files, cached between calls."""
+def _files_of(parts: Sequence[str]) -> list[str]:
+    """Of a repository with example pictures and other formats, only what these components are loaded from."""
+    return ["model_index.json", *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors", "txt"))]
+
+
+def fetch_model(base_model: str, parts: Sequence[str] = COMPONENTS) -> Path:
+    """The folder of a model in diffusers' layout: itself if it is one, else the hub's files, cached between calls.
+
+    Of those only the components in `parts` are sure to be there.
+    """
     folder = Path(base_model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -35,18 +39,18 @@ def fetch_model(base_model: str) -> Path:
         return folder
     if folder.is_absolute() or base_model.count("/") != 1:
         raise UserError(f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {DEFAULT_BASE_MODEL!r}.")
-    missing_bytes = _missing_bytes(base_model)
+    missing_bytes = _missing_bytes(base_model, _files_of(parts))
     if missing_bytes:
         print(f"fetching {base_model} from the hub: {missing_bytes / 1e9:.2f} GB", flush=True)
     try:
-        return Path(snapshot_download(base_model, allow_patterns=_MODEL_FILES))
+        return Path(snapshot_download(base_model, allow_patterns=_files_of(parts)))
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"BASE_MODEL {base_model!r} is neither on this machine nor to be had from the hub; give a folder."
         ) from error
 
 
-def _missing_bytes(base_model: str) -> int:
+def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
     """What a download would fetch; 0 where the hub can't be asked, for then the cache is all there is."""
     try:
         files = HfApi().model_info(base_model, files_metadata=True).siblings or []
@@ -56,7 +60,7 @@ def _missing_bytes(base_model: str) -> int:
         ) from error
     except (OSError, httpx2.HTTPError):  # offline: OfflineModeIsEnabled is an OSError
         return 0
-    wanted = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _MODEL_FILES)]
+    wanted = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
     return sum(
         file.size or 0 for file in wanted if not isinstance(try_to_load_from_cache(base_model, file.rfilename), str)
     )

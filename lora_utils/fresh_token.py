@@ -13,7 +13,6 @@ from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
 from lora_utils import qwen
 from lora_utils.config import TrainConfig
-from lora_utils.errors import UserError
 from lora_utils.lora_file import row_sha256
 from lora_utils.placeholder import (
     Placeholders,
@@ -56,19 +55,14 @@ def unplaced(config: TrainConfig, tokenizer: Qwen2Tokenizer) -> Placeholders:
     return Placeholders(config.tokens, tuple(ids), tuple(torch.empty(0) for _ in ids))
 
 
-def check_captions(captions: Sequence[str], placeholders: Placeholders) -> None:
-    """Refuse captions that could never train a token; warn where some hold none."""
-    for token in placeholders.tokens:
-        if not any(token in caption for caption in captions):
-            raise UserError(
-                f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is "
-                f"{captions[0]!r}. Write {token!r} into the captions, or set default_caption to something like "
-                f"'a photo of {token}'."
-            )
-    names = " or ".join(placeholders.tokens)
-    without = [caption for caption in captions if not placeholders.used_in([caption]).tokens]
-    if without:
-        log.warning("%d of %d captions lack %s, the first is %r", len(without), len(captions), names, without[0])
+def missing_tokens(captions: Sequence[str], tokens: Sequence[str]) -> list[str]:
+    """What is wrong with captions that could never train one of the tokens."""
+    return [
+        f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is {captions[0]!r}. "
+        f"Write {token!r} into the captions, or set default_caption to something like 'a photo of {token}'."
+        for token in tokens
+        if captions and not any(token in caption for caption in captions)
+    ]
 
 
 def median_row_norm(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer) -> float:

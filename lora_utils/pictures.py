@@ -6,6 +6,8 @@ Owns formats, orientation, colour and transparency; must not know captions, buck
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +33,39 @@ _SRGB = ImageCms.createProfile("sRGB")
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The picture upright, in sRGB, transparency laid on white; of a moving one the first frame.
+    """The picture upright, in sRGB, transparency laid on white; of a moving one the first frame. Errors as below."""
+    with _errors_named(path):
+        return _in_srgb(open_upright(path))
+
+
+def open_alpha(path: Path) -> Image.Image | None:
+    """Its alpha, upright and in greyscale: white is opaque. None where nothing can be transparent. Errors as below."""
+    with _errors_named(path):
+        upright = open_upright(path)
+        return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+
+
+def open_upright(path: Path) -> Image.Image:
+    """Decoded and turned upright, in its own mode.
 
     Raises UserError for what can't be read, or has more pixels than `MAX_PIXELS`, which is found before it is decoded.
     """
+    with _errors_named(path), Image.open(path, formats=_FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise UserError(
+                f"picture {path.name} has {opened.width}x{opened.height} pixels; scale it down to "
+                f"{MAX_PIXELS // 10**6} megapixels or less."
+            )
+        upright = ImageOps.exif_transpose(opened)
+        upright.load()
+        return upright
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Turn what a decoder raises into a UserError."""
     try:
-        with Image.open(path, formats=_FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UserError(
-                    f"picture {path.name} has {opened.width}x{opened.height} pixels; scale it down to "
-                    f"{MAX_PIXELS // 10**6} megapixels or less."
-                )
-            return _in_srgb(ImageOps.exif_transpose(opened))
+        yield
     except UserError:
         raise
     except _DECODER_ERRORS as error:
@@ -56,13 +79,13 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         seen = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return _by_profile(seen, profile) if picture.mode in ("RGBA", "P") else seen
     if picture.mode.startswith("I"):
-        picture = _in_8_bits(picture)
+        picture = in_8_bits(picture)
     if picture.mode in ("P", "1"):
         picture = picture.convert("RGB")
     return _by_profile(picture, profile).convert("RGB")
 
 
-def _in_8_bits(picture: Image.Image) -> Image.Image:
+def in_8_bits(picture: Image.Image) -> Image.Image:
     """A greyscale picture of 16 bits; Pillow alone would clip it at 255."""
     levels = np.asarray(picture).astype(np.int64)
     return Image.fromarray((levels.clip(0, 65535) / 257).round().astype(np.uint8))

@@ -1,7 +1,7 @@
 """Which of the engine's switches a run uses: chosen in this one place, by the memory there is, before it loads.
 
 Owns the choice and what is said of it; must not know how a switch works. One more, how many blocks recompute their
-activations, follows from what is really free once the model is there: `training.plan_memory`.
+activations, follows from what is really free once the model is there: `fitting.plan_memory`.
 """
 
 import json

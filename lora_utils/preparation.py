@@ -7,7 +7,7 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,15 +16,18 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, memory, models, qwen
+from lora_utils import flow, fresh_token, memory, models
 from lora_utils import plan as plans
 from lora_utils.adapters import attach_trainable_lora
-from lora_utils.caching import CachedExample, encode_examples, encode_fixed_captions
+from lora_utils.autocaption import write_captions
+from lora_utils.caching import CachedExample, cache_examples, encode_captions, find_captions
+from lora_utils.captions import preserved_caption
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import Dataset
+from lora_utils.dataset import Dataset, refuse
 from lora_utils.draws import EMPTY_CAPTION, Sized, generator_for, run_timesteps
-from lora_utils.errors import UserError
-from lora_utils.placeholder import Placeholders, no_placeholders, tokenize
+from lora_utils.placeholder import Placeholders, no_placeholders
+from lora_utils.preflight import caption_problems
+from lora_utils.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +45,14 @@ class Run:
     transformer: QwenImageTransformer2DModel
     lora: list[nn.Parameter]
     examples: list[CachedExample]
-    texts: dict[str, Tensor]  # [T, D] each; captions with the token are missing, they are encoded at every step
+    texts: Mapping[str, Tensor]  # [T, D] each; captions with the token are missing, they are encoded at every step
     placeholders: Placeholders
     text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
     tokenizer: Qwen2Tokenizer
     optimizer: torch.optim.Optimizer
     first_rows: tuple[Tensor, ...]  # as they were drawn
+    captions: list[str] = field(default_factory=list)  # one a picture
+    preserved: dict[str, str] = field(default_factory=dict)  # captions with the class word in place of what is taught
     recomputed: int = 0  # blocks that recompute their activations in the backward pass
     compiled: bool = False  # the blocks' arithmetic
     flops: float = 0.0  # done so far
@@ -65,24 +70,35 @@ def prepare(
     memory.forget_peak(place.device)
     began = time.monotonic()
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
-    check_captions(config, dataset, tokenizer)
+    refuse(caption_problems(dataset, config, tokenizer))
+    if config.autocaption and dataset.uncaptioned:
+        dataset = write_captions(dataset, config, model_folder, tokenizer, place)
+        refuse(caption_problems(dataset, config, tokenizer))
+    described = time.monotonic()
+    captions = {caption: preserved_caption(caption, config) for caption in dataset.captions}
+    preserved = {caption: held for caption, held in captions.items() if held != caption}
     timesteps = None if any_timestep else shown_timesteps(config, dataset.examples, schedule, place.dtype)
     plan = make_plan(config, dataset, model_folder, tokenizer, place, timesteps)
     config = replace(config, quantization=plan.quantization)
     text_place = place if plan.text_encoder_on_card else replace(place, device=torch.device("cpu"))
-    text_encoder: Qwen2_5_VLTextModel | None = models.load_text_encoder(model_folder, text_place)
+    store = open_store()
+    fixed = [caption for caption in (*captions, *preserved.values()) if not any(t in caption for t in config.tokens)]
+    looked_up = find_captions([*fixed, EMPTY_CAPTION], tokenizer, model_folder, text_place, store)
+    text_encoder: Qwen2_5_VLTextModel | None = None
+    if config.tokens or looked_up.new:
+        text_encoder = models.load_text_encoder(model_folder, text_place)
     loaded = time.monotonic()
-    placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
-    fixed = [caption for caption in dataset.captions if not placeholders.used_in([caption]).tokens]
-    texts = encode_fixed_captions(text_encoder, tokenizer, [*fixed, EMPTY_CAPTION])
+    placeholders = no_placeholders()
+    if config.tokens and text_encoder is not None:
+        rows = generator_for(config.seed, "row")
+        placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, rows)
+    texts = encode_captions(looked_up, text_encoder, tokenizer, store)
     if not config.tokens:
         text_encoder = None
     models.release_memory()
-    vae = models.load_vae(model_folder, place)
-    examples = encode_examples(vae, dataset.examples)
-    log.info("encoded %d pictures and %d captions", len(examples), len(texts) - 1)
-    del vae
-    models.release_memory()
+    examples = cache_examples(dataset.examples, model_folder, place, store)
+    store.trim()
+    log.info("%d pictures and %d captions are ready", len(examples), len(texts) - 1)
     cached = time.monotonic()
 
     transformer = models.load_transformer(model_folder, place, timesteps, config.quantization)
@@ -93,29 +109,11 @@ def prepare(
     first_rows = tuple(row.detach().clone() for row in placeholders.rows)
     run = Run(
         config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
-        first_rows, compiled=plan.compiled,
+        first_rows, dataset.captions, preserved, compiled=plan.compiled,
     )  # fmt: skip
-    run.seconds = {"load": loaded - began + time.monotonic() - cached, "cache": cached - loaded}
+    describing = {"describe": described - began} if config.autocaption else {}
+    run.seconds = {**describing, "load": loaded - described + time.monotonic() - cached, "cache": cached - loaded}
     return run
-
-
-def check_captions(config: TrainConfig, dataset: Dataset, tokenizer: Qwen2Tokenizer) -> None:
-    """Say how long the captions are. Raises UserError for ones that the model can't read, or that hold no token."""
-    tokens = fresh_token.unplaced(config, tokenizer)
-    lengths = {caption: len(tokenize(tokenizer, caption, tokens.slots)) for caption in dict.fromkeys(dataset.captions)}
-    log.info(
-        "captions: %d different ones of %d to %d tokens", len(lengths), min(lengths.values()), max(lengths.values())
-    )
-    if too_long := [caption for caption, length in lengths.items() if length > qwen.MAX_PROMPT_TOKENS]:
-        raise UserError(
-            f"the model reads {qwen.MAX_PROMPT_TOKENS} tokens, and {len(too_long)} captions are longer; the first, of "
-            f"{lengths[too_long[0]]}, is {too_long[0][:80]!r}...; shorten them."
-        )
-    for caption in lengths:
-        if warning := models.length_warning(tokenizer, caption, tokens):
-            log.warning("caption %s", warning)
-    if config.tokens:
-        fresh_token.check_captions(dataset.captions, tokens)
 
 
 def make_plan(
@@ -124,7 +122,8 @@ def make_plan(
 ) -> plans.Plan:  # fmt: skip
     """The run's switches, and what is said of them."""
     image_tokens = max(example.size.tokens for example in dataset.examples)
-    text_tokens = max(len(models.prompt_ids(tokenizer, caption, no_placeholders())) for caption in dataset.captions)
+    shown = [*dataset.captions, *(preserved_caption(caption, config) for caption in dataset.captions)]
+    text_tokens = max(len(models.prompt_ids(tokenizer, caption, no_placeholders())) for caption in dict.fromkeys(shown))
     tokens = config.batch_size * (image_tokens + text_tokens)
     demand = plans.demand_of(config, model_folder, place.device, place.dtype, tokens, timesteps)
     seconds = plans.estimated_seconds(config, model_folder, place.device, place.dtype, image_tokens, text_tokens)

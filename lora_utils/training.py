@@ -2,34 +2,27 @@
 
 Owns the loop; must not know Cog, archives or sampling. The loop yields; printing, saving and cancelling
 belong to whoever consumes it. The device is waited for only where a number is read.
-
-Legend: B batch, N image tokens, C packed channels (64), T text tokens, D the text encoder's width, R rank.
 """
 
-import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
-from lora_utils import blocks, flops, fresh_token, memory, models, plan
-from lora_utils.adapters import trained_lora, use_blocks
+from lora_utils import flops, fresh_token, memory
+from lora_utils.adapters import trained_lora
 from lora_utils.config import TrainConfig
-from lora_utils.draws import Drawn, generator_for, micro_batches
+from lora_utils.draws import Drawn, micro_batches
 from lora_utils.errors import UserError
+from lora_utils.fitting import plan_memory, within_the_plan
 from lora_utils.lora_file import LoraFile
+from lora_utils.objective import forward_backward
 from lora_utils.placeholder import RowReport
-from lora_utils.preparation import PROBE_SIGMA, Run
-from lora_utils.streaming import upload
-
-log = logging.getLogger(__name__)
+from lora_utils.preparation import Run
 
 MAX_GRAD_NORM = 1.0  # for the LoRA and for the row, each by itself
 CHECK_EVERY = 25  # steps from one look at whether the numbers are finite to the next: each waits for the device
@@ -42,6 +35,7 @@ class StepReport:
     step: int
     learning_rate: float
     losses: Tensor  # of its micro-batches
+    preserves: tuple[bool, ...]  # which of them held the class, rather than teach
     grad_norm: Tensor  # of the LoRA, before clipping
     row_grad_norms: dict[str, Tensor]  # of the tokens that the step's captions held, before clipping
 
@@ -49,72 +43,15 @@ class StepReport:
     def loss(self) -> float:
         return float(self.losses.mean())
 
+    @property
+    def taught(self) -> Tensor:
+        """Losses of the micro-batches that taught, of which there may be none."""
+        return self.losses[[index for index, preserves in enumerate(self.preserves) if not preserves]]
 
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def plan_memory(run: Run) -> None:
-    """Choose how many blocks recompute their activations, by arithmetic, then by a step on the largest batch."""
-    largest = max(run.examples, key=lambda example: example.size.tokens)
-    longest = max(len(models.prompt_ids(run.tokenizer, example.caption, run.placeholders)) for example in run.examples)
-    tokens = run.config.batch_size * (largest.size.tokens + longest)
-    size = plan.step_size(run.config, dict(run.transformer.config), tokens, run.place.dtype.itemsize)
-    free = memory.free_bytes(run.place.device)
-    run.recomputed = memory.blocks_to_recompute(size, free)
-    use_compiled(run, run.compiled)
-    log.info(
-        "memory: a step of %d tokens needs %.1f of %.1f GB free; %d of %d blocks recompute their activations",
-        size.tokens, size.needed_bytes(run.recomputed) / 1e9, free / 1e9, run.recomputed, size.blocks,
-    )  # fmt: skip
-    began = time.monotonic()
-    probe = Drawn(
-        torch.randn(run.config.batch_size, *largest.latents.shape, generator=generator_for(0, "probe")),
-        torch.zeros(run.config.batch_size, *largest.latents.shape),
-        torch.full((run.config.batch_size,), PROBE_SIGMA),
-        (max((example.caption for example in run.examples), key=len),) * run.config.batch_size,
-        largest.size,
-        (largest.image_name,),
-    )
-    within_the_plan(run, [probe], lambda: forward_backward(run, [probe]))
-    run.optimizer.zero_grad(set_to_none=True)
-    run.flops = 0.0
-    run.seconds["probe"] = time.monotonic() - began
-
-
-def use_plan(run: Run, recomputed: int) -> None:
-    run.recomputed = recomputed
-    blocks.recompute_first(run.transformer, recomputed)
-
-
-def use_compiled(run: Run, compiled: bool) -> None:
-    run.compiled = compiled
-    use_blocks(run.transformer, compiled)
-    use_plan(run, run.recomputed)
-
-
-def compute_plainly(run: Run, reason: str) -> None:
-    """After blocks couldn't be compiled: drop what the step left, and go on without."""
-    log.warning("the blocks can't be compiled here (%s); going on without", reason)
-    run.optimizer.zero_grad(set_to_none=True)
-    use_compiled(run, compiled=False)
-
-
-def step_down(run: Run, drawn: Sequence[Drawn]) -> None:
-    """After a step that ran out of memory: drop what it left and recompute more. Raises UserError if all do."""
-    run.optimizer.zero_grad(set_to_none=True)
-    models.release_memory()
-    blocks_there = len(run.transformer.transformer_blocks)
-    if run.recomputed == blocks_there:
-        size = max((batch.size for batch in drawn), key=lambda size: size.tokens)
-        raise UserError(
-            f"a step on {len(drawn[0].sigma)} pictures of {size.width_px}x{size.height_px} doesn't fit into memory, "
-            "even with every block recomputed; lower resolution, batch_size or rank, or use a larger card."
-        )
-    use_plan(run, memory.more_blocks(run.recomputed, blocks_there))
-    log.warning("out of memory; from here on %d of %d blocks recompute", run.recomputed, blocks_there)
-
-
-# --- the loop -------------------------------------------------------------------------------------------------------
+    @property
+    def kept(self) -> Tensor:
+        """Losses of those that held the class."""
+        return self.losses[[index for index, preserves in enumerate(self.preserves) if preserves]]
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -125,63 +62,6 @@ def rate_factor(step: int, config: TrainConfig) -> float:
     if config.lr_scheduler == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0 - progress if config.lr_scheduler == "linear" else 1.0
-
-
-def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
-    """The captions' states: fixed ones from the cache, those with the token encoded under gradient."""
-    live = list(dict.fromkeys(caption for caption in captions if caption not in run.texts))
-    states = {caption: upload(run.texts[caption], run.place.device) for caption in captions if caption in run.texts}
-    if live and run.text_encoder is not None:
-        used = run.placeholders.used_in(live)
-        encoded = models.encode_states(run.text_encoder, run.tokenizer, live, used)
-        if any(row.requires_grad for row in used.rows) and not encoded[0].requires_grad:
-            raise RuntimeError(f"no gradient reaches {', '.join(used.tokens)}: the text encoder ran without grad mode")
-        placed = (state.to(run.place.device) for state in encoded)  # from the host, where the card had no room for it
-        states.update(zip(live, placed, strict=True))
-    return models.join_text([states[caption] for caption in captions])
-
-
-def batch_loss(run: Run, drawn: Drawn) -> Tensor:
-    """Flow-matching loss of one micro-batch: the mean squared error of the velocity, in fp32."""
-    noisy = upload(drawn.noisy.to(run.place.dtype), run.place.device)
-    text = batch_text(run, drawn.captions)
-    velocity = models.predict_velocity(run.transformer, noisy, drawn.sigma, text, drawn.size)
-    shape = models.shape_of(run.transformer)
-    run.flops += len(drawn.sigma) * flops.training_flops(shape, noisy.shape[1], text.states.shape[1], run.recomputed)
-    return F.mse_loss(velocity.float(), upload(drawn.target, run.place.device))
-
-
-def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
-    """Losses of the micro-batches [len(drawn)]; their gradients stay."""
-    losses = []
-    for batch in drawn:
-        loss = batch_loss(run, batch)
-        (loss / len(drawn)).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-T = TypeVar("T")
-
-
-def within_the_plan(run: Run, drawn: Sequence[Drawn], step: Callable[[], T]) -> T:
-    """Do a step on these micro-batches. Out of memory, the plan steps down and all of the step is redone.
-
-    A step that failed has moved nothing: what an optimizer allocates comes before its first weight.
-    """
-    while True:
-        flops_before = run.flops
-        try:
-            return step()
-        except torch.OutOfMemoryError:
-            reason = None  # dealt with below, where the failed step's tensors are no longer held by its traceback
-        except TorchDynamoException as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        run.flops = flops_before
-        if reason is None:
-            step_down(run, drawn)
-        else:
-            compute_plainly(run, reason)
 
 
 def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,7 +87,8 @@ def take_step(run: Run, drawn: Sequence[Drawn], step: int) -> StepReport:
     """Optimizer step `step`, counted from 0."""
     losses = forward_backward(run, drawn)
     grad_norm, row_grad_norms = clip_and_step(run, step)
-    return StepReport(step + 1, run.optimizer.param_groups[0]["lr"], losses, grad_norm, row_grad_norms)
+    preserves = tuple(batch.preserves for batch in drawn)
+    return StepReport(step + 1, run.optimizer.param_groups[0]["lr"], losses, preserves, grad_norm, row_grad_norms)
 
 
 def _is_sound(report: StepReport) -> Tensor:
@@ -242,7 +123,7 @@ def train(run: Run) -> Iterator[StepReport]:
     """Step through the run, one report per optimizer step. The last states of the run are in `run`."""
     config, unchecked = run.config, []
     plan_memory(run)
-    stream = micro_batches(config, run.examples, run.schedule)
+    stream = micro_batches(config, run.examples, run.schedule, run.preserved)
     for step in range(config.steps):
         drawn = [next(stream) for _ in range(config.gradient_accumulation)]
         report = within_the_plan(run, drawn, partial(take_step, run, drawn, step))
@@ -286,7 +167,7 @@ def report_rows(run: Run) -> dict[str, RowReport]:
     return fresh_token.report(run.placeholders, run.tokenizer, run.text_encoder)
 
 
-def describe_placeholders(run: Run, captions: Sequence[str]) -> list[dict[str, Any]]:
+def describe_placeholders(run: Run) -> list[dict[str, Any]]:
     """What meta.json says of each trained row; nothing in baseline mode."""
     if run.text_encoder is None:
         return []
@@ -296,7 +177,7 @@ def describe_placeholders(run: Run, captions: Sequence[str]) -> list[dict[str, A
             **described,
             "init_std": run.config.placeholder_init_std,
             "learning_rate": rate,
-            "captions_with_token": sum(described["token"] in caption for caption in captions),
+            "captions_with_token": sum(described["token"] in caption for caption in run.captions),
         }
         for described in fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
     ]

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need a network
+os.environ["CACHE_DIR"] = ""  # what is encoded is kept in memory, and no test finds what another has left
 
 import zipfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from examples import demo, small_model
 from examples.shapes import Prompt
 from lora_utils import models
 from lora_utils.archive import unpack
+from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset, read_dataset
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
@@ -70,7 +72,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("dataset")
     demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
     unpack(folder / "d.zip", folder / "pictures")
-    return read_dataset(folder / "pictures", (64,), "")
+    return read_dataset(folder / "pictures", TrainConfig(resolution="64", seed=0))
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from PIL import Image
 
 from lora_utils import captions
 from lora_utils.captions import with_trigger
-from lora_utils.dataset import describe, read_dataset
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
 from lora_utils.errors import UserError
 
 
@@ -25,7 +26,7 @@ def read(tmp_path):
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        found = read_dataset(tmp_path, (64,), default, **given)
+        found = read_dataset(tmp_path, TrainConfig(resolution="64", default_caption=default, seed=0, **given))
         return {str(e.image_path.relative_to(tmp_path)): e.caption for e in found.examples}, found
 
     return make
@@ -147,4 +148,4 @@ def test_a_trigger_that_could_be_nothing_or_several_is_refused(tokens, message):
 def test_how_many_captions_were_given_the_trigger_word_is_said(read):
     found, dataset = read({"one.txt": "a fox", "two.txt": "ohwx, a bear"}, trigger_word="ohwx")
     assert found == {"one.png": "ohwx, a fox", "two.png": "ohwx, a bear"}
-    assert "1 captions were given the trigger word 'ohwx'" in "\n".join(describe(dataset, 1))
+    assert "1 captions were given the trigger word 'ohwx'" in "\n".join(dataset.notes)

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from lora_utils import blocks, models, plan, preparation, training
+from lora_utils import blocks, fitting, models, plan, preparation, training
 from lora_utils.config import TrainConfig
 from tests.test_plan import demand
 
@@ -21,7 +21,7 @@ def losses(folder, dataset, compiled, steps=20, recomputed=None):
     run.compiled = compiled
     stream = training.train(run)
     if recomputed is not None:
-        training.use_plan(run, recomputed)
+        fitting.use_plan(run, recomputed)
     return [report.loss for report in stream], run
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_utils.dataset import Example, describe, load_pixels, main, read_dataset
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import Example, load_pixels, read_dataset
 from lora_utils.errors import UserError
 from lora_utils.pictures import open_picture
 from lora_utils.sizes import Size
@@ -22,7 +23,7 @@ def save(picture, path, **options):
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "bmp", "avif", "heic", "PNG"])
 def test_every_format_is_read(ending, tmp_path):
     save(GRADIENT, tmp_path / f"one.{ending}")
-    found = read_dataset(tmp_path, (64,), "x")
+    found = read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="x", seed=0))
     assert found.num_images == 1
     pixels = np.asarray(open_picture(tmp_path / f"one.{ending}"), float)
     assert np.abs(pixels - np.asarray(GRADIENT, float)).mean() < 3
@@ -50,7 +51,7 @@ def test_captions_stand_beside_their_pictures_else_the_default(tmp_path):
     save(GRADIENT, tmp_path / "b" / "two.png")
     (tmp_path / "b" / "two.txt").write_text("  \n")
     (tmp_path / "b" / "notes.txt").write_text("no picture has this name")
-    found = read_dataset(tmp_path, (64,), "a default")
+    found = read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="a default", seed=0))
     assert found.captions == ["ein Bär", "a default", "a default"]
     assert found.left_out == ["b/notes.txt"]
 
@@ -59,23 +60,23 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     save(GRADIENT, tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
     with pytest.raises(UserError, match=r"broken\.png can't be read"):
-        read_dataset(tmp_path, (64,), "")
+        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
     (tmp_path / "broken.png").write_bytes(b"no picture at all")
     with pytest.raises(UserError, match=r"broken\.png can't be read"):
-        read_dataset(tmp_path, (64,), "")
+        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
 def test_a_caption_that_is_not_text_is_named(tmp_path):
     save(GRADIENT, tmp_path / "one.png")
     (tmp_path / "one.txt").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(UserError, match=r"one\.txt isn't UTF-8"):
-        read_dataset(tmp_path, (64,), "")
+        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
     (tmp_path / "movie.mp4").write_bytes(b"x")
     with pytest.raises(UserError, match=r"no pictures.*movie\.mp4"):
-        read_dataset(tmp_path, (64,), "")
+        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
 def test_pixels_cover_the_bucket_and_are_cropped_about_the_centre(tmp_path):
@@ -86,32 +87,3 @@ def test_pixels_cover_the_bucket_and_are_cropped_about_the_centre(tmp_path):
     assert pixels.max() <= 1
     columns = pixels[0].mean(dim=0)
     assert torch.allclose(columns[15:17].mean(), torch.tensor(126 / 127.5 - 1), atol=0.02)
-
-
-def test_the_report_counts_buckets_and_names_what_was_left_out(tmp_path):
-    save(GRADIENT.resize((130, 130)), tmp_path / "one.png")
-    (tmp_path / "x.mp4").write_bytes(b"")
-    lines = "\n".join(describe(read_dataset(tmp_path, (64, 128), ""), passes=40))
-    for part in ("1 pictures", "40 times", "bucket 64x64: 1", "bucket 128x128: 1", "no caption", "x.mp4"):
-        assert part in lines
-
-
-def test_the_report_alone_of_a_folder_or_an_archive(tmp_path, write_zip, capsys):
-    save(GRADIENT, tmp_path / "set" / "one.png")
-    (tmp_path / "set" / "one.txt").write_text("[trigger]")
-    given = ["--resolution", "64", "--trigger_word", "ohwx"]
-    assert main([str(tmp_path / "set"), *given]) == 0
-    of_folder = capsys.readouterr().out
-    assert "1 pictures, each seen about 1000 times" in of_folder
-    archive = write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"})
-    assert main([str(archive), *given]) == 0
-    assert capsys.readouterr().out == of_folder
-
-
-def test_a_dataset_that_a_training_would_refuse_says_why(tmp_path, write_zip, capsys):
-    assert main([str(write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"}))]) == 1
-    assert "set trigger_word" in capsys.readouterr().err
-    assert main([str(tmp_path / "missing.zip")]) == 1
-    assert "there is no file" in capsys.readouterr().err
-    assert main([str(tmp_path), "--resolution", "77"]) == 1
-    assert "multiples of 16" in capsys.readouterr().err

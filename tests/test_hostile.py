@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_utils.archive import unpack
+from lora_utils.config import TrainConfig
 from lora_utils.dataset import load_pixels, read_dataset
 from lora_utils.errors import UserError
 
@@ -95,7 +96,7 @@ def refusal_of(upload: Path, work: Path) -> str | None:
     """What a UserError says of it; None if it is a dataset. Anything else that is raised fails the test."""
     try:
         unpack(upload, work)
-        for example in read_dataset(work, (64,), "").examples:
+        for example in read_dataset(work, TrainConfig(resolution="64", seed=0)).examples:
             load_pixels(example)
     except UserError as error:
         return str(error)

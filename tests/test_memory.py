@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_utils import memory, models, preparation, training
+from lora_utils import fitting, memory, models, objective, preparation, training
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 
@@ -76,7 +76,7 @@ def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, rando
     curves = []
     for fails_at in (None, 3):  # the probe is call 1; the first step's micro-batches are calls 2 to 4
         run = preparation.prepare(config, dataset, random_model, models.default_place())
-        loss_of, calls = training.batch_loss, []
+        loss_of, calls = objective.batch_loss, []
 
         def failing(run, drawn, loss_of=loss_of, calls=calls, fails_at=fails_at):
             calls.append(drawn)
@@ -85,7 +85,7 @@ def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, rando
             return loss_of(run, drawn)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "batch_loss", failing)
+            patch.setattr(objective, "batch_loss", failing)
             curves.append([report.loss for report in training.train(run)])
     assert run.recomputed == 1
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
@@ -120,7 +120,7 @@ def test_the_plan_is_printed_and_tried_out_before_the_first_step(dataset, random
     caplog.set_level(logging.INFO, "lora_utils")
     run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
     before = [weight.clone() for weight in run.lora]
-    training.plan_memory(run)
+    fitting.plan_memory(run)
     assert "0 of 2 blocks recompute" in caplog.text
     assert run.seconds["probe"] > 0
     assert all(torch.equal(weight, old) and weight.grad is None for weight, old in zip(run.lora, before, strict=True))

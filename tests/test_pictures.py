@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from lora_utils import pictures
-from lora_utils.dataset import describe, read_dataset
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
 from lora_utils.errors import UserError
 from lora_utils.pictures import difference_hash, open_picture
 
@@ -93,7 +94,7 @@ def test_duplicates_and_small_ones_are_named(tmp_path):
     big.save(tmp_path / "a.png")
     big.resize((600, 450)).save(tmp_path / "b.jpg", quality=80)
     Image.fromarray(COLOURS).rotate(90, expand=True).save(tmp_path / "c.png")
-    said = "\n".join(describe(read_dataset(tmp_path, (256,), "x"), 1))
+    said = "\n".join(read_dataset(tmp_path, TrainConfig(resolution="256", seed=0)).notes)
     assert "look the same, and count as often: a.png, b.jpg" in said
     assert "too small for the smallest bucket, and enlarged: c.png" in said
 

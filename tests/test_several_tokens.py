@@ -115,7 +115,7 @@ def test_rows_that_are_lost_or_exchanged_are_an_error(lost, weights, random_mode
 def run(dataset, random_model, tmp_path):
     unpack(dataset, tmp_path)
     config = TrainConfig(train_placeholder_token=True, placeholder_token=NAMES, **{**SETTINGS, "batch_size": 1})
-    return preparation.prepare(config, read_dataset(tmp_path, (64,), ""), random_model, models.default_place())
+    return preparation.prepare(config, read_dataset(tmp_path, config), random_model, models.default_place())
 
 
 def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
@@ -134,7 +134,7 @@ def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
 def test_a_token_that_no_caption_holds_is_named(run, dataset, random_model, tmp_path):
     config = TrainConfig(train_placeholder_token=True, placeholder_token="<anna>,<carl>", **SETTINGS)
     with pytest.raises(UserError, match="none of the 8 captions holds the placeholder token '<carl>'"):
-        preparation.prepare(config, read_dataset(tmp_path, (64,), ""), random_model, models.default_place())
+        preparation.prepare(config, read_dataset(tmp_path, config), random_model, models.default_place())
 
 
 @pytest.mark.parametrize(

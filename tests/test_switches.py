@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 
-from lora_utils import adapters, models, modulation, plan, preparation, training
+from lora_utils import adapters, fitting, models, modulation, plan, preparation, training
 from lora_utils.config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -67,11 +67,11 @@ SWITCHES = {
     "own LoRA layers": (False, own_layers),
     "own blocks": (False, lambda _run: None),
     "modulation table": (True, lambda _run: None),
-    "half of the blocks recompute": (True, lambda run: training.use_plan(run, 3)),
-    "all blocks recompute": (True, lambda run: training.use_plan(run, 6)),
-    "compiled": (True, lambda run: training.use_compiled(run, compiled=True)),
+    "half of the blocks recompute": (True, lambda run: fitting.use_plan(run, 3)),
+    "all blocks recompute": (True, lambda run: fitting.use_plan(run, 6)),
+    "compiled": (True, lambda run: fitting.use_compiled(run, compiled=True)),
     "compiled, and half recompute": (
-        True, lambda run: (training.use_compiled(run, compiled=True), training.use_plan(run, 3)),
+        True, lambda run: (fitting.use_compiled(run, compiled=True), fitting.use_plan(run, 3)),
     ),
 }  # fmt: skip
 

@@ -1,0 +1,156 @@
+"""What masks and class preservation are worth, measured on the small model: python -m benchmarks.dataset_inputs
+
+Masks: a house that was only ever shown on pink, by captions that don't say so. How much pink does it bring along, where
+the caption leaves the background open and where it names another one?
+Class: a house taught as `<zwx> square`, which is how users write "a photo of <zwx> person". How many plain squares are
+still squares? Each line is the mean of three seeds; the exact scorer reads the pictures.
+"""
+
+import argparse
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from examples import evaluate, shapes
+from examples.demo import MODEL, TOKEN, TRAINING
+from lora_utils import models, preflight, preparation, training
+from lora_utils.archive import unpack
+from lora_utils.config import TrainConfig
+from lora_utils.lora_file import LoraFile
+from lora_utils.placeholder import Placeholders
+
+SEEDS, PROMPTS, PICTURES = 3, 60, 12
+KIND, CLASS, GROUND = "house", "square", "pink"
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """Pictures of the object, their captions, and where the object is."""
+
+    pictures: list[Image.Image]
+    captions: list[str]
+    masks: list[Image.Image]
+
+
+def pictures_of(told: shapes.Prompt, grounds: Sequence[str], says_ground: bool, seed: int) -> Taught:
+    """The object on these backgrounds, at changing sizes and places."""
+    rng, taught = np.random.default_rng(seed), Taught([], [], [])
+    for index in range(PICTURES):
+        prompt = replace(told, background=grounds[index % len(grounds)])
+        scene = shapes.scene_of(prompt, rng, KIND)
+        pixels = np.asarray(shapes.to_image(shapes.draw(scene)), int)
+        apart = np.abs(pixels - np.array(shapes.BACKGROUNDS[scene.background])).max(axis=2) > 8
+        wordings = (prompt if says_ground else replace(prompt, background=None)).wordings()
+        taught.pictures.append(Image.fromarray(pixels.astype(np.uint8)))
+        taught.masks.append(Image.fromarray(apart.astype(np.uint8) * 255))
+        taught.captions.append(wordings[index % len(wordings)])
+    return taught
+
+
+def write(archive: Path, taught: Taught) -> None:
+    with zipfile.ZipFile(archive, "w") as packed:
+        for index, (picture, caption, mask) in enumerate(
+            zip(taught.pictures, taught.captions, taught.masks, strict=True)
+        ):
+            for name, image in ((f"{index:02d}.png", picture), (f"{index:02d}.mask.png", mask)):
+                with packed.open(name, "w") as file:
+                    image.save(file, "png")
+            packed.writestr(f"{index:02d}.txt", caption)
+
+
+def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile, Placeholders]:
+    config = TrainConfig(**{**TRAINING, "seed": seed, **given})
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "set.zip", taught)
+        unpack(Path(folder) / "set.zip", Path(folder) / "set")
+        found = preflight.read_dataset(Path(folder) / "set", config, models.load_tokenizer(MODEL))
+        run = preparation.prepare(config, found, MODEL, models.default_place())
+    for _ in training.train(run):
+        pass
+    return training.finish(run), run.placeholders
+
+
+def drawn(components: models.Components, lora: LoraFile, rows: Placeholders, texts: Sequence[str]) -> list[Image.Image]:
+    from lora_utils.adapters import applied, place_lora  # noqa: PLC0415
+
+    placed = place_lora(lora, components.transformer, components.place)
+    detached = replace(rows, rows=tuple(row.detach() for row in rows.rows))
+    with applied(components.transformer, [(placed, 1.0)]):
+        return evaluate.sample_ours(components, texts, detached)
+
+
+def masks(components: models.Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
+    told = shapes.Prompt(TOKEN)
+    lora, rows = train(pictures_of(told, [GROUND], False, seed), seed, given)
+    open_texts = [wording for wording in told.wordings() for _ in range(PROMPTS // 2)]
+    readings = [shapes.read(picture) for picture in drawn(components, lora, rows, open_texts)]
+    asked = [item for item in evaluate.object_prompts(told, PROMPTS) if item.prompt.background != GROUND]
+    named = evaluate.score(drawn(components, lora, rows, [item.text for item in asked]), asked, KIND)
+    return {
+        "open: house": float(np.mean([reading.kind == KIND for reading in readings])),
+        "open: on pink": float(np.mean([reading.background == GROUND for reading in readings])),
+        "other background named: house": named.kind,
+        "other background named: on it": named.background,
+    }
+
+
+def squares(count: int) -> list[evaluate.Asked]:
+    rng, asked = np.random.default_rng(7), []
+    for index in range(count):
+        colour, ground = list(shapes.COLOURS)[index % 6], list(shapes.BACKGROUNDS)[index % 5]
+        prompt = shapes.Prompt(CLASS, colour=colour, background=ground)
+        asked.append(evaluate.Asked(prompt, str(rng.choice(prompt.wordings()))))
+    return asked
+
+
+def classes(components: models.Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
+    told = shapes.Prompt(f"{TOKEN} {CLASS}")
+    lora, rows = train(pictures_of(told, ["gray", "pink", "black"], True, seed), seed, given)
+    taught = evaluate.object_prompts(told, PROMPTS)
+    others = [item for item in evaluate.held_out_prompts(2 * PROMPTS) if item.prompt.noun != CLASS][:PROMPTS]
+    measured = {}
+    for name, asked, kind in (
+        ("<zwx> square is a house", taught, KIND),
+        ("square is a square", squares(PROMPTS), None),
+        ("other shapes", others, None),
+    ):
+        score = evaluate.score(drawn(components, lora, rows, [item.text for item in asked]), asked, kind)
+        measured[name] = score.kind if kind else score.all_three
+    return measured
+
+
+MEASURED = {
+    "no mask": (masks, {}),
+    "masks, mask_floor 0.1": (masks, {"mask_from": "file"}),
+    "masks, mask_floor 0": (masks, {"mask_from": "file", "mask_floor": 0.0}),
+    "no class_word": (classes, {}),
+    "class_word, preservation_weight 0.1": (classes, {"class_word": CLASS, "preservation_weight": 0.1}),
+    "class_word, preservation_weight 0.25": (classes, {"class_word": CLASS, "preservation_weight": 0.25}),
+    "class_word, preservation_weight 0.5": (classes, {"class_word": CLASS, "preservation_weight": 0.5}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--only", default="", help="the lines whose name holds this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    components = models.load_components(MODEL, models.default_place())
+    for name, (measure, given) in MEASURED.items():
+        if arguments.only not in name:
+            continue
+        runs = [measure(components, seed, given) for seed in range(arguments.seeds)]
+        means = ", ".join(f"{what} {np.mean([run[what] for run in runs]):.1%}" for what in runs[0])
+        print(f"{name}: {means}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
