@@ -1,7 +1,6 @@
 """What masks and class preservation are worth, measured on the small model: python -m benchmarks.dataset_inputs
 
-Masks: a house that was only ever shown on pink, by captions that don't say so. How much pink does it bring along, where
-the caption leaves the background open and where it names another one?
+Masks: a house that always had a red cross beside it, of which no caption speaks. How often does the cross come along?
 Class: a house taught as `<zwx> square`, which is how users write "a photo of <zwx> person". How many plain squares are
 still squares? Each line is the mean of three seeds; the exact scorer reads the pictures.
 """
@@ -21,13 +20,15 @@ from PIL import Image
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN, TRAINING
 from lora_utils import models, preflight, preparation, training
+from lora_utils.adapters import applied, place_lora
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
 from lora_utils.lora_file import LoraFile
 from lora_utils.placeholder import Placeholders
 
 SEEDS, PROMPTS, PICTURES = 3, 60, 12
-KIND, CLASS, GROUND = "house", "square", "pink"
+KIND, CLASS, COMPANY = "house", "square", ("cross", "red")
+GROUNDS = ("gray", "pink", "black")  # of the pictures; the prompts ask for all five
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,22 @@ class Taught:
     masks: list[Image.Image]
 
 
-def pictures_of(told: shapes.Prompt, grounds: Sequence[str], says_ground: bool, seed: int) -> Taught:
-    """The object on these backgrounds, at changing sizes and places."""
+def pictures_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught:
+    """The object on three backgrounds; in company it stands in the left half, and something else in the right one."""
     rng, taught = np.random.default_rng(seed), Taught([], [], [])
     for index in range(PICTURES):
-        prompt = replace(told, background=grounds[index % len(grounds)])
+        prompt = replace(told, background=GROUNDS[index % len(GROUNDS)], place="left" if company else None)
         scene = shapes.scene_of(prompt, rng, KIND)
-        pixels = np.asarray(shapes.to_image(shapes.draw(scene)), int)
-        apart = np.abs(pixels - np.array(shapes.BACKGROUNDS[scene.background])).max(axis=2) > 8
-        wordings = (prompt if says_ground else replace(prompt, background=None)).wordings()
-        taught.pictures.append(Image.fromarray(pixels.astype(np.uint8)))
+        if company:
+            scene = replace(scene, radius_px=float(rng.uniform(11, 13)), centre_px=(16 + float(rng.uniform(-1, 1)), 32))
+        alone = shapes.draw(scene)
+        shown = alone
+        if company:
+            other = shapes.Scene(COMPANY[0], scene.background, 11.0, (48 + float(rng.uniform(-1, 1)), 32), COMPANY[1])
+            shown = np.concatenate([alone[:, :32], shapes.draw(other)[:, 32:]], axis=1)
+        apart = np.abs(alone - np.array(shapes.BACKGROUNDS[scene.background])).max(axis=2) > 8
+        wordings = prompt.wordings()
+        taught.pictures.append(shapes.to_image(shown))
         taught.masks.append(Image.fromarray(apart.astype(np.uint8) * 255))
         taught.captions.append(wordings[index % len(wordings)])
     return taught
@@ -78,8 +85,6 @@ def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile
 
 
 def drawn(components: models.Components, lora: LoraFile, rows: Placeholders, texts: Sequence[str]) -> list[Image.Image]:
-    from lora_utils.adapters import applied, place_lora  # noqa: PLC0415
-
     placed = place_lora(lora, components.transformer, components.place)
     detached = replace(rows, rows=tuple(row.detach() for row in rows.rows))
     with applied(components.transformer, [(placed, 1.0)]):
@@ -87,18 +92,23 @@ def drawn(components: models.Components, lora: LoraFile, rows: Placeholders, tex
 
 
 def masks(components: models.Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
-    told = shapes.Prompt(TOKEN)
-    lora, rows = train(pictures_of(told, [GROUND], False, seed), seed, given)
-    open_texts = [wording for wording in told.wordings() for _ in range(PROMPTS // 2)]
-    readings = [shapes.read(picture) for picture in drawn(components, lora, rows, open_texts)]
-    asked = [item for item in evaluate.object_prompts(told, PROMPTS) if item.prompt.background != GROUND]
-    named = evaluate.score(drawn(components, lora, rows, [item.text for item in asked]), asked, KIND)
-    return {
-        "open: house": float(np.mean([reading.kind == KIND for reading in readings])),
-        "open: on pink": float(np.mean([reading.background == GROUND for reading in readings])),
-        "other background named: house": named.kind,
-        "other background named: on it": named.background,
-    }
+    told = shapes.Prompt(TOKEN, place="left")
+    lora, rows = train(pictures_of(told, seed, company=True), seed, given)
+    grounds = [list(shapes.BACKGROUNDS)[index % 5] for index in range(PROMPTS)]
+    texts = [replace(told, background=ground).wordings()[index % 4] for index, ground in enumerate(grounds)]
+    houses, others = [], []
+    for picture in drawn(components, lora, rows, texts):
+        pixels = np.array(picture, float)
+        ground = np.median(pixels[:3].reshape(-1, 3), axis=0)
+        others.append(has_company(pixels, ground))
+        pixels[:, 32:] = ground
+        houses.append(shapes.read(pixels).kind == KIND)
+    return {"house on the left": float(np.mean(houses)), "something on the right": float(np.mean(others))}
+
+
+def has_company(picture: np.ndarray, ground: np.ndarray) -> bool:
+    """Whether at least a twentieth of the picture's right half isn't the ground."""
+    return bool((np.abs(picture[:, 34:] - ground).max(axis=2) > 40).mean() > 0.05)
 
 
 def squares(count: int) -> list[evaluate.Asked]:
@@ -112,7 +122,7 @@ def squares(count: int) -> list[evaluate.Asked]:
 
 def classes(components: models.Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
     told = shapes.Prompt(f"{TOKEN} {CLASS}")
-    lora, rows = train(pictures_of(told, ["gray", "pink", "black"], True, seed), seed, given)
+    lora, rows = train(pictures_of(told, seed), seed, given)
     taught = evaluate.object_prompts(told, PROMPTS)
     others = [item for item in evaluate.held_out_prompts(2 * PROMPTS) if item.prompt.noun != CLASS][:PROMPTS]
     measured = {}
@@ -131,9 +141,9 @@ MEASURED = {
     "masks, mask_floor 0.1": (masks, {"mask_from": "file"}),
     "masks, mask_floor 0": (masks, {"mask_from": "file", "mask_floor": 0.0}),
     "no class_word": (classes, {}),
-    "class_word, preservation_weight 0.1": (classes, {"class_word": CLASS, "preservation_weight": 0.1}),
-    "class_word, preservation_weight 0.25": (classes, {"class_word": CLASS, "preservation_weight": 0.25}),
-    "class_word, preservation_weight 0.5": (classes, {"class_word": CLASS, "preservation_weight": 0.5}),
+    "class_word, preservation_weight 0.25": (classes, {"class_word": CLASS}),
+    "no class_word, twice the steps": (classes, {"steps": 1200}),
+    "class_word, preservation_weight 0.25, twice the steps": (classes, {"class_word": CLASS, "steps": 1200}),
 }
 
 

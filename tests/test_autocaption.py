@@ -1,0 +1,103 @@
+"""Pictures that the text encoder describes. The small model's vision tower knows nothing: these test the mechanics."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from lora_utils import autocaption, memory, models, preparation, training
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
+from lora_utils.errors import UserError
+
+CONFIG = TrainConfig(
+    resolution="64", autocaption=True, autocaption_prefix="a photo of <zwx>, ", autocaption_suffix=" [drawn]", seed=0,
+    train_placeholder_token=True, steps=2, rank=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Two pictures of unequal shape without a caption, and one with."""
+    for name, size, colour in (("a", (64, 64), "red"), ("b", (96, 48), "blue"), ("c", (64, 64), "green")):
+        picture = Image.new("RGB", size, colour)
+        picture.paste("white", (5, 5, 30, 20))
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "c.txt").write_text("a <zwx> with a caption of its own")
+    return read_dataset(tmp_path, CONFIG)
+
+
+@pytest.fixture
+def captioned(found, random_model):
+    tokenizer = models.load_tokenizer(random_model)
+    return autocaption.write_captions(found, CONFIG, random_model, tokenizer, models.default_place())
+
+
+def test_pictures_without_a_caption_get_one_with_prefix_and_suffix(captioned):
+    one, other, own = captioned.captions
+    assert own == "a <zwx> with a caption of its own"
+    for caption in (one, other):
+        assert caption.startswith("a photo of <zwx>, ")
+        assert caption.endswith(" [drawn]")
+        assert caption.isprintable()
+        assert len(caption) > 30
+    assert one != other, "what is said depends on the picture"
+    assert not captioned.uncaptioned
+
+
+def test_the_same_picture_is_described_the_same_way_as_transformers_own_model_does(random_model, found):
+    """Our loading of the weights, part by part, against from_pretrained."""
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_model / "text_encoder").eval()
+    tokenizer, picture = models.load_tokenizer(random_model), Image.new("RGB", (64, 48), "red")
+    with autocaption._describer(random_model, models.default_place()) as ours:
+        assert autocaption.describe(ours, tokenizer, picture) == autocaption.describe(stock, tokenizer, picture)
+        state, expected = ours.state_dict(), stock.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_it_is_freed_before_anything_else_is_loaded(random_model, found, monkeypatch):
+    seen = []
+    describe, load = autocaption.describe, models.load_text_encoder
+    monkeypatch.setattr(
+        autocaption, "describe", lambda model, *given: seen.append(weakref.ref(model)) or describe(model, *given)
+    )
+
+    def loading(*given):
+        assert seen
+        assert all(reference() is None for reference in seen)
+        return load(*given)
+
+    monkeypatch.setattr(models, "load_text_encoder", loading)
+    run = preparation.prepare(CONFIG, found, random_model, models.default_place())
+    assert {example.caption for example in run.examples} == set(run.captions)
+    assert sum("[drawn]" in caption for caption in run.captions) == 2
+    assert len(list(training.train(run))) == 2
+    assert run.seconds["describe"] > 0
+
+
+def test_without_room_on_the_card_it_runs_on_the_host(random_model, monkeypatch, caplog):
+    caplog.set_level("INFO", "lora_utils")
+    monkeypatch.setattr(autocaption.log, "propagate", True)
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 0.0)
+    with autocaption._describer(random_model, models.Place(torch.device("meta"), torch.float32)) as model:
+        assert model.device.type == "cpu"
+    assert "on the host" in caplog.text
+
+
+def test_a_token_that_no_written_caption_could_hold_is_refused_at_once():
+    with pytest.raises(UserError, match=r"set autocaption_prefix to something like 'a photo of <zwx>, '"):
+        replace(CONFIG, autocaption_prefix="", autocaption_suffix="")
+    assert replace(CONFIG, autocaption_prefix="[trigger], ").autocaption
+
+
+def test_trigger_and_trigger_word_stand_in_written_captions(found, random_model):
+    config = replace(
+        CONFIG, train_placeholder_token=False, trigger_word="ohwx", autocaption_prefix="", autocaption_suffix=""
+    )
+    tokenizer = models.load_tokenizer(random_model)
+    written = autocaption.write_captions(found, config, random_model, tokenizer, models.default_place())
+    assert written.captions[0].startswith("ohwx, ")

@@ -1,0 +1,189 @@
+"""Masks: whose they are, what is refused, and that the loss counts where they are white."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import dataset_inputs
+from examples.shapes import Prompt
+from lora_utils import draws, flow, masks, models, objective, preparation, training
+from lora_utils.archive import unpack
+from lora_utils.caching import CachedExample
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import load_pixels, load_shares, read_dataset
+from lora_utils.errors import UserError
+from lora_utils.sizes import Size, pack
+
+CONFIG = TrainConfig(resolution="64", mask_from="file", seed=0)
+ALPHA = replace(CONFIG, mask_from="alpha")
+
+
+def picture(size=(64, 64), colour="red") -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def left_half(size=(64, 64)) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(**pictures: Image.Image):
+        for name, content in pictures.items():
+            content.save(tmp_path / name.replace("__", "."))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["a__mask__png", "a__MASK__png", "a__png__mask__png", "A__mask__webp"])
+def test_a_mask_is_found_by_its_name_and_is_no_picture(name, folder):
+    found = read_dataset(folder(a__png=picture(), **{name: left_half()}), CONFIG)
+    assert found.num_images == 1
+    assert not found.left_out
+    assert found.examples[0].masked
+    shares = load_shares(found.examples[0])
+    assert shares is not None
+    assert shares.shape == (16, 4)
+    assert shares.view(4, 4, 4)[:, :2].eq(1).all()
+    assert shares.view(4, 4, 4)[:, 2:].eq(0).all()
+
+
+def test_shares_stand_where_their_latents_do():
+    """A mask and a picture of the same pattern: each share lies on the latent that sees that part of the picture."""
+    pattern = torch.rand(1, 1, 8, 8)  # of latents
+    shares = pack(pattern)[0]  # [N, 4], as load_mask packs
+    example = CachedExample({"latents": torch.zeros(16, 64), "shares": shares}, "", Size(64, 64), "a")
+    weights = draws.loss_weights([example], 0.0)
+    assert torch.equal(weights, pack(pattern.repeat(1, 16, 1, 1)))
+
+
+def test_a_mask_is_cut_as_its_picture_is(folder):
+    wide = Image.new("RGB", (200, 64), "black")
+    wide.paste("white", (60, 10, 130, 40))
+    found = read_dataset(folder(a__png=wide, a__mask__png=wide.resize((400, 128)).convert("L")), CONFIG)
+    (example,) = found.examples
+    grey = load_pixels(example).mean(dim=0) / 2 + 0.5  # [H, W]
+    by_latent = torch.nn.functional.avg_pool2d(grey[None, None], 8)
+    assert (pack(by_latent)[0] - load_shares(example)).abs().max() < 0.06
+
+
+def test_alpha_as_a_mask(folder):
+    cut_out = picture().convert("RGBA")
+    cut_out.putalpha(left_half())
+    found = read_dataset(folder(a__png=cut_out, b__png=picture(colour="blue")), ALPHA)
+    assert [example.masked for example in found.examples] == [True, False]
+    assert load_shares(found.examples[0]).mean() == 0.5
+    assert load_shares(found.examples[1]) is None
+    assert "1 pictures have a mask, 1 without one are learned whole" in found.notes
+
+
+def test_a_transparent_mask_counts_where_it_is_painted(folder):
+    painted = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    painted.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    assert np.array_equal(np.asarray(masks.open_mask(folder(a__png=painted) / "a.png")), np.asarray(left_half()))
+
+
+def test_an_alpha_follows_the_exif_orientation(folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cut_out = picture((64, 32)).convert("RGBA")
+    cut_out.putalpha(left_half((64, 32)))
+    cut_out.save(tmp_path / "a.webp", exif=exif, lossless=True)
+    shares = load_shares(read_dataset(tmp_path, ALPHA).examples[0])
+    rows, _ = Size(48, 96).grid
+    assert shares.view(rows, -1)[0].eq(1).all(), "what was left is on top"
+
+
+@pytest.mark.parametrize(
+    ("pictures", "config", "message"),
+    [
+        ({"a__mask__png": left_half((64, 32))}, CONFIG, r"a\.mask\.png has 64x32 pixels, its picture 64x64"),
+        ({"a__mask__png": Image.new("L", (64, 64), 0)}, CONFIG, r"a\.mask\.png is black all over"),
+        ({"b__mask__png": left_half()}, CONFIG, r"b\.mask\.png is the mask of no picture"),
+        ({}, CONFIG, r"mask_from is file, and none of the 1 pictures has a NAME\.mask\.png"),
+        ({}, ALPHA, r"mask_from is alpha, and none of the 1 pictures is transparent"),
+    ],
+)
+def test_what_is_wrong_with_masks_is_said(pictures, config, message, folder):
+    with pytest.raises(UserError, match=message):
+        read_dataset(folder(a__png=picture(), **pictures), config)
+
+
+def test_masks_that_are_not_asked_for_are_no_pictures_and_are_mentioned(folder):
+    found = read_dataset(folder(a__png=picture(), a__mask__png=left_half()), replace(CONFIG, mask_from="none"))
+    assert found.num_images == 1
+    assert not found.examples[0].masked
+    assert "1 masks aren't used; set mask_from to file to use them" in found.notes
+
+
+@pytest.fixture
+def run(folder, random_model):
+    """One picture with a mask and one without."""
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(2)]
+    pictures = folder(a__png=noise[0], b__png=noise[1], a__mask__png=left_half())
+    config = replace(CONFIG, steps=80, rank=8, learning_rate=3e-3, batch_size=2, caption_dropout=0.0)
+    return preparation.prepare(config, read_dataset(pictures, config), random_model, models.default_place())
+
+
+def test_the_loss_is_weighted_by_the_mask(run):
+    drawn = next(draws.micro_batches(run.config, run.examples, run.schedule))
+    loss = objective.batch_loss(run, drawn)
+    text = objective.batch_text(run, drawn.captions)
+    error = (models.predict_velocity(run.transformer, drawn.noisy, drawn.sigma, text, drawn.size) - drawn.target) ** 2
+    masked = drawn.names.index("a.png")
+    columns = error[masked].view(4, 4, 64)
+    by_hand = (columns[:, :2].sum() + 0.1 * columns[:, 2:].sum() + error[1 - masked].sum()) / error.numel()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, tiny_model):
+    """How much of the error each half of a picture loses in training, with and without a mask on its left half.
+
+    The right half holds another object, of which the caption doesn't speak.
+    """
+    taught = dataset_inputs.pictures_of(Prompt("<zwx>", place="left"), seed=0, company=True)
+    learned = {}
+    for mask_from in ("none", "file"):
+        folder = tmp_path_factory.mktemp(mask_from)
+        dataset_inputs.write(folder / "set.zip", taught)
+        unpack(folder / "set.zip", folder / "set")
+        config = replace(CONFIG, **TRAINING, steps=100, mask_from=mask_from)
+        run = preparation.prepare(
+            config, read_dataset(folder / "set", config), tiny_model, models.default_place(), any_timestep=True
+        )
+        before = errors_by_half(run)
+        list(training.train(run))
+        learned[mask_from] = (1 - errors_by_half(run) / before).tolist()
+    return learned
+
+
+TRAINING = {"train_placeholder_token": True, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "mask_floor": 0.0}
+
+
+def errors_by_half(run: preparation.Run) -> torch.Tensor:
+    """[2]: the mean error in the left and right halves, over the same noise and sigmas each time."""
+    generator, total = torch.Generator().manual_seed(1), torch.zeros(2)
+    for example in run.examples:
+        text = objective.batch_text(run, [example.caption])
+        for sigma in torch.linspace(0.5, 0.95, 6):
+            noise = torch.randn(1, 16, 64, generator=generator)
+            noisy = flow.add_noise(example.latents[None], noise, sigma[None])
+            velocity = models.predict_velocity(run.transformer, noisy, sigma[None], text, example.size)
+            error = (velocity - flow.velocity_target(example.latents[None], noise)).square().view(4, 2, 2, 64)
+            total += error.detach().mean(dim=(0, 2, 3))
+    return total
+
+
+def test_what_lies_outside_the_mask_is_learned_less(learned):
+    inside, outside = learned["file"]
+    assert inside > 0.2, learned
+    assert outside < 0.5 * learned["none"][1], learned
+    assert inside == pytest.approx(learned["none"][0], abs=0.1), "and what lies inside it is learned all the same"

@@ -1,0 +1,113 @@
+"""Class preservation: a share of the steps holds what the base model makes of the class word."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_utils import adapters, draws, models, objective, preparation, training
+from lora_utils.captions import preserved_caption
+from lora_utils.config import TrainConfig
+from lora_utils.errors import UserError
+
+CONFIG = TrainConfig(
+    steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0, train_placeholder_token=True,
+    class_word="square", preservation_weight=0.5, quantization="none",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(dataset, random_model):
+    return preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+
+
+@pytest.mark.parametrize(
+    ("caption", "held"),
+    [
+        ("a photo of <zwx>", "a photo of square"),
+        ("a photo of <zwx> square on gray", "a photo of square on gray"),
+        ("<zwx>  square", "square"),
+        ("<zwx> squared", "square squared"),
+        ("a red circle", "a red circle"),
+    ],
+)
+def test_the_class_word_takes_the_tokens_place(caption, held):
+    assert preserved_caption(caption, CONFIG) == held
+
+
+def test_or_the_trigger_words():
+    config = TrainConfig(trigger_word="ohwx", class_word=r"man \1", seed=0)
+    assert preserved_caption("ohwx at sea", config) == r"man \1 at sea"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_placeholder_token": False}, "there is neither; set"),
+        ({"class_word": "a <zwx>"}, "holds the token or trigger word itself"),
+        ({"preservation_weight": 1.0}, "preservation_weight must be from 0 to 0.9"),
+    ],
+)
+def test_what_cannot_be_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, **given)
+
+
+def test_the_target_is_what_the_base_model_predicts_bit_for_bit(dataset, random_model, components):
+    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place(), any_timestep=True)
+    list(training.train(run))
+    noisy, sigma = torch.randn(2, 16, 64), torch.tensor([0.3, 0.8])
+    held = list(run.preserved.values())[:2]
+    text = objective.batch_text(run, held)
+    given = (noisy, sigma, text, run.examples[0].size)
+    with torch.no_grad():
+        with adapters.without_lora(run.transformer):
+            without = models.predict_velocity(run.transformer, *given)
+        assert torch.equal(without, models.predict_velocity(components.transformer, *given))
+        assert not torch.equal(without, models.predict_velocity(run.transformer, *given)), "the LoRA is back"
+
+
+def test_the_lora_is_back_after_a_failure(run):
+    list(training.train(run))
+    given = (torch.randn(1, 16, 64), torch.tensor([0.5]), objective.batch_text(run, [draws.EMPTY_CAPTION]))
+    before = models.predict_velocity(run.transformer, *given, run.examples[0].size)
+    with pytest.raises(KeyboardInterrupt), adapters.without_lora(run.transformer):
+        raise KeyboardInterrupt
+    assert torch.equal(before, models.predict_velocity(run.transformer, *given, run.examples[0].size))
+
+
+def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
+    """B is zero at first, so the LoRA's prediction is the base's: the loss is zero, and so is its gradient."""
+    stream = draws.micro_batches(CONFIG, run.examples, run.schedule, run.preserved)
+    drawn = next(batch for batch in stream if batch.preserves)
+    assert not any("<zwx>" in caption for caption in drawn.captions)
+    loss = objective.forward_backward(run, [drawn])
+    assert loss.item() < 1e-12
+    assert all(weight.grad is None or weight.grad.abs().max() < 1e-6 for weight in run.lora)
+    assert run.placeholders.rows[0].grad is None
+
+
+def test_about_that_share_of_the_micro_batches_holds_the_class_and_the_others_are_as_without(run):
+    streams = [draws.micro_batches(CONFIG, run.examples, run.schedule, held) for held in (run.preserved, None)]
+    pairs = [(next(streams[0]), next(streams[1])) for _ in range(200)]
+    share = sum(held.preserves for held, _ in pairs) / len(pairs)
+    assert share == pytest.approx(0.5, abs=0.08)
+    for held, plain in pairs:
+        assert torch.equal(held.noisy, plain.noisy)
+        assert held.preserves or held.captions == plain.captions
+        assert not plain.preserves
+
+
+def test_captions_without_the_token_teach_only(dataset, random_model):
+    plain = [replace(example, caption="a red circle") for example in dataset.examples]
+    config = replace(CONFIG, train_placeholder_token=False, trigger_word="ohwx")
+    run = preparation.prepare(config, replace(dataset, examples=plain), random_model, models.default_place())
+    assert run.preserved == {}
+    assert not any(any(report.preserves) for report in training.train(run))
+
+
+def test_losses_that_hold_the_class_are_reported_apart(run):
+    reports = list(training.train(run))
+    assert sum(len(report.kept) for report in reports) == sum(report.preserves[0] for report in reports) > 0
+    assert all(len(report.taught) + len(report.kept) == 1 for report in reports)
+    assert torch.cat([report.kept for report in reports]).max() < torch.cat([r.taught for r in reports]).min()
