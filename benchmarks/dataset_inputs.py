@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--only", default="", help="the lines whose name holds this")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # a second one only waits on so small a model, and disturbs what else runs
     components = models.load_components(MODEL, models.default_place())
     for name, (measure, given) in MEASURED.items():
         if arguments.only not in name:
