@@ -59,9 +59,19 @@ def _safe_name(archive: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _check_count(archive: Path, members: int) -> None:
-    if members > MAX_MEMBERS:
-        raise UserError(f"{archive.name} holds more than {MAX_MEMBERS} files; pack fewer.")
+def _too_many(archive: Path) -> UserError:
+    return UserError(f"{archive.name} holds more than {MAX_MEMBERS} files; pack fewer.")
+
+
+def _check_directory(archive: Path) -> None:
+    """Count the entries of a zip's directory without reading it: a million of them take zipfile half a gigabyte."""
+    mark, found, before = b"PK\x01\x02", 0, b""
+    with archive.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found += (before + chunk).count(mark)
+            before = chunk[-3:]
+            if found > MAX_MEMBERS:
+                raise _too_many(archive)
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
@@ -75,8 +85,8 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 def _zip_members(archive: Path) -> Iterator[Member]:
+    _check_directory(archive)
     with zipfile.ZipFile(archive) as opened:
-        _check_count(archive, len(opened.infolist()))
         for info in opened.infolist():
             if info.is_dir():
                 continue
@@ -138,7 +148,8 @@ def members(archive: Path) -> Iterator[Member]:
         else:
             raise UserError(f"{archive.name} is neither a zip nor a tar archive; pack the files as .zip or .tar.gz.")
         for count, member in enumerate(found, start=1):
-            _check_count(archive, count)
+            if count > MAX_MEMBERS:
+                raise _too_many(archive)
             path = _safe_name(archive, member.name)
             if not is_litter(path):
                 yield Member(str(path), member.size_bytes, member.source)
@@ -150,6 +161,7 @@ class _Budget:
 
     archive: Path
     left_bytes: int
+    left_files: int = MAX_MEMBERS
 
     @classmethod
     def of(cls, archive: Path) -> "_Budget":
@@ -157,6 +169,9 @@ class _Budget:
         return cls(archive, min(MAX_UNPACKED_BYTES, swollen))
 
     def copy(self, source: IO[bytes], target: Path) -> None:
+        self.left_files -= 1
+        if self.left_files < 0:
+            raise _too_many(self.archive)
         with target.open("xb") as sink:
             while chunk := source.read(1 << 20):
                 self.left_bytes -= len(chunk)

@@ -1,7 +1,10 @@
 """README's command lines work as they are written."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,10 +74,21 @@ def test_make_targets_and_modules_exist():
         if line.startswith("make "):
             assert line.split()[1] in targets
         elif line.startswith("python -m "):
+            if line.startswith("python -m lora_utils"):
+                continue  # run below
             module = line.split()[2].replace(".", "/") + ".py"
             assert (ROOT / module).is_file(), line
             for option in re.findall(r"--[a-z-]+", line):
                 assert f'"{option}"' in (ROOT / module).read_text(), line
+
+
+def test_the_report_on_a_dataset_runs_as_written(folder, random_model):
+    (line,) = (line for line in CONSOLE if line.startswith("python -m lora_utils.dataset"))
+    words = shlex.split(line.replace("DATASET", str(folder / "dataset.zip")))
+    environment = {**os.environ, "BASE_MODEL": str(random_model)}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "10 pictures" in done.stdout
 
 
 def test_files_that_readme_links_to_exist():
