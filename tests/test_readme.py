@@ -86,7 +86,9 @@ def test_the_report_on_a_dataset_runs_as_written(folder, random_model):
     (line,) = (line for line in CONSOLE if line.startswith("python -m lora_utils.dataset"))
     words = shlex.split(line.replace("DATASET", str(folder / "dataset.zip")))
     environment = {**os.environ, "BASE_MODEL": str(random_model)}
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "10 pictures" in done.stdout
 
