@@ -181,7 +181,13 @@ class SampleRequest:
     width: int | None = None  # pixels; both or neither
     height: int | None = None
     aspect_ratio: str = "1:1"
+    megapixels: float | None = None  # of the picture's area; None: the official size
     num_outputs: int = 1
+    strength: float = 0.7  # share of the schedule that a picture to start from goes through
+    go_fast: bool = False  # lossy
+    extra_lora: str = ""  # a path, URL or hub repository
+    extra_lora_scale: float = 1.0
+    disable_metadata: bool = False  # leave the settings out of the files
     lora_scale: float = 1.0
     output_format: str = "webp"
     output_quality: int = 95
@@ -196,6 +202,10 @@ class SampleRequest:
             "width": None if self.width is None else _whole("width", self.width, 64, 2048),
             "height": None if self.height is None else _whole("height", self.height, 64, 2048),
             "aspect_ratio": _choice("aspect_ratio", self.aspect_ratio, tuple(qwen.OFFICIAL_SIZES_PX)),
+            "megapixels": None if self.megapixels is None else _number("megapixels", self.megapixels, 0.05, 4),
+            "strength": _number("strength", self.strength, 0, 1),
+            "extra_lora": self.extra_lora.strip(),
+            "extra_lora_scale": _number("extra_lora_scale", self.extra_lora_scale, -1, 3),
             "num_outputs": _whole("num_outputs", self.num_outputs, 1, 4),
             "lora_scale": _number("lora_scale", self.lora_scale, -1, 3),
             "output_format": _choice("output_format", self.output_format, OUTPUT_FORMATS),
@@ -208,6 +218,11 @@ class SampleRequest:
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`; past the largest seed it starts again at 0."""
         return (self.seed + index) % (MAX_SEED + 1)
+
+    @property
+    def steps_run(self) -> int:
+        """The steps that a picture to start from goes through: the last `strength` of them."""
+        return min(self.steps, math.ceil(self.steps * self.strength - 1e-9))
 
     @property
     def guided(self) -> bool:

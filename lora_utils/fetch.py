@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lora_utils.errors import UserError
 
@@ -66,18 +68,71 @@ def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
     )
 
 
-def fetch_file(source: str, folder: Path) -> Path:
-    """A local path as it is, an http(s) URL downloaded into `folder`. Raises UserError for what can't be had."""
-    if not source.startswith(("http://", "https://")):
-        path = Path(source.removeprefix("file://"))
-        if not path.is_file():
-            raise UserError(f"there is no file {source!r}; give a path, or a URL that starts with http:// or https://.")
+# --- weights --------------------------------------------------------------------------------------------------------
+
+WEIGHT_NAMES = ("weights.zip", "pytorch_lora_weights.safetensors")  # that a repository's LoRA has, in this order
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
+
+
+def fetch_weights(source: str, folder: Path, token: str | None = None) -> Path:
+    """A LoRA's file: a local path as it is, an http(s) URL downloaded into `folder`, or one of a hub repository.
+
+    `owner/name` is a repository with one LoRA in it, `owner/name/file.safetensors` says which. `token` is for private
+    ones and is sent to the hub alone. Raises UserError for what can't be had, is too large or isn't to be trusted.
+    """
+    if source.startswith(("http://", "https://")):
+        return _download(source, folder)
+    path = Path(source.removeprefix("file://"))
+    if path.is_file():
         return path
-    target = folder / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if "://" in source or path.is_absolute() or not _HUB_NAME.fullmatch(source):
+        raise UserError(
+            f"there is no weights file {source!r}; give a path, a URL that starts with http:// or https://, or a hub "
+            "repository like 'owner/name'."
+        )
+    return _from_hub(source, token)
+
+
+def _from_hub(source: str, token: str | None) -> Path:
+    owner, name, *inside = source.split("/", 2)
+    repository = f"{owner}/{name}"
+    try:
+        files = HfApi(token=token).model_info(repository, files_metadata=True).siblings or []
+        sizes = {file.rfilename: file.size or 0 for file in files}
+        chosen = _chosen(repository, list(sizes), inside[0] if inside else None)
+        if sizes[chosen] > MAX_DOWNLOAD_BYTES:
+            raise UserError(f"{repository}/{chosen} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
+        return Path(hf_hub_download(repository, chosen, token=token))
+    except (RepositoryNotFoundError, GatedRepoError) as error:
+        raise UserError(
+            f"there is no file {source!r}, and the hub has no repository {repository!r} that may be read; for a "
+            "private one give hf_token."
+        ) from error
+    except (OSError, httpx2.HTTPError) as error:
+        raise UserError(f"there is no file {source!r}, and the hub can't be asked for it: {error}.") from error
+
+
+def _chosen(repository: str, names: list[str], asked: str | None) -> str:
+    """Which file of a repository is its LoRA. Pickles are never looked at."""
+    found = [name for name in names if name.endswith((".safetensors", ".zip"))]
+    if asked is not None:
+        if asked not in names or asked not in found:
+            raise UserError(f"{repository} has no {asked!r} that could be a LoRA; it has {', '.join(found) or 'none'}.")
+        return asked
+    best = [name for name in WEIGHT_NAMES if name in found] or found
+    if not found or (len(best) > 1 and best[0] not in WEIGHT_NAMES):
+        listed = f"several: {', '.join(found[:10])}; name one, like '{repository}/{found[0]}'" if found else "none"
+        raise UserError(f"{repository} should hold one .safetensors file or weights.zip, and holds {listed}.")
+    return best[0]
+
+
+def _download(source: str, folder: Path) -> Path:
+    """A URL's content, under the name that it ends in. One that was fetched before isn't fetched again."""
+    target = folder / hashlib.sha256(source.encode()).hexdigest()[:16] / (_name_of(source) or "weights")
     if target.is_file():
         return target
     partial = target.with_suffix(".partial")
-    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with httpx2.stream("GET", source, follow_redirects=True, timeout=60) as reply, partial.open("wb") as sink:
             reply.raise_for_status()
@@ -86,8 +141,14 @@ def fetch_file(source: str, folder: Path) -> Path:
                 if sink.tell() > MAX_DOWNLOAD_BYTES:
                     raise UserError(f"{source} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
         partial.replace(target)
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise UserError(f"{source} can't be downloaded: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)
+        if not target.exists():
+            target.parent.rmdir()
     return target
+
+
+def _name_of(url: str) -> str:
+    return re.sub(r"[^\w.-]", "_", urlsplit(url).path.rpartition("/")[2])[:100].lstrip(".")

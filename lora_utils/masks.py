@@ -67,7 +67,7 @@ def problem_of(mask: Image.Image, name: str, picture_px: tuple[int, int]) -> str
             f"mask {name} has {own_width}x{own_height} pixels, its picture {width}x{height}; they must show the same."
         )
     if not np.asarray(mask).any():
-        return f"mask {name} is black all over; paint white what is to be learned."
+        return f"mask {name} is black all over; paint white what counts."
     return ""
 
 

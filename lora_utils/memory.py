@@ -45,6 +45,16 @@ class StepSize:
         return self.activation_bytes(recomputed) + self.optimizer_bytes
 
 
+def sampling_bytes(tokens: int, width: int, element_bytes: int) -> float:
+    """What a forward without a backward pass needs for a picture of so many tokens: one block on its way."""
+    return float(tokens * width * element_bytes * WORKING_WIDTHS)
+
+
+def decode_bytes(pixels: int, element_bytes: int) -> float:
+    """What the VAE needs to decode a picture: 5.3 GB at 1024x1024 in bf16, with the area."""
+    return 5.3e9 / 1024**2 / 2 * pixels * element_bytes
+
+
 def blocks_to_recompute(size: StepSize, free_bytes: float) -> int:
     """The fewest blocks that must recompute for the step to fit; all of them where even that won't do."""
     usable = free_bytes - SPARE_BYTES

@@ -8,7 +8,7 @@ Legend: B batch, T text tokens, D the text encoder's width, N image tokens, C pa
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,15 @@ class Text:
 
     states: Tensor
     mask: Tensor | None
+
+    def on(self, device: torch.device) -> "Text":
+        return Text(self.states.to(device), None if self.mask is None else self.mask.to(device))
+
+    def repeated(self, count: int) -> "Text":
+        """The same prompts, all of them so many times."""
+        if count == 1:
+            return self
+        return Text(self.states.repeat(count, 1, 1), None if self.mask is None else self.mask.repeat(count, 1))
 
 
 @dataclass(slots=True)
@@ -165,14 +174,17 @@ def build_transformer(
     return transformer
 
 
-def load_components(folder: Path, place: Place) -> Components:
+def load_components(
+    folder: Path, place: Place, quantization: str = "none", text_encoder_on_card: bool = True
+) -> Components:
     """All of a model, for sampling: where the dtype leaves few enough timesteps, with a table of them all."""
+    text_place = place if text_encoder_on_card else replace(place, device=torch.device("cpu"))
     return Components(
         load_tokenizer(folder),
         load_schedule(folder),
-        load_text_encoder(folder, place),
+        load_text_encoder(folder, text_place),
         load_vae(folder, place),
-        load_transformer(folder, place, modulation.sampling_timesteps(place.dtype)),
+        load_transformer(folder, place, modulation.sampling_timesteps(place.dtype), quantization),
         place,
         folder,
     )
@@ -256,6 +268,11 @@ def join_text(states: Sequence[Tensor]) -> Text:
         return Text(padded, None)
     mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
     return Text(padded, upload(mask, padded.device))  # [B, T]
+
+
+def join_texts(*texts: Text) -> Text:
+    """Batches without padding of their own, one after the other."""
+    return join_text([state for text in texts for state in text.states])
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -12,12 +12,15 @@ _UNICODE = b"UNICODE\0"  # the marker that EXIF wants before a comment in UTF-16
 
 
 def save_picture(
-    picture: Image.Image, folder: Path, name: str, output_format: str, quality: int, settings: Mapping[str, object]
-) -> Path:
+    picture: Image.Image, folder: Path, name: str, output_format: str, quality: int,
+    settings: Mapping[str, object] | None,
+) -> Path:  # fmt: skip
     """Write `name`.`output_format` into `folder`. Settings go into PNG's text chunk or EXIF's user comment, as JSON."""
     path = folder / f"{name}.{output_format}"
     text = json.dumps(settings, ensure_ascii=False)
-    if output_format == "png":
+    if settings is None:
+        picture.save(path, quality=quality)
+    elif output_format == "png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("parameters", text)
         picture.save(path, pnginfo=info)

@@ -5,6 +5,7 @@ activations, follows from what is really free once the model is there: `fitting.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from lora_utils import flops, memory, modulation, qwen
-from lora_utils.config import TrainConfig
+from lora_utils.config import QUANTIZATIONS, TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.quantization import WEIGHT_BYTES, is_quantized
+from lora_utils.sizes import Size
+
+log = logging.getLogger(__name__)
 
 # From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
 AUTO = ("none", "fp8", "nf4")
@@ -100,6 +104,66 @@ def describe(plan: Plan, asked: str, demand: Demand) -> list[str]:
             "the blocks are compiled, which takes a minute or two, because the run is long enough to win it back"
         )
     return lines
+
+
+# --- prediction -----------------------------------------------------------------------------------------------------
+
+
+def choose_placement(asked: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Plan:
+    """How a server holds a model: all of it on the card, else the text encoder on the host, else the rest rounded.
+
+    `asked` is a scheme or auto. Raises UserError where no choice fits, or for a scheme that doesn't exist.
+    """
+    if asked not in QUANTIZATIONS:
+        raise UserError(f"QUANTIZATION must be one of {', '.join(QUANTIZATIONS)}, got {asked!r}.")
+    demand = sampling_demand(folder, device, dtype)
+    placements = [("none", True), ("none", False), ("fp8", False), ("nf4", False)]
+    if asked != "auto":
+        placements = [(asked, True), (asked, False)]
+    for scheme, stays in placements:
+        if demand.needed(scheme, stays) <= demand.free:
+            for line in describe_placement(Plan(scheme, stays), asked, demand):
+                log.info(line)
+            return Plan(scheme, stays)
+    least = demand.needed(placements[-1][0], False)
+    raise UserError(
+        f"prediction needs {least / 1e9:.3g} GB with the model in {_named(placements[-1][0])}, and "
+        f"{demand.free / 1e9:.3g} GB are free; use a larger card"
+        + (", or set QUANTIZATION to auto." if asked != "auto" else ".")
+    )
+
+
+def describe_placement(placement: Plan, asked: str, demand: Demand) -> list[str]:
+    """What is said of it at setup."""
+    scheme, why = placement.quantization, "as QUANTIZATION asks" if asked != "auto" else "for want of room"
+    where = "beside it" if placement.text_encoder_on_card else "on the host, for want of room: slower, the same result"
+    lines = [
+        f"memory: {demand.free / 1e9:.3g} GB free; the transformer in {_named(scheme)} takes "
+        f"{demand.transformer[scheme] / 1e9:.3g}, a picture of the official size {demand.step / 1e9:.3g}; the text "
+        f"encoder ({demand.text_encoder / 1e9:.3g}) runs {where}"
+    ]
+    if scheme != "none":
+        lines.append(f"quantised to {scheme} {why}: its weights are rounded, LoRAs aren't")
+    return lines
+
+
+def sampling_demand(folder: Path, device: torch.device, dtype: torch.dtype) -> Demand:
+    """Of a server that draws pictures of the official size, with a table for the modulations where that is smaller."""
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    text = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config)
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    timesteps = modulation.sampling_timesteps(dtype)
+    table = timesteps is not None and modulation.pays(len(timesteps), width)
+    size = Size(*qwen.OFFICIAL_SIZES_PX["1:1"])
+    step = memory.sampling_bytes(size.tokens, width, dtype.itemsize)
+    decode = memory.decode_bytes(size.width_px * size.height_px, dtype.itemsize)
+    return Demand(
+        memory.free_bytes(device),
+        text_encoder_bytes(text, dtype.itemsize),
+        transformer_bytes(transformer, dtype.itemsize, table),
+        max(step, decode),
+        len(timesteps) if timesteps is not None and table else 0,
+    )
 
 
 # --- what a run would take ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sampling: a prompt -> pictures, by Euler steps down the flow with true classifier-free guidance.
+"""Sampling: a prompt, and maybe a picture to start from -> pictures, by Euler steps with classifier-free guidance.
 
 Owns the noise, the steps and their order; must not know Cog, files or training. Nothing outlives a call, so a cancel
 at any step leaves no trace.
@@ -8,28 +8,71 @@ Legend: B batch, N image tokens, C packed channels (64).
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_utils import flow, models, qwen
+from lora_utils import first_block, flow, memory, models, qwen
 from lora_utils.config import SampleRequest
 from lora_utils.models import Components, Text
 from lora_utils.placeholder import Placeholders
-from lora_utils.sizes import Size, pack, picture_size
+from lora_utils.sizes import Size, pack
+
+# Up to so many image tokens in all, both branches of the guidance go through the transformer as one batch. Beyond it
+# the device is busy with one, and the mask that prompts of unequal length then need costs more than it wins.
+TOGETHER_TOKENS = 1024
+PROMPTS_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
-    """A picture, the seed it was drawn from, and where its seconds went."""
+    """A picture, the seed it was drawn from, and where its seconds went: of a batch, its share."""
 
     pixels: Image.Image
     seed: int
     denoise_s: float
     decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A picture to start from, on the host."""
+
+    clean: Tensor  # latents [1, N, C] fp32
+    repaint: Tensor | None = None  # [1, N, C] bool: what is drawn anew, the rest stays; None: all of it
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How a call samples, beyond what it draws."""
+
+    start: Start | None = None
+    schedule: flow.Schedule | None = None  # in place of the model's own
+    reuse_threshold: float | None = None  # of `first_block.reused`; None computes every block of every step
+
+
+@dataclass(slots=True)
+class Prompts:
+    """The last prompts' encodings, those without a placeholder token: the negative one is nearly always the same."""
+
+    kept: dict[str, Text] = field(default_factory=dict)
+
+    def encode(self, components: Components, prompt: str, placeholders: Placeholders) -> Text:
+        """Its states [1, T, D]."""
+        used = placeholders.used_in([prompt])
+        if not used.tokens and prompt in self.kept:
+            return self.kept[prompt]
+        encoded = models.encode_text(components.text_encoder, components.tokenizer, [prompt], used)
+        text = encoded.on(components.place.device)  # from the host, where the card had no room for the text encoder
+        if not used.tokens:
+            while len(self.kept) >= PROMPTS_KEPT:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[prompt] = text
+        return text
 
 
 def initial_noise(size: Size, seed: int) -> Tensor:
@@ -41,44 +84,91 @@ def initial_noise(size: Size, seed: int) -> Tensor:
 
 def denoise(
     components: Components, noise: Tensor, size: Size, text: Text, empty: Text | None, request: SampleRequest,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], None], start: Start | None = None, schedule: flow.Schedule | None = None,
 ) -> Tensor:  # fmt: skip
-    """Noise [B, N, C] -> clean latents [B, N, C]. `empty` None runs without guidance; `on_step` may raise to cancel."""
-    sigmas = components.schedule.sampling_sigmas(request.steps, size.tokens)
-    latents = noise.to(components.place.device, components.place.dtype)
+    """Noise [B, N, C] -> clean latents [B, N, C]. `empty` None runs without guidance; `on_step` may raise to cancel.
+
+    `text` and `empty` are of B prompts. From a start, only the rest of the schedule is run, the last
+    `request.steps_run` steps, on the start's latents noised to the first of their sigmas.
+    """
+    sigmas = (schedule or components.schedule).sampling_sigmas(request.steps, size.tokens)
+    sigmas = sigmas[len(sigmas) - 1 - (request.steps_run if start else request.steps) :]
+    place, count = components.place, len(noise)
+    latents = noise.to(place.device, place.dtype)
+    clean = start.clean.to(latents) if start else latents
+    noise_there = latents
+    repaint = start.repaint.to(place.device) if start and start.repaint is not None else None
+
+    def noised(sigma: float) -> Tensor:
+        """The start at this level of noise, in the pictures' own noise."""
+        return flow.add_noise(clean.float(), noise_there.float(), torch.full((count,), sigma, device=place.device)).to(
+            latents
+        )
+
+    if start:
+        latents = noised(sigmas[0])
+    both = models.join_texts(text, empty) if empty is not None and goes_together(size, count) else None
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        level = torch.full((len(latents),), sigma)
-        velocity = models.predict_velocity(components.transformer, latents, level, text, size)
-        if empty is not None:
-            without = models.predict_velocity(components.transformer, latents, level, empty, size)
-            velocity = flow.guide(velocity, without, request.guidance)
+        level = torch.full((count,), sigma)
+        if both is not None:
+            joined = models.predict_velocity(
+                components.transformer, latents.repeat(2, 1, 1), level.repeat(2), both, size
+            )
+            velocity = flow.guide(*joined.chunk(2), request.guidance)
+        else:
+            velocity = models.predict_velocity(components.transformer, latents, level, text, size)
+            if empty is not None:
+                without = models.predict_velocity(components.transformer, latents, level, empty, size)
+                velocity = flow.guide(velocity, without, request.guidance)
         latents = flow.euler_step(latents, velocity, sigma, sigma_next)
+        if repaint is not None:
+            latents = torch.where(repaint, latents, noised(sigma_next))
         on_step(step + 1)
     return latents
 
 
-def sample(
-    components: Components, request: SampleRequest, placeholders: Placeholders, on_step: Callable[[int, int], None]
-) -> list[GeneratedImage]:
-    """Draw the request's pictures, each by itself, so that one doesn't depend on how many others were asked for.
+def goes_together(size: Size, count: int) -> bool:
+    """Whether guidance's two branches of so many pictures are one batch."""
+    return 2 * count * size.tokens <= TOGETHER_TOKENS
 
-    `on_step(picture, step)` is called after every step, both counted from 0 and 1.
+
+def groups(components: Components, size: Size, count: int) -> list[range]:
+    """Which pictures go through the transformer together: as many as the memory there is takes."""
+    transformer, place = components.transformer, components.place
+    needed = memory.sampling_bytes(size.tokens, transformer.inner_dim, place.dtype.itemsize)
+    at_once = max(1, min(count, int((memory.free_bytes(place.device) - memory.SPARE_BYTES) // needed)))
+    return [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+
+
+def sample(
+    components: Components, request: SampleRequest, size: Size, placeholders: Placeholders,
+    on_step: Callable[[range, int], None], ways: Ways | None = None, prompts: Prompts | None = None,
+) -> list[GeneratedImage]:  # fmt: skip
+    """Draw the request's pictures. Picture i is, to within rounding, what its seed gives alone.
+
+    `on_step(pictures, step)` is called after every step of the pictures that are drawn together, counted from 1.
     """
-    size = picture_size(request.width, request.height, request.aspect_ratio)
-    images = []
+    ways, prompts, images = ways or Ways(), prompts or Prompts(), []
     with torch.inference_mode():  # here, not at setup: Cog calls from another thread each time
-        text = models.encode_text(components.text_encoder, components.tokenizer, [request.prompt], placeholders)
-        empty = None
-        if request.guided:
-            empty = models.encode_text(
-                components.text_encoder, components.tokenizer, [request.negative_prompt], placeholders
-            )
-        for index in range(request.num_outputs):
-            began = time.monotonic()
-            noise = initial_noise(size, request.seed_of(index))
-            latents = denoise(components, noise, size, text, empty, request, lambda step, i=index: on_step(i, step))
-            denoised = time.monotonic()
-            picture = models.decode_pictures(components.vae, latents, size)[0]
-            decoded = time.monotonic()
-            images.append(GeneratedImage(picture, request.seed_of(index), denoised - began, decoded - denoised))
+        text = prompts.encode(components, request.prompt, placeholders)
+        empty = prompts.encode(components, request.negative_prompt, placeholders) if request.guided else None
+        drawn_together = groups(components, size, request.num_outputs)
+        if ways.reuse_threshold is not None:  # what is reused would depend on the other pictures
+            drawn_together = [range(index, index + 1) for index in range(request.num_outputs)]
+        for group in drawn_together:
+            began, count = time.monotonic(), len(group)
+            noise = torch.cat([initial_noise(size, request.seed_of(index)) for index in group])
+            with ExitStack() as stack:
+                if ways.reuse_threshold is not None:
+                    branches = 2 if empty is not None and not goes_together(size, count) else 1
+                    stack.enter_context(first_block.reused(components.transformer, ways.reuse_threshold, branches))
+                latents = denoise(
+                    components, noise, size, text.repeated(count), empty.repeated(count) if empty else None, request,
+                    lambda step, group=group: on_step(group, step), ways.start, ways.schedule,
+                )  # fmt: skip
+            share_s = (time.monotonic() - began) / count
+            for index, own in zip(group, latents.split(1), strict=True):
+                denoised = time.monotonic()
+                picture = models.decode_pictures(components.vae, own, size)[0]
+                images.append(GeneratedImage(picture, request.seed_of(index), share_s, time.monotonic() - denoised))
     return images

@@ -38,8 +38,15 @@ def round_to_token(pixels: float) -> int:
     return max(1, round(pixels / qwen.PIXELS_PER_TOKEN)) * qwen.PIXELS_PER_TOKEN
 
 
-def picture_size(width_px: int | None, height_px: int | None, aspect_ratio: str) -> Size:
-    """The size asked for: width and height if given, rounded to 16, else the official size of the aspect ratio."""
+def picture_size(
+    width_px: int | None, height_px: int | None, aspect_ratio: str, megapixels: float | None = None,
+    like_px: tuple[int, int] | None = None,
+) -> Size:  # fmt: skip
+    """The size asked for: width and height if given, rounded to 16, else by aspect ratio.
+
+    The aspect ratio is that of a picture `like_px` to start from, if there is one, in that picture's area, at most that
+    of the official sizes; else one of the official sizes. `megapixels` sets the area.
+    """
     if (width_px is None) != (height_px is None):
         raise UserError(
             f"width and height come together: got width={width_px}, height={height_px}. Set both or neither."
@@ -48,7 +55,11 @@ def picture_size(width_px: int | None, height_px: int | None, aspect_ratio: str)
         return Size(round_to_token(width_px), round_to_token(height_px))
     if aspect_ratio not in qwen.OFFICIAL_SIZES_PX:
         raise UserError(f"aspect_ratio {aspect_ratio!r} is unknown: use one of {', '.join(qwen.OFFICIAL_SIZES_PX)}.")
-    return Size(*qwen.OFFICIAL_SIZES_PX[aspect_ratio])
+    width, height = like_px or qwen.OFFICIAL_SIZES_PX[aspect_ratio]
+    most = math.prod(qwen.OFFICIAL_SIZES_PX["1:1"])
+    area = megapixels * 1e6 if megapixels else min(width * height, most) if like_px else width * height
+    scale = math.sqrt(area / (width * height))
+    return Size(round_to_token(width * scale), round_to_token(height * scale))
 
 
 def buckets(resolution_px: int) -> list[Size]:

@@ -7,8 +7,9 @@ import datetime
 import importlib.metadata
 import logging
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lora_utils.adapters import place_lora
 from lora_utils.archive import Meta, unpack_weights, write_weights
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
-from lora_utils.lora_file import LoraFile, read_lora_file, row_sha256, write_lora_file
+from lora_utils.lora_file import LoraFile, file_sha256, read_lora_file, row_sha256, write_lora_file
 from lora_utils.models import Components, restore_modulations
 from lora_utils.placeholder import Placeholders, assign_slots, embedding_matrix, no_placeholders
 
@@ -96,6 +97,45 @@ def placeholders_of(loaded: Sequence[Weights], components: Components) -> Placeh
     slots = assign_slots(list(rows), components.tokenizer, matrix.shape[0])
     placed = tuple(row[0].to(matrix.device) for row in rows.values())
     return Placeholders(tuple(slots), tuple(slots.values()), placed)
+
+
+# --- loaded weights -------------------------------------------------------------------------------------------------
+
+SHELF_BYTES = 4 * 10**9  # of LoRAs on the device; one of rank 32 on attention has 0.19
+
+
+@dataclass(slots=True)
+class Shelf:
+    """The LoRAs that were used last, on the device, by the hash of their file: using one again costs milliseconds."""
+
+    most_bytes: float
+    loaded: dict[str, Weights] = field(default_factory=dict)
+
+    def get(self, path: Path, components: Components) -> Weights:
+        """The weights of a file. Raises UserError as `load_weights` does; a file that fails is forgotten."""
+        began, key = time.monotonic(), file_sha256(path)
+        weights, how = self.loaded.pop(key, None), "swapped to"
+        if weights is None:
+            weights, how = load_weights(path, components), "loaded"
+        self.loaded[key] = weights  # the last one used is the last one to go
+        while len(self.loaded) > 1 and sum(map(size_bytes, self.loaded.values())) > self.most_bytes:
+            self.loaded.pop(next(iter(self.loaded)))
+        tokens = f", with {', '.join(weights.lora.rows)}" if weights.lora.rows else ""
+        log.info(
+            "%s %s: a LoRA of %d layers%s, %.0f MB, in %.3f s, sha256 %s", how, weights.name, len(weights.lora.layers),
+            tokens, size_bytes(weights) / 1e6, time.monotonic() - began, weights.lora.sha256,
+        )  # fmt: skip
+        return weights
+
+
+def size_bytes(weights: Weights) -> int:
+    """What its matrices hold on the device."""
+    return sum(part.nbytes for layer in weights.lora.layers.values() for part in (layer.down, layer.up))
+
+
+def is_lightning(weights: Weights) -> bool:
+    """Whether it is one of the LoRAs that draw in 4 or 8 steps without guidance: they are told by their names alone."""
+    return "lightning" in weights.name.casefold()
 
 
 def _one_or_all(values: list[Any]) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "Path": "string"}
+TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "Path": "string", "Secret": "string"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ def _properties(items: list[CogInput]) -> dict[str, Any]:
         entry: dict[str, Any] = {"title": item.name, "type": TYPES[item.type], "x-order": order}
         if item.type == "Path":
             entry["format"] = "uri"
+        if item.type == "Secret":
+            entry |= {"format": "password", "writeOnly": True, "x-cog-secret": True}
         for option, name in (("ge", "minimum"), ("le", "maximum"), ("choices", "enum"), ("description", "description")):
             if option in item.options:
                 entry[name] = item.literal(option)

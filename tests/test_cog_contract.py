@@ -42,7 +42,11 @@ def test_literals_are_the_defaults_of_the_dataclass_behind_them(name, settings):
     own = {item.name: item.default for item in fields(settings) if item.name not in ("seed", "prompt")}
     assert {item: declared[item].literal("default") for item in own} == own
     extra = set(declared) - set(own)
-    assert extra == {"dataset", "seed"} if name == "train" else extra == {"prompt", "seed", "replicate_weights"}
+    assert (
+        extra == {"dataset", "seed"}
+        if name == "train"
+        else extra == {"prompt", "seed", "replicate_weights", "image", "mask", "hf_token"}
+    )
 
 
 @pytest.mark.parametrize(("name", "settings"), [("train", TrainConfig), ("predict", SampleRequest)])
@@ -97,7 +101,7 @@ def test_requirements_are_exact_pins_that_cog_can_rewrite():
 
 FLOORS = [
     {"train", "predict", "dataset.__main__"},
-    {"training", "objective", "fitting", "preparation", "preflight", "sampling", "weights"},
+    {"training", "objective", "fitting", "preparation", "preflight", "sampling", "ways", "weights"},
     {
         "models",
         "adapters",
@@ -112,6 +116,7 @@ FLOORS = [
         "memory",
         "plan",
         "quantization",
+        "first_block",
     },
     {"dataset", "captions", "masks", "pictures", "archive", "lora_file", "outputs", "fetch", "store", "streaming"},
     {"flow", "sizes", "console", "command_line", "flops"},
@@ -119,6 +124,8 @@ FLOORS = [
 ]
 SIDEWAYS = {  # within a floor, only these
     ("training", "preparation"),
+    ("ways", "sampling"),
+    ("ways", "weights"),
     ("training", "fitting"),
     ("training", "objective"),
     ("fitting", "objective"),

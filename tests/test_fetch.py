@@ -94,25 +94,25 @@ def test_base_model_alone_selects_the_model(monkeypatch):
 def test_a_url_is_downloaded_once_and_whole(files, tmp_path):
     folder, url = files
     (folder / "w.zip").write_bytes(b"abc" * 1000)
-    path = fetch.fetch_file(f"{url}/w.zip", tmp_path / "cache")
+    path = fetch.fetch_weights(f"{url}/w.zip", tmp_path / "cache")
     assert path.read_bytes() == b"abc" * 1000
     (folder / "w.zip").unlink()
-    assert fetch.fetch_file(f"{url}/w.zip", tmp_path / "cache") == path
+    assert fetch.fetch_weights(f"{url}/w.zip", tmp_path / "cache") == path
 
 
 def test_a_url_that_fails_or_is_too_large_leaves_nothing(files, tmp_path, monkeypatch):
     folder, url = files
     with pytest.raises(UserError, match="404"):
-        fetch.fetch_file(f"{url}/missing.zip", tmp_path / "cache")
+        fetch.fetch_weights(f"{url}/missing.zip", tmp_path / "cache")
     (folder / "w.zip").write_bytes(b"abc" * 1000)
     monkeypatch.setattr(fetch, "MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(UserError, match="larger than"):
-        fetch.fetch_file(f"{url}/w.zip", tmp_path / "cache")
+        fetch.fetch_weights(f"{url}/w.zip", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_path_is_itself_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "w.zip").write_bytes(b"")
-    assert fetch.fetch_file(str(tmp_path / "w.zip"), tmp_path) == tmp_path / "w.zip"
-    with pytest.raises(UserError, match="there is no file"):
-        fetch.fetch_file("weights.zip", tmp_path)
+    assert fetch.fetch_weights(str(tmp_path / "w.zip"), tmp_path) == tmp_path / "w.zip"
+    with pytest.raises(UserError, match="there is no"):
+        fetch.fetch_weights("weights.zip", tmp_path)

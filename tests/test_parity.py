@@ -81,7 +81,7 @@ def test_a_whole_sampling_run_gives_the_pipelines_latents(guidance, size, compon
 
 def test_a_sampled_picture_is_the_pipelines(components, pipeline):
     request = SampleRequest("a red circle", steps=3, width=64, height=64, seed=1)
-    (ours,) = sampling.sample(components, request, no_placeholders(), lambda picture, step: None)
+    (ours,) = sampling.sample(components, request, Size(64, 64), no_placeholders(), lambda *_: None)
     theirs = pipeline(
         prompt="a red circle",
         negative_prompt=" ",

@@ -109,7 +109,8 @@ def test_lora_scale_zero_is_the_base_and_other_scales_are_not(predictor, archive
         predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], no_placeholders()
     )
     with_token = SampleRequest(TOKEN_PROMPT, lora_scale=0.0, seed=0)
-    unregistered = predictor.placeholders(with_token, predictor.load(archives / "token.zip"))
+    loaded = predictor.load(with_token, str(archives / "token.zip"), None)
+    unregistered = predictor.placeholders(with_token, loaded)
     read = models.encode_text(
         predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], unregistered
     )
@@ -126,7 +127,9 @@ def test_the_same_content_is_loaded_once_whatever_its_name(predictor, archives, 
     one(predictor, replicate_weights=archives / "baseline.zip")
     capsys.readouterr()
     one(predictor, replicate_weights=tmp_path / "copy")
-    assert "loaded a LoRA" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "swapped to" in out
+    assert "loaded" not in out
 
 
 def test_a_cancel_within_a_step_leaves_no_trace(predictor, archives, monkeypatch):
@@ -139,7 +142,7 @@ def test_a_cancel_within_a_step_leaves_no_trace(predictor, archives, monkeypatch
         raise Cancelled
 
     with monkeypatch.context() as patch:
-        patch.setattr("predict.progress_lines", lambda request: cancel)
+        patch.setattr("predict.progress_lines", lambda *_: cancel)
         with pytest.raises(Cancelled):
             one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
     assert same(one(predictor), before)
@@ -150,7 +153,8 @@ def test_a_cancel_within_a_step_leaves_no_trace(predictor, archives, monkeypatch
 
 def test_picture_i_is_the_picture_of_seed_plus_i_alone(predictor):
     several = draw(predictor, num_outputs=3, seed=10)
-    assert all(same(picture, one(predictor, seed=10 + index)) for index, picture in enumerate(several))
+    for index, picture in enumerate(several):  # drawn in one batch, whose sums round differently
+        assert np.abs(picture.astype(int) - one(predictor, seed=10 + index)).max() <= 1
     assert not same(several[0], several[1])
 
 
@@ -190,7 +194,7 @@ def test_files_have_unique_names_and_carry_their_settings(predictor, archives, o
     settings = [read_settings(Path(path)) for path in paths]
     assert [item["seed"] for item in settings] == [5, 6]
     assert settings[0]["prompt"] == TOKEN_PROMPT
-    assert len(str(settings[0]["lora_sha256"])) == 64
+    assert len(settings[0]["loras"][0]["sha256"]) == 64  # type: ignore[index]
     assert "diffusers" in settings[0]["versions"]  # type: ignore[operator]
 
 
