@@ -6,6 +6,7 @@ at any step leaves no trace.
 Legend: B batch, N image tokens, C packed channels (64).
 """
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from lora_utils import first_block, flow, memory, models, qwen
 from lora_utils.config import SampleRequest
+from lora_utils.errors import UserError
 from lora_utils.models import Components, Text
 from lora_utils.placeholder import Placeholders
 from lora_utils.sizes import Size, pack
+
+log = logging.getLogger(__name__)
 
 # Up to so many image tokens in all, both branches of the guidance go through the transformer as one batch. Beyond it
 # the device is busy with one, and the mask that prompts of unequal length then need costs more than it wins.
@@ -132,12 +136,27 @@ def goes_together(size: Size, count: int) -> bool:
     return 2 * count * size.tokens <= TOGETHER_TOKENS
 
 
-def groups(components: Components, size: Size, count: int) -> list[range]:
-    """Which pictures go through the transformer together: as many as the memory there is takes."""
+def at_once(components: Components, size: Size) -> int:
+    """How many pictures the memory there is takes through the transformer together; at least one is tried."""
     transformer, place = components.transformer, components.place
     needed = memory.sampling_bytes(size.tokens, transformer.inner_dim, place.dtype.itemsize)
-    at_once = max(1, min(count, int((memory.free_bytes(place.device) - memory.SPARE_BYTES) // needed)))
-    return [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    return max(1, int((memory.free_bytes(place.device) - memory.SPARE_BYTES) // needed))
+
+
+def too_large(components: Components, size: Size) -> UserError:
+    """What to say of a picture that doesn't fit, with one that would."""
+    transformer, place = components.transformer, components.place
+    models.release_memory()
+    free, pixels = memory.free_bytes(place.device), size.width_px * size.height_px
+    forward = memory.sampling_bytes(size.tokens, transformer.inner_dim, place.dtype.itemsize)
+    needed = max(forward, memory.decode_bytes(pixels, place.dtype.itemsize))
+    fitting = (
+        min(0.5, max(0.0, free - memory.SPARE_BYTES) / needed) * pixels / 1e6
+    )  # half of it, if arithmetic is wrong
+    return UserError(
+        f"a picture of {size} doesn't fit into the {free / 1e9:.3g} GB of memory that are free; set megapixels to "
+        f"{max(0.05, fitting):.2g}, or width and height to no more than that."
+    )
 
 
 def sample(
@@ -146,29 +165,50 @@ def sample(
 ) -> list[GeneratedImage]:  # fmt: skip
     """Draw the request's pictures. Picture i is, to within rounding, what its seed gives alone.
 
-    `on_step(pictures, step)` is called after every step of the pictures that are drawn together, counted from 1.
+    `on_step(pictures, step)` is called after every step of the pictures that are drawn together, counted from 1. Out of
+    memory, fewer are drawn together; raises UserError where one alone is too much.
     """
     ways, prompts, images = ways or Ways(), prompts or Prompts(), []
     with torch.inference_mode():  # here, not at setup: Cog calls from another thread each time
         text = prompts.encode(components, request.prompt, placeholders)
         empty = prompts.encode(components, request.negative_prompt, placeholders) if request.guided else None
-        drawn_together = groups(components, size, request.num_outputs)
-        if ways.reuse_threshold is not None:  # what is reused would depend on the other pictures
-            drawn_together = [range(index, index + 1) for index in range(request.num_outputs)]
-        for group in drawn_together:
-            began, count = time.monotonic(), len(group)
-            noise = torch.cat([initial_noise(size, request.seed_of(index)) for index in group])
-            with ExitStack() as stack:
-                if ways.reuse_threshold is not None:
-                    branches = 2 if empty is not None and not goes_together(size, count) else 1
-                    stack.enter_context(first_block.reused(components.transformer, ways.reuse_threshold, branches))
-                latents = denoise(
-                    components, noise, size, text.repeated(count), empty.repeated(count) if empty else None, request,
-                    lambda step, group=group: on_step(group, step), ways.start, ways.schedule,
-                )  # fmt: skip
-            share_s = (time.monotonic() - began) / count
-            for index, own in zip(group, latents.split(1), strict=True):
-                denoised = time.monotonic()
-                picture = models.decode_pictures(components.vae, own, size)[0]
-                images.append(GeneratedImage(picture, request.seed_of(index), share_s, time.monotonic() - denoised))
+        # What is reused would depend on the other pictures.
+        together = 1 if ways.reuse_threshold is not None else at_once(components, size)
+        while len(images) < request.num_outputs:
+            group = range(len(images), min(len(images) + together, request.num_outputs))
+            try:
+                images += _draw(components, request, size, text, empty, group, on_step, ways)
+            except torch.OutOfMemoryError:
+                failed = True  # dealt with below, where its tensors are no longer held by the traceback
+            else:
+                failed = False
+            if failed and len(group) == 1:
+                raise too_large(components, size)
+            if failed:
+                together = len(group) // 2
+                models.release_memory()
+                log.warning("out of memory; from here on %d pictures are drawn together", together)
+    return images
+
+
+def _draw(
+    components: Components, request: SampleRequest, size: Size, text: Text, empty: Text | None, group: range,
+    on_step: Callable[[range, int], None], ways: Ways,
+) -> list[GeneratedImage]:  # fmt: skip
+    """The pictures of a group, together through the transformer and one by one through the VAE."""
+    began, count = time.monotonic(), len(group)
+    noise = torch.cat([initial_noise(size, request.seed_of(index)) for index in group])
+    with ExitStack() as stack:
+        if ways.reuse_threshold is not None:
+            branches = 2 if empty is not None and not goes_together(size, count) else 1
+            stack.enter_context(first_block.reused(components.transformer, ways.reuse_threshold, branches))
+        latents = denoise(
+            components, noise, size, text.repeated(count), empty.repeated(count) if empty else None, request,
+            lambda step: on_step(group, step), ways.start, ways.schedule,
+        )  # fmt: skip
+    share_s, images = (time.monotonic() - began) / count, []
+    for index, own in zip(group, latents.split(1), strict=True):
+        denoised = time.monotonic()
+        picture = models.decode_pictures(components.vae, own, size)[0]
+        images.append(GeneratedImage(picture, request.seed_of(index), share_s, time.monotonic() - denoised))
     return images
