@@ -22,7 +22,11 @@ HEADER_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's 
 
 # What tools put in front of a module's name. Longest first, so that the shorter ones don't cut into them.
 _PREFIXES = ("base_model.model.transformer.", "base_model.model.", "diffusion_model.", "transformer.")
-_FLAT_PREFIXES = ("lora_unet_", "lycoris_")  # kohya's and LyCORIS's: dots are underscores from here on
+_FLAT_PREFIXES = (
+    "lora_unet_",
+    "lycoris_",
+    "lora_transformer_",
+)  # kohya's, LyCORIS's, OneTrainer's: no dots from here on
 _DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", ".lora_A.default")
 _UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight", ".lora_B.default")
 _OTHER_METHODS = {
@@ -42,6 +46,27 @@ _ROW_KEY = re.compile(re.escape(qwen.PLACEHOLDER_KEY).replace(r"\{token\}", r"(?
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How a tool names a LoRA's tensors: a module's key, and what is added to it for each of its parts."""
+
+    key: str
+    down: str
+    up: str
+    flat: bool = False  # the module's dots are underscores
+    alpha: bool = False  # has alpha keys; without them it is the rank
+
+
+LAYOUTS = {
+    "diffusers": Layout("transformer.{}", ".lora_A.weight", ".lora_B.weight"),
+    "comfyui": Layout("diffusion_model.{}", ".lora_A.weight", ".lora_B.weight"),  # ai-toolkit's and fal's too
+    "kohya": Layout("lora_unet_{}", ".lora_down.weight", ".lora_up.weight", flat=True, alpha=True),  # musubi's too
+    "diffsynth": Layout("{}", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "peft": Layout("base_model.model.{}", ".lora_A.weight", ".lora_B.weight"),
+    "lycoris": Layout("lycoris_{}", ".lora_down.weight", ".lora_up.weight", flat=True, alpha=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """The update of one linear layer, up @ down times alpha / R."""
 
@@ -52,6 +77,10 @@ class LowRank:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    def with_alpha_of_rank(self) -> "LowRank":
+        """The same update with alpha = rank, which is what a file without alphas means."""
+        return LowRank(self.down, self.up * (self.alpha / self.rank), float(self.rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +181,27 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
     return LoraFile(layers, rows, file_sha256(path))
 
 
-def write_lora_file(path: Path, lora: LoraFile) -> None:
-    """Write diffusers' keys in bf16, alpha = rank and no alpha keys, the config in the header, rows in fp32.
+def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a tool's keys, alpha = rank, the config in the header for diffusers, and the rows in fp32.
 
-    This is what diffusers, ComfyUI and we read alike. Raises ValueError for a layer whose alpha isn't its rank.
+    diffusers' own, the default, are what diffusers, ComfyUI and we read alike.
     """
-    tensors: dict[str, Tensor] = {}
-    for module, layer in lora.layers.items():
-        if layer.alpha != layer.rank:
-            raise ValueError(f"{module}: alpha {layer.alpha} differs from rank {layer.rank}")
-        tensors[f"transformer.{module}.lora_A.weight"] = layer.down.to(torch.bfloat16).contiguous()
-        tensors[f"transformer.{module}.lora_B.weight"] = layer.up.to(torch.bfloat16).contiguous()
+    names, tensors = LAYOUTS[layout], {}
+    for module, given in lora.layers.items():
+        layer, key = given.with_alpha_of_rank(), names.key.format(module.replace(".", "_") if names.flat else module)
+        tensors[key + names.down] = layer.down.to(dtype).contiguous()
+        tensors[key + names.up] = layer.up.to(dtype).contiguous()
+        if names.alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
     for token, row in lora.rows.items():
         tensors[qwen.PLACEHOLDER_KEY.format(token=token)] = row.float().contiguous()
-    rank = max(layer.rank for layer in lora.layers.values())
+    if layout != "diffusers":
+        save_file(tensors, path)
+        return
+    ranks = {module: layer.rank for module, layer in lora.layers.items()}
+    rank = max(ranks.values())
     config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora.layers), "bias": "none"}
+    if others := {module: own for module, own in ranks.items() if own != rank}:
+        config |= {"rank_pattern": others, "alpha_pattern": others}
     header = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     save_file(tensors, path, {HEADER_KEY: header})  # one entry: safetensors writes several in random order

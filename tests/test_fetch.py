@@ -116,3 +116,101 @@ def test_a_path_is_itself_and_a_missing_one_is_named(tmp_path):
     assert fetch.fetch_weights(str(tmp_path / "w.zip"), tmp_path) == tmp_path / "w.zip"
     with pytest.raises(UserError, match="there is no"):
         fetch.fetch_weights("weights.zip", tmp_path)
+
+
+# --- weights of a hub repository ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository's folder with these files of a few bytes."""
+
+    def write(*names):
+        folder = tmp_path / "repository"
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(name.encode())
+        return folder
+
+    return write
+
+
+def weights_from_the_hub(folder, source, cache, token=None, most_bytes=None):
+    """What a fresh process says to it: a path's content, or the error."""
+    code = f"""if True:
+        import logging, sys
+        logging.basicConfig(level="DEBUG", stream=sys.stderr)
+        from pathlib import Path
+        from lora_utils import errors, fetch
+        fetch.MAX_DOWNLOAD_BYTES = {most_bytes} or fetch.MAX_DOWNLOAD_BYTES
+        try:
+            print(fetch.fetch_weights({source!r}, Path({str(cache)!r}), {token!r}).read_text())
+        except errors.UserError as error:
+            print(error)
+    """
+    with hub_server.serving(folder) as (endpoint, served):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), done.stdout + done.stderr, served
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "expected"),
+    [
+        (["weights.zip", "other.safetensors", "README.md"], "Qwen/small", "weights.zip"),
+        (["pytorch_lora_weights.safetensors", "x.safetensors"], "Qwen/small", "pytorch_lora_weights.safetensors"),
+        (["only.safetensors", "model.bin"], "Qwen/small", "only.safetensors"),
+        (["a/one.safetensors", "two.safetensors"], "Qwen/small/a/one.safetensors", "a/one.safetensors"),
+        (["one.safetensors", "two.safetensors"], "Qwen/small", "name one, like 'Qwen/small/one.safetensors'"),
+        (["model.bin", "weights.ckpt", "lora.pt"], "Qwen/small", "and holds none"),
+        (["model.bin"], "Qwen/small/model.bin", "has no 'model.bin' that could be a LoRA"),
+        (["one.safetensors"], "Qwen/other", "no repository 'Qwen/other' that may be read; for a private one give"),
+    ],
+)  # fmt: skip
+def test_a_repositorys_lora_is_found_and_pickles_are_never_looked_at(names, source, expected, repository, tmp_path):
+    said, _, served = weights_from_the_hub(repository(*names), source, tmp_path / "cache")
+    assert expected in said
+    assert not [name for name in served if name.endswith((".bin", ".pt", ".ckpt"))]
+
+
+def test_a_token_is_in_no_log(repository, tmp_path):
+    said, everything, _ = weights_from_the_hub(
+        repository("only.safetensors"), "Qwen/small", tmp_path / "c", token="hf_secretsecret"
+    )
+    assert said == "only.safetensors"
+    assert "hf_secretsecret" not in everything
+
+
+def test_a_repositorys_file_that_is_too_large_is_not_downloaded(repository, tmp_path):
+    said, _, served = weights_from_the_hub(
+        repository("only.safetensors"), "Qwen/small", tmp_path / "cache", most_bytes=5
+    )
+    assert "is larger than" in said
+    assert served == []
+
+
+def test_a_redirect_is_followed_to_http_alone(tmp_path):
+    (tmp_path / "secret").write_text("x")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", f"file://{tmp_path}/secret")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="can't be downloaded"):
+            fetch.fetch_weights(f"http://127.0.0.1:{server.server_address[1]}/w.zip", tmp_path / "cache")
+        server.shutdown()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_download_keeps_its_name_for_messages_and_for_lightning(files, tmp_path):
+    folder, url = files
+    (folder / "Qwen-Image-Lightning.safetensors").write_bytes(b"x")
+    path = fetch.fetch_weights(f"{url}/Qwen-Image-Lightning.safetensors?download=true", tmp_path / "cache")
+    assert path.name == "Qwen-Image-Lightning.safetensors"

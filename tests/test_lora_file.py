@@ -1,6 +1,7 @@
 """LoRA files: every layout reads as the same LoRA, ours is what diffusers loads, and nothing is dropped in silence."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_utils import adapters, models, qwen
+from lora_utils import adapters, convert, lora_file, models, qwen
 from lora_utils.errors import UserError
 from lora_utils.lora_file import HEADER_KEY, LoraFile, LowRank, read_lora_file, write_lora_file
 from lora_utils.sizes import Size
@@ -50,6 +51,7 @@ LAYOUTS = {
     "PeftModel.save_pretrained": ("base_model.model.{}", ".lora_A.weight", ".lora_B.weight", False),
     "kohya, musubi": ("lora_unet_{}", ".lora_down.weight", ".lora_up.weight", True),
     "LyCORIS": ("lycoris_{}", ".lora_down.weight", ".lora_up.weight", True),
+    "OneTrainer": ("lora_transformer_{}", ".lora_down.weight", ".lora_up.weight", True),
 }
 
 
@@ -64,6 +66,54 @@ def test_every_layout_reads_as_the_same_lora(name, alpha, lora, tmp_path):
         assert torch.equal(layer.down, lora.layers[module].down)
         assert torch.equal(layer.up, lora.layers[module].up)
         assert layer.alpha == (alpha or RANK)
+
+
+@pytest.mark.parametrize("name", lora_file.LAYOUTS)
+def test_a_layout_that_is_written_reads_as_the_same_lora(name, lora, tmp_path):
+    """Alphas that aren't the rank, and unequal ranks, too: the update of each layer is what counts."""
+    layers = {**lora.layers, NAMES[0]: replace(lora.layers[NAMES[0]], alpha=1.5)}
+    layers[NAMES[1]] = LowRank(torch.randn(2, layers[NAMES[1]].down.shape[1]), torch.randn(128, 2), 2.0)
+    given = LoraFile(layers, {"<zwx>": torch.randn(1, 128)})
+    write_lora_file(tmp_path / "l.safetensors", given, name, torch.float32)
+    read = read_lora_file(tmp_path / "l.safetensors")
+    assert set(read.layers) == set(layers)
+    for module, layer in read.layers.items():
+        wanted = layers[module]
+        update = layer.up @ layer.down * layer.alpha / layer.rank
+        torch.testing.assert_close(update, wanted.up @ wanted.down * wanted.alpha / wanted.rank)
+    assert torch.equal(read.rows["<zwx>"], given.rows["<zwx>"])
+
+
+def test_the_command_converts_there_and_back(lora, tmp_path, capsys):
+    write_lora_file(tmp_path / "a.safetensors", lora)
+    steps = [("a", "kohya", "b"), ("b", "comfyui", "c"), ("c", "diffusers", "d")]
+    for source, layout, target in steps:
+        paths = [str(tmp_path / f"{name}.safetensors") for name in (source, target)]
+        assert convert.main([*paths, "--to", layout]) == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
+    assert "24 layers in the layout of kohya" in capsys.readouterr().out
+    assert convert.main([str(tmp_path / "a.safetensors"), str(tmp_path / "d.safetensors")]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert convert.main([str(tmp_path / "none"), str(tmp_path / "e")]) == 1
+    assert not (tmp_path / "e").exists()
+
+
+def comfyui_keys(name: str) -> set[str]:
+    """What ComfyUI's comfy/lora.py maps to a weight of its Qwen-Image, whose names are diffusers'.
+
+    The first is its rule for every model, the others stand under `isinstance(model, comfy.model_base.QwenImage)`.
+    """
+    return {f"diffusion_model.{name}", name, f"transformer.{name}", f"lycoris_{name.replace('.', '_')}"}
+
+
+@pytest.mark.parametrize("layout_name", ["diffusers", "comfyui", "lycoris"])
+def test_comfyui_maps_every_key_of_ours(layout_name, lora, tmp_path):
+    write_lora_file(tmp_path / "l.safetensors", lora, layout_name)
+    known = set().union(*map(comfyui_keys, NAMES))
+    endings = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha")
+    for key in load_file(tmp_path / "l.safetensors"):
+        ending = next(ending for ending in endings if key.endswith(ending))
+        assert key.removesuffix(ending) in known
 
 
 def test_alphas_of_the_header_are_honoured(lora, tmp_path):

@@ -1,5 +1,6 @@
 """Plans: what a card runs with, from arithmetic alone, as README's table says."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,3 +145,45 @@ def test_the_caption_counts_into_the_demand(random_model):
     assert sizes[1] > sizes[0]
     larger = plan.demand_of(replace(CONFIG, rank=32), random_model, device, torch.float32, few, None)
     assert larger.step > sizes[0]
+
+
+# --- prediction -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_configs(tmp_path):
+    """The real model's configs, without its weights: enough for arithmetic."""
+    for part, config in (("transformer", QWEN_IMAGE), ("text_encoder", {"text_config": QWEN_TEXT.to_dict()})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def placement(folder, free_gb, asked="auto"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_bytes", lambda _device: free_gb * 1e9)
+        return plan.choose_placement(asked, folder, torch.device("cpu"), torch.bfloat16)
+
+
+def test_readme_says_how_each_card_predicts(real_configs):
+    for card, sentence in {
+        80: "bf16, all of it on the card",
+        48: "bf16, the text encoder on the host",
+        32: "fp8, the text encoder on the host",
+        24: "nf4, the text encoder on the host",
+    }.items():
+        chosen = placement(real_configs, card)
+        where = "all of it on the card" if chosen.text_encoder_on_card else "the text encoder on the host"
+        assert f"{chosen.quantization.replace('none', 'bf16')}, {where}" == sentence
+        assert f"| {card} GB | {sentence} |" in README.read_text()
+
+
+def test_a_card_that_is_too_small_to_predict_is_refused_and_a_strange_scheme_too(real_configs):
+    with pytest.raises(UserError, match=r"prediction needs 20\.9 GB with the model in nf4, and 16 GB are free"):
+        placement(real_configs, 16)
+    with pytest.raises(UserError, match="set QUANTIZATION to auto"):
+        placement(real_configs, 32, "none")
+    with pytest.raises(UserError, match="QUANTIZATION must be one of auto, none, fp8, int8, nf4, got 'fp4'"):
+        placement(real_configs, 80, "fp4")
+    assert placement(real_configs, 141, "int8") == plan.Plan("int8", text_encoder_on_card=True)
+    assert placement(real_configs, 30, "int8") == plan.Plan("int8", text_encoder_on_card=False)

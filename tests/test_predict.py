@@ -1,11 +1,13 @@
 """Prediction through the Predictor: what a user asks for, and no trace of it in the next call."""
 
 import hashlib
+import logging
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -13,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from examples.demo import call
 from examples.shapes import Prompt
-from lora_utils import models
+from lora_utils import models, plan
 from lora_utils.archive import LORA_MEMBER, META_MEMBER
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.outputs import read_settings
 from lora_utils.placeholder import no_placeholders
+from lora_utils.weights import Shelf, size_bytes
 from predict import Predictor
 from train import train
 
@@ -329,3 +332,153 @@ def test_what_is_no_lora_or_another_models_is_refused(predictor, tmp_path):
 def test_one_side_without_the_other_is_refused(predictor):
     with pytest.raises(UserError, match="width and height come together"):
         one(predictor, width=64, height=None)
+
+
+# --- a second LoRA, and where LoRAs come from -----------------------------------------------------------------------
+
+
+def test_two_loras_add_up_each_at_its_scale(predictor, archives):
+    a, b = archives / "token.zip", str(archives / "baseline.zip")
+    base, with_a = one(predictor), one(predictor, replicate_weights=a)
+    both = one(predictor, replicate_weights=a, extra_lora=b)
+    assert not same(both, with_a)
+    assert not same(both, base)
+    assert same(one(predictor, replicate_weights=a, extra_lora=b, extra_lora_scale=0.0), with_a)
+    assert same(one(predictor, replicate_weights=a, lora_scale=0.0, extra_lora=b), one(predictor, extra_lora=b))
+    assert same(one(predictor), base)
+
+
+def test_the_second_ones_token_is_known_too(predictor, archives):
+    alone = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
+    assert same(one(predictor, TOKEN_PROMPT, extra_lora=str(archives / "token.zip")), alone)
+    both = {"replicate_weights": archives / "baseline.zip", "extra_lora": str(archives / "token.zip")}
+    assert not same(one(predictor, TOKEN_PROMPT, **both), alone)
+
+
+def test_one_token_that_means_two_things_is_refused_with_both_names(predictor, archives):
+    with pytest.raises(UserError, match=r"<zwx> means different things in token\.zip and other\.zip"):
+        one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip", extra_lora=str(archives / "other.zip"))
+
+
+def test_what_was_loaded_is_logged_with_its_checksum(predictor, archives, caplog, monkeypatch):
+    caplog.set_level("INFO", "lora_utils")
+    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
+    one(predictor, extra_lora=str(archives / "other.zip"))
+    with zipfile.ZipFile(archives / "other.zip") as packed:
+        expected = hashlib.sha256(packed.read(LORA_MEMBER)).hexdigest()
+    assert f"sha256 {expected}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/file.zip", "there is no weights file '/no/such/file.zip'"),
+        ("ftp://host/w.zip", "there is no weights file 'ftp://host/w.zip'"),
+        ("owner/name", "the hub can't be asked for it"),
+        ("http://127.0.0.1:9/w.zip", "can't be downloaded"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_and_the_next_picture_is_as_ever(source, message, predictor):
+    before = one(predictor)
+    with pytest.raises(UserError, match=message):
+        one(predictor, extra_lora=source)
+    assert same(one(predictor), before)
+
+
+def test_the_shelf_holds_what_was_used_last_up_to_its_limit(predictor, archives):
+    shelf = Shelf(most_bytes=0)
+    for name in ("token", "other", "token"):
+        shelf.get(archives / f"{name}.zip", predictor.components)
+        assert [weights.name for weights in shelf.loaded.values()] == [f"{name}.zip"], "the one in use always fits"
+    roomy = Shelf(most_bytes=2.5 * size_bytes(shelf.get(archives / "token.zip", predictor.components)))
+    for name in ("token", "other", "token", "baseline"):
+        roomy.get(archives / f"{name}.zip", predictor.components)
+    assert [weights.name for weights in roomy.loaded.values()] == ["token.zip", "baseline.zip"]
+
+
+# --- pictures to start from, metadata, placement --------------------------------------------------------------------
+
+
+def test_a_picture_to_start_from_gives_the_size_and_part_of_the_look(predictor, tmp_path):
+    Image.new("RGB", (96, 64), (250, 0, 0)).save(tmp_path / "a.png")
+    given = {"image": tmp_path / "a.png", "width": None, "height": None, "steps": 10}
+    near, far = (one(predictor, **given, strength=strength) for strength in (0.1, 1.0))
+    assert near.shape == (64, 96, 3)
+    red = np.array([250, 0, 0])
+    assert np.abs(near.astype(int) - red).mean() < np.abs(far.astype(int) - red).mean()
+
+
+def test_settings_can_be_left_out(predictor):
+    for output_format in ("png", "webp", "jpg"):
+        given = {**SMALL, "output_format": output_format, "disable_metadata": True}
+        (path,) = call(predictor.predict, prompt=PLAIN_PROMPT, **given)
+        assert read_settings(Path(path)) == {}
+        assert PLAIN_PROMPT.encode() not in Path(path).read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "nf4"])
+def test_a_quantised_server_draws_nearly_the_same(scheme, predictor, archives, monkeypatch, tiny_model):
+    monkeypatch.setenv("BASE_MODEL", str(tiny_model))
+    pictures = []
+    for asked in ("none", scheme):
+        monkeypatch.setenv("QUANTIZATION", asked)
+        ready = Predictor()
+        ready.setup()
+        pictures.append(one(ready, steps=20).astype(int))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20
+
+
+def test_a_text_encoder_on_the_host_draws_the_same(predictor, monkeypatch, archives):
+    given = {"replicate_weights": archives / "token.zip"}
+    expected = one(predictor, TOKEN_PROMPT, **given)
+    monkeypatch.setattr(plan, "choose_placement", lambda *_: plan.Plan("none", text_encoder_on_card=False))
+    ready = Predictor()
+    ready.setup()
+    assert same(one(ready, TOKEN_PROMPT, **given), expected)
+
+
+# --- the long run ---------------------------------------------------------------------------------------------------
+
+
+def test_after_two_hundred_calls_of_every_kind_the_base_picture_is_the_first_and_memory_is_flat(
+    predictor, archives, tmp_path
+):
+    """LoRAs, scales, none, failures and cancels in turn: nothing adds up."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    first = one(predictor)
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled(*_):
+        def cancel(*_):
+            raise Cancelled
+
+        return cancel
+
+    calls = [
+        lambda: one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip"),
+        lambda: one(predictor, replicate_weights=archives / "other.zip", lora_scale=0.3, go_fast=True),
+        lambda: draw(predictor, num_outputs=3, guidance=1.0),
+        lambda: one(predictor, image=tmp_path / "a.png", extra_lora=str(archives / "baseline.zip")),
+        lambda: failing(lambda: one(predictor, TOKEN_PROMPT)),
+        lambda: failing(lambda: one(predictor, extra_lora="/missing")),
+        lambda: failing(lambda: one(predictor, replicate_weights=archives / "token.zip", go_fast=True), Cancelled),
+        lambda: one(predictor),
+    ]  # fmt: skip
+
+    def failing(run, error: type[BaseException] = UserError):
+        with pytest.MonkeyPatch.context() as patch:
+            if error is Cancelled:
+                patch.setattr("predict.progress_lines", cancelled)
+            with pytest.raises(error):
+                run()
+
+    resident = psutil.Process().memory_info
+    for index in range(200):
+        calls[index % len(calls)]()
+        if index == 60:
+            settled = resident().rss
+    assert same(one(predictor), first)
+    assert resident().rss - settled < 20e6, "bytes"
+    assert not any(block._forward_hooks for block in predictor.components.transformer.modules())
