@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo serve test lint clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 
 demo: $(VENV)/.installed  ## train a LoRA with the zero-prior token on the small model, and draw with it
 	$(BIN)/python -m examples.demo
+
+serve: $(VENV)/.installed  ## cog's server on the small model: predictions on port 5000, trainings on 5001
+	$(BIN)/python -m examples.serve
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -146,12 +146,13 @@ class Predictor(BasePredictor):
             began = time.monotonic()
             token = hf_token.get_secret_value() if hf_token else None
             loras = self.load(request, str(replicate_weights) if replicate_weights else "", token)
-            loaded = time.monotonic()
+            loaded, encoded_before_s = time.monotonic(), self.prompts.seconds
             images, size = self.draw(request, loras, as_local(image), as_local(mask))
             paths = self.save(images, request, loras, size)
             self.record_metric("image_output_count", len(paths))
             self.record_metric("steps", request.steps)
             self.record_metric("load_s", round(loaded - began, 3))
+            self.record_metric("encode_s", round(self.prompts.seconds - encoded_before_s, 3))
             self.record_metric("denoise_s", round(sum(drawn.denoise_s for drawn in images), 3))
             self.record_metric("decode_s", round(sum(drawn.decode_s for drawn in images), 3))
             return [Path(path) for path in paths]

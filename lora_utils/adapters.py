@@ -130,6 +130,10 @@ def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]
 # --- finished LoRAs -------------------------------------------------------------------------------------------------
 
 
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") or "none"
+
+
 def place_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, place: Place) -> LoraFile:
     """Check that every layer of the file is one of the transformer's, and move it there in the compute dtype.
 
@@ -138,9 +142,10 @@ def place_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, place: 
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in lora.layers if name not in linears]
     if unknown:
+        matched = [name for name in lora.layers if name in linears]
         raise UserError(
-            f"this LoRA doesn't fit the model: {len(lora.layers) - len(unknown)} of its {len(lora.layers)} layers "
-            f"match, {unknown[0]!r} doesn't exist here. Was it trained for another model?"
+            f"this LoRA doesn't fit the model: {len(matched)} of its {len(lora.layers)} layers match "
+            f"({_listed(matched)}), {len(unknown)} don't exist here ({_listed(unknown)}). Is it another model's?"
         )
     layers = {}
     for name, layer in lora.layers.items():

@@ -64,14 +64,17 @@ class Prompts:
     """The last prompts' encodings, those without a placeholder token: the negative one is nearly always the same."""
 
     kept: dict[str, Text] = field(default_factory=dict)
+    seconds: float = 0.0  # spent on encoding so far
 
     def encode(self, components: Components, prompt: str, placeholders: Placeholders) -> Text:
         """Its states [1, T, D]."""
         used = placeholders.used_in([prompt])
         if not used.tokens and prompt in self.kept:
             return self.kept[prompt]
+        began = time.monotonic()
         encoded = models.encode_text(components.text_encoder, components.tokenizer, [prompt], used)
         text = encoded.on(components.place.device)  # from the host, where the card had no room for the text encoder
+        self.seconds += time.monotonic() - began
         if not used.tokens:
             while len(self.kept) >= PROMPTS_KEPT:
                 self.kept.pop(next(iter(self.kept)))

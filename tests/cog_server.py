@@ -1,10 +1,7 @@
 """The real Cog server on this package, without Docker: started in a folder of its own, spoken to over HTTP."""
 
-import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +11,7 @@ from typing import Any
 
 import httpx2
 
-from tests.cog_contract import write_schema
-from tests.conftest import ROOT
+from examples import serve
 
 
 def free_port() -> int:
@@ -54,26 +50,12 @@ class Server:
 
 @contextmanager
 def cog_server(folder: Path, model: Path, mode: str, **environment: str) -> Iterator[Server]:
-    """`mode` is predict or train. The folder holds what the image would, and the schema that `cog build` writes."""
-    for name in ("predict.py", "train.py"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "lora_utils").symlink_to(ROOT / "lora_utils")
-    write_schema(ROOT, folder)
+    """`mode` is predict or train. The server runs in the folder, which also takes its log."""
+    serve.prepare_folder(folder)
     port = free_port()
     log = folder / "server.log"
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # its worker is started as `python`
-        "BASE_MODEL": str(model),
-        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-        "COG_TRAIN_TYPE_STUB": "train.py:train",
-        "PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if mode == "train" else [])]
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = serve.start(folder, model, mode, port, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             server = Server(client, log)

@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from examples import cog_contract
 from lora_utils import qwen
 from lora_utils.config import LR_SCHEDULERS, OUTPUT_FORMATS, SampleRequest, TrainConfig
-from tests import cog_contract
 from tests.conftest import ROOT
 
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "predict")}

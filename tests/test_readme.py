@@ -3,16 +3,20 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from examples import cog_contract
 from examples.demo import call, write_dataset
 from examples.shapes import Prompt
 from predict import Predictor
-from tests import cog_contract
+from tests.cog_server import cog_server
 from tests.conftest import ROOT
 from train import train
 
@@ -91,6 +95,53 @@ def test_the_report_on_a_dataset_runs_as_written(folder, random_model):
     )
     assert done.returncode == 0, done.stderr
     assert "10 pictures" in done.stdout
+
+
+def test_the_conversion_runs_as_written(folder, tmp_path):
+    (line,) = (line for line in CONSOLE if line.startswith("python -m lora_utils.convert"))
+    shutil.copy(folder / "weights.zip", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *shlex.split(line)[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lora.safetensors").is_file()
+
+
+def test_the_requests_to_make_serve_work_as_written(tmp_path, tiny_model):
+    """All but their ports, which may be taken here."""
+    write_dataset(tmp_path / "dataset.zip", "house", Prompt("<zwx>"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "dataset.zip").rename(tmp_path / "out" / "dataset.zip")
+    block = next(block for block in re.findall(r"```console\n(.*?)```", README, re.S) if "curl" in block)
+    train_line, weights_line, predict_line, picture_line, long_line, cancel_line = block.strip().splitlines()
+    places = {mode: tmp_path / mode for mode in ("predict", "train")}
+    for place in places.values():
+        place.mkdir()
+
+    def run(line: str) -> str:
+        for port, mode in (("5000", "predict"), ("5001", "train")):
+            line = line.replace(
+                f"localhost:{port}", str(servers[mode].client.base_url).removeprefix("http://").rstrip("/")
+            )
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    with (
+        cog_server(places["predict"], tiny_model, "predict") as predicts,
+        cog_server(places["train"], tiny_model, "train") as trains,
+    ):
+        servers = {"predict": predicts, "train": trains}
+        run(train_line)
+        run(weights_line)
+        assert zipfile.is_zipfile(tmp_path / "out" / "weights.zip")
+        run(predict_line)
+        run(picture_line)
+        with Image.open(tmp_path / "out" / "served.png") as picture:
+            assert picture.size == (64, 64)
+        predicts.wait_until_ready(10)
+        assert '"starting"' in run(long_line) or '"processing"' in run(long_line)
+        run(cancel_line)
+        predicts.wait_until_ready(30)
 
 
 def test_files_that_readme_links_to_exist():

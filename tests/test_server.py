@@ -94,6 +94,7 @@ def test_the_trained_archive_predicts(predictor, weights):
     assert reply["status"] == "succeeded", reply
     assert len(reply["output"]) == 2
     assert reply["metrics"]["image_output_count"] == 2
+    assert {"steps", "load_s", "encode_s", "denoise_s", "decode_s"} <= set(reply["metrics"])
     assert Image.open(io.BytesIO(content_of(reply["output"][0]))).size == (64, 64)
     base = {"prompt": "a red circle", **SMALL}
     first, second = (predictor.post("/predictions", base).json()["output"] for _ in range(2))
@@ -174,6 +175,24 @@ def test_a_failed_prediction_tells_the_client_why_and_the_server_stays_ready(giv
     assert reply["status"] == "failed", reply
     assert message in reply["error"]
     predictor.wait_until_ready(5)
+
+
+def test_a_picture_to_start_from_and_a_mask_come_as_data_uris(predictor):
+    half = Image.new("L", (64, 64), 0)
+    half.paste(255, (0, 0, 32, 64))
+    stored = io.BytesIO()
+    half.save(stored, "png")
+    given = {"image": data_uri(picture(), "image/png"), "mask": data_uri(stored.getvalue(), "image/png"), "strength": 1}
+    reply = predictor.post("/predictions", {"prompt": "a red circle", **SMALL, **given}).json()
+    assert reply["status"] == "succeeded", reply
+
+
+def test_the_hubs_token_is_in_no_log_and_no_reply(predictor):
+    given = {"extra_lora": "owner/private", "hf_token": "hf_verysecret"}
+    reply = predictor.post("/predictions", {"prompt": "a red circle", **SMALL, **given})
+    assert reply.json()["status"] == "failed"
+    assert "hf_verysecret" not in reply.text
+    assert "hf_verysecret" not in predictor.log.read_text()
 
 
 def test_width_without_height_is_refused(predictor):
