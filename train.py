@@ -1,19 +1,13 @@
 """Cog's training entry point: a zip of pictures -> weights.zip. Cog reads the signature without importing it."""
 
-import os
-import shutil
-import tempfile
-import time
 from pathlib import Path as LocalPath
 from typing import Any, Optional, cast
 
-import torch
 from cog import BaseModel, Input, Path, current_scope
 
-from lora_utils import fetch, models, preflight, preparation, training, weights
-from lora_utils.archive import unpack
-from lora_utils.config import TrainConfig, random_seed
-from lora_utils.console import Progress, log_to_stdout, unexpected_errors_printed
+from lora_utils import session
+from lora_utils.config import RunOptions, TrainConfig, random_seed
+from lora_utils.console import log_to_stdout, unexpected_errors_printed
 
 
 class TrainingOutput(BaseModel):
@@ -102,6 +96,25 @@ def train(
     warmup_steps: int = Input(
         default=0, ge=0, le=20000, description="Steps over which the learning rates rise from 0."
     ),
+    run_dir: str = Input(
+        default="",
+        description="A folder of the machine that trains, for checkpoints. Empty: nothing is kept on the way.",
+    ),
+    save_every: int = Input(
+        default=0, ge=0, le=20000, description="Steps from one checkpoint in run_dir to the next. 0: none."
+    ),
+    keep_checkpoints: int = Input(
+        default=2, ge=1, le=1000, description="Checkpoints that are kept; older ones are removed."
+    ),
+    resume: str = Input(
+        default="never",
+        choices=["never", "auto"],
+        description="auto: go on from the last checkpoint in run_dir, if there is one. The result is that of a run that was never stopped.",
+    ),
+    init_weights: Optional[Path] = Input(
+        default=None,
+        description="A weights.zip or LoRA to go on learning from, of the same rank and layers. Its token's row goes on too.",
+    ),
     seed: Optional[int] = Input(
         default=None,
         ge=-1,
@@ -139,70 +152,8 @@ def train(
             warmup_steps=warmup_steps,
             seed=random_seed() if seed is None or seed == -1 else seed,
         )
-        weights_path = run_training(config, LocalPath(str(dataset)))
+        options = RunOptions(run_dir, save_every, keep_checkpoints, resume)
+        init = LocalPath(str(init_weights)) if init_weights else None
+        weights_path = session.run(config, options, LocalPath(str(dataset)), session.output_path(), init)
+        cast(Any, current_scope()).record_metric("training_step_count", config.steps)
         return TrainingOutput(weights=Path(weights_path))  # pyright: ignore[reportCallIssue] (cog makes the constructor)
-
-
-def output_path() -> LocalPath:
-    """A fresh file per run in a folder per process: the server sends it on, the next run replaces it."""
-    folder = LocalPath(tempfile.gettempdir()) / f"qwen-image-lora-train-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder / "weights.zip"
-
-
-def run_training(config: TrainConfig, archive: LocalPath) -> LocalPath:
-    """Unpack, train, write weights.zip; the unpacked pictures are removed whatever happens."""
-    print(f"seed {config.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as folder:
-        unpack(archive, LocalPath(folder))
-        base_model = fetch.base_model_name()
-        tokenizer = models.load_tokenizer(fetch.fetch_model(base_model, ("tokenizer",)))
-        found = preflight.read_dataset(LocalPath(folder), config, tokenizer)
-        for line in preflight.describe(found, config, tokenizer):
-            print(line, flush=True)
-        run = preparation.prepare(config, found, fetch.fetch_model(base_model), models.default_place())
-    loss = consume(run)
-    target, began = output_path(), time.monotonic()
-    placeholders = training.describe_placeholders(run)
-    weights.save_weights(target, training.finish(run), run.config, base_model, found.num_images, loss, placeholders)
-    run.seconds["save"] = time.monotonic() - began
-    for line in training.describe_speed(run):
-        print(line, flush=True)
-    print(f"wrote weights.zip, {target.stat().st_size / 1e6:.1f} MB", flush=True)
-    return target
-
-
-def consume(run: preparation.Run) -> float:
-    """Step through the run and print its progress. -> the mean loss over the last tenth of the steps."""
-    config, progress, reports, printed = run.config, Progress(run.config.steps), [], 0
-    for report in training.train(run):
-        reports.append(report)  # numbers are read, and the device waited for, only where a line is printed
-        if progress.is_due(report.step):
-            print(f"step {report.step}/{config.steps} {described_losses(reports[printed:])} "
-                  f"lr {report.learning_rate:.1e} grad {float(report.grad_norm):.2f} {progress.pace(report.step)}",
-                  flush=True)  # fmt: skip
-            for token, row in training.report_rows(run).items():
-                near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
-                grad = f"grad {float(report.row_grad_norms.get(token, 0)):.2g}"
-                print(
-                    f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True
-                )
-            printed = len(reports)
-    cast(Any, current_scope()).record_metric("training_step_count", config.steps)
-    run.seconds["train"] = progress.elapsed_s() - run.seconds["probe"]
-    last = reports[-max(1, len(reports) // 10) :]
-    taught = mean_of([report.taught for report in last])
-    return taught if taught is not None else last[-1].loss
-
-
-def described_losses(reports: list[training.StepReport]) -> str:
-    """The mean losses of these steps' micro-batches: of those that taught, and of those that held the class."""
-    taught, kept = mean_of([report.taught for report in reports]), mean_of([report.kept for report in reports])
-    parts = ["loss -" if taught is None else f"loss {taught:.4f}", "" if kept is None else f"class {kept:.4f}"]
-    return " ".join(filter(None, parts))
-
-
-def mean_of(losses: list[torch.Tensor]) -> float | None:
-    joined = torch.cat(losses)
-    return float(joined.mean()) if len(joined) else None

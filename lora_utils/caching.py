@@ -45,6 +45,7 @@ class CachedExample:
     caption: str
     size: Size
     image_name: str
+    key: str = ""  # of the picture's content and all else that its latents follow from
 
     @property
     def latents(self) -> Tensor:
@@ -75,7 +76,7 @@ def cache_examples(examples: Sequence[Example], folder: Path, place: Place, stor
     if len(new) < len(found):
         log.info("%d of %d encoded pictures were in the cache", len(found) - len(new), len(found))
     return [
-        CachedExample(tensors, example.caption, example.size, example.image_path.name)
+        CachedExample(tensors, example.caption, example.size, example.image_path.name, key)
         for key, example in zip(keys, examples, strict=True)
         if (tensors := found[key]) is not None
     ]

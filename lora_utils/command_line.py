@@ -13,8 +13,11 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     for field in fields(settings):
         kind: Any = next(iter(get_args(field.type)), field.type)  # of `float | None`, the first
         default = "random" if field.default is MISSING else field.default
-        help_text = "" if default in (None, "", False) else f"default {default}"
+        needed = field.default is MISSING and field.default_factory is MISSING
+        help_text = "" if default in (None, "", False) or needed else f"default {default}"
         if kind is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         else:
-            parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=help_text)
+            parser.add_argument(
+                f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=help_text, required=needed
+            )

@@ -15,6 +15,7 @@ from lora_utils.errors import UserError
 MAX_SEED = 2**32 - 1
 LR_SCHEDULERS = ("constant", "cosine", "linear")
 QUANTIZATIONS = ("auto", "none", "fp8", "int8", "nf4")
+RESUMES = ("never", "auto")
 MASK_SOURCES = ("none", "file", "alpha")
 OUTPUT_FORMATS = ("webp", "jpg", "png")
 TRIGGER = "[trigger]"  # in captions: the trigger word, or the placeholder token
@@ -168,6 +169,28 @@ class TrainConfig:
     def triggers(self) -> tuple[str, ...]:
         """The tokens, and the trigger word if there is one: what names the thing that is taught."""
         return self.tokens + ((self.trigger_word,) if self.trigger_word else ())
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What is kept of a training on its way. None of it changes what is learned."""
+
+    run_dir: str = ""  # a folder of the machine that trains; empty: nothing is kept
+    save_every: int = 0  # steps from one checkpoint to the next; 0: none
+    keep_checkpoints: int = 2  # older ones are removed
+    resume: str = "never"  # or "auto": go on from the last checkpoint in run_dir, if there is one
+
+    def __post_init__(self) -> None:
+        checked = {
+            "run_dir": self.run_dir.strip(),
+            "save_every": _whole("save_every", self.save_every, 0, 20000),
+            "keep_checkpoints": _whole("keep_checkpoints", self.keep_checkpoints, 1, 1000),
+            "resume": _choice("resume", self.resume, RESUMES),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if not self.run_dir and (self.save_every or self.resume != "never"):
+            raise UserError("save_every and resume need a run_dir, the folder that checkpoints are kept in.")
 
 
 @dataclass(frozen=True, slots=True)

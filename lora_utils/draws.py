@@ -65,28 +65,39 @@ def batches(examples: Sequence[_Picture], batch_size: int, seed: int) -> Iterato
         yield from epoch
 
 
-def micro_batches(
-    config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule,
-    preserved: Mapping[str, str] | None = None,
-) -> Iterator[Drawn]:  # fmt: skip
-    """Endless; `gradient_accumulation` of them make a step.
+class MicroBatches:
+    """Endless; `gradient_accumulation` of them make a step. Its place can be written down, and returned to.
 
     With `preserved`, captions by the class's, a share of them (`preservation_weight`) holds the class.
     """
-    noises, sigmas, dropout, classes = (
-        generator_for(config.seed, purpose) for purpose in ("noise", "sigma", "dropout", "preservation")
-    )
-    for batch in batches(examples, config.batch_size, config.seed):
+
+    PURPOSES = ("noise", "sigma", "dropout", "preservation")
+
+    def __init__(
+        self, config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule,
+        preserved: Mapping[str, str] | None = None,
+    ):  # fmt: skip
+        self.config, self.schedule, self.preserved = config, schedule, preserved or {}
+        self.generators = {purpose: generator_for(config.seed, purpose) for purpose in self.PURPOSES}
+        self.batches = batches(examples, config.batch_size, config.seed)
+        self.drawn = 0
+
+    def __iter__(self) -> "MicroBatches":
+        return self
+
+    def __next__(self) -> Drawn:
+        batch, config = next(self.batches), self.config
+        self.drawn += 1
         clean = torch.stack([example.latents for example in batch])  # [B, N, C]
-        noise = torch.randn(clean.shape, generator=noises)
-        sigma = flow.draw_sigmas(len(batch), schedule.mu(clean.shape[1]), sigmas)  # [B]
-        dropped = torch.rand(len(batch), generator=dropout) < config.caption_dropout
+        noise = torch.randn(clean.shape, generator=self.generators["noise"])
+        sigma = flow.draw_sigmas(len(batch), self.schedule.mu(clean.shape[1]), self.generators["sigma"])  # [B]
+        dropped = torch.rand(len(batch), generator=self.generators["dropout"]) < config.caption_dropout
         captions = [EMPTY_CAPTION if drop else e.caption for drop, e in zip(dropped, batch, strict=True)]
-        preserves = float(torch.rand((), generator=classes)) < config.preservation_weight
-        held = [preserved[example.caption] for example in batch if preserved and example.caption in preserved]
+        preserves = float(torch.rand((), generator=self.generators["preservation"])) < config.preservation_weight
+        held = [self.preserved[example.caption] for example in batch if example.caption in self.preserved]
         if preserves := preserves and len(held) == len(batch):
             captions = held
-        yield Drawn(
+        return Drawn(
             flow.add_noise(clean, noise, sigma),
             flow.velocity_target(clean, noise),
             sigma,
@@ -96,6 +107,19 @@ def micro_batches(
             None if preserves else loss_weights(batch, config.mask_floor),
             preserves,
         )
+
+    def place(self) -> dict[str, Tensor]:
+        """Where it is: how many were drawn, and the generators' states."""
+        states = {purpose: generator.get_state() for purpose, generator in self.generators.items()}
+        return {"drawn": torch.tensor(self.drawn), **states}
+
+    def return_to(self, place: Mapping[str, Tensor]) -> None:
+        """Be where another one, of the same config and examples, was. The order of the pictures is drawn again."""
+        for _ in range(int(place["drawn"]) - self.drawn):
+            next(self.batches)
+        self.drawn = int(place["drawn"])
+        for purpose, generator in self.generators.items():
+            generator.set_state(place[purpose])
 
 
 def loss_weights(batch: Sequence[CachedExample], floor: float) -> Tensor | None:

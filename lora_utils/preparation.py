@@ -6,6 +6,7 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,16 @@ from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
 from lora_utils import flow, fresh_token, memory, models
 from lora_utils import plan as plans
-from lora_utils.adapters import attach_trainable_lora
+from lora_utils.adapters import attach_trainable_lora, set_trainable_lora
+from lora_utils.archive import unpack_weights
 from lora_utils.autocaption import write_captions
 from lora_utils.caching import CachedExample, cache_examples, encode_captions, find_captions
 from lora_utils.captions import preserved_caption
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset, refuse
-from lora_utils.draws import EMPTY_CAPTION, Sized, generator_for, run_timesteps
+from lora_utils.draws import EMPTY_CAPTION, MicroBatches, Sized, generator_for, run_timesteps
+from lora_utils.errors import UserError
+from lora_utils.lora_file import read_lora_file
 from lora_utils.placeholder import Placeholders, no_placeholders
 from lora_utils.preflight import caption_problems
 from lora_utils.store import open_store
@@ -53,6 +57,9 @@ class Run:
     first_rows: tuple[Tensor, ...]  # as they were drawn
     captions: list[str] = field(default_factory=list)  # one a picture
     preserved: dict[str, str] = field(default_factory=dict)  # captions with the class word in place of what is taught
+    step: int = 0  # optimizer steps taken
+    resumed_at: int = 0  # of these, the ones that an earlier process took
+    stream: MicroBatches | None = None  # what is drawn, once it has begun
     recomputed: int = 0  # blocks that recompute their activations in the backward pass
     compiled: bool = False  # the blocks' arithmetic
     flops: float = 0.0  # done so far
@@ -151,3 +158,27 @@ def new_optimizer(
     for group in groups:
         group["initial_lr"] = group["lr"]
     return torch.optim.AdamW(groups, fused=True)
+
+
+def start_from(run: Run, path: Path) -> None:
+    """Let a run go on learning from a LoRA of any layout, and from the rows of its tokens.
+
+    Raises UserError where layers, ranks or tokens don't fit, with what to set.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        lora_path, _ = unpack_weights(path, Path(folder))
+        lora = read_lora_file(lora_path, path.name)
+    if unused := [token for token in lora.rows if token not in run.placeholders.tokens]:
+        raise UserError(
+            f"init_weights {path.name} has learned {', '.join(unused)}; set train_placeholder_token and name them in "
+            "placeholder_token, or their rows would be lost."
+        )
+    set_trainable_lora(run.transformer, lora.layers)
+    for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True):
+        if token in lora.rows:
+            if lora.rows[token].numel() != row.numel():
+                raise UserError(f"init_weights {path.name}: the row of {token} is of another width than the model's.")
+            with torch.no_grad():
+                row.copy_(lora.rows[token].view(-1))
+    run.first_rows = tuple(row.detach().clone() for row in run.placeholders.rows)
+    log.info("going on from %s: %d layers, %d rows", path.name, len(lora.layers), len(lora.rows))

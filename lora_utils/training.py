@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_utils import flops, fresh_token, memory
 from lora_utils.adapters import trained_lora
 from lora_utils.config import TrainConfig
-from lora_utils.draws import Drawn, micro_batches
+from lora_utils.draws import Drawn, MicroBatches
 from lora_utils.errors import UserError
 from lora_utils.fitting import plan_memory, within_the_plan
 from lora_utils.lora_file import LoraFile
@@ -120,13 +120,15 @@ def check_numbers(reports: Sequence[tuple[StepReport, Sequence[Drawn]]]) -> None
 
 
 def train(run: Run) -> Iterator[StepReport]:
-    """Step through the run, one report per optimizer step. The last states of the run are in `run`."""
+    """Step through the run from where it is, one report per optimizer step: `run` is then as that step left it."""
     config, unchecked = run.config, []
     plan_memory(run)
-    stream = micro_batches(config, run.examples, run.schedule, run.preserved)
-    for step in range(config.steps):
-        drawn = [next(stream) for _ in range(config.gradient_accumulation)]
+    if run.stream is None:
+        run.stream = MicroBatches(config, run.examples, run.schedule, run.preserved)
+    for step in range(run.step, config.steps):
+        drawn = [next(run.stream) for _ in range(config.gradient_accumulation)]
         report = within_the_plan(run, drawn, partial(take_step, run, drawn, step))
+        run.step = step + 1
         unchecked.append((report, drawn))
         if step % CHECK_EVERY == 0 or step + 1 == config.steps:
             check_numbers(unchecked)
@@ -142,14 +144,14 @@ def finish(run: Run) -> LoraFile:
     rows = {}
     for token, row, first in zip(run.placeholders.tokens, run.placeholders.rows, run.first_rows, strict=True):
         if row.requires_grad and torch.equal(row, first):
-            raise RuntimeError(f"the row of {token} hasn't moved in {run.config.steps} steps")
+            raise RuntimeError(f"the row of {token} hasn't moved in {run.step} steps")
         rows[token] = row.detach().float().cpu().view(1, -1)
     return LoraFile(trained_lora(run.transformer), rows)
 
 
 def describe_speed(run: Run) -> list[str]:
     """The run's last lines: how fast it was against what the device can do, its peak of memory, where the time went."""
-    device, steps, seconds = run.place.device, run.config.steps, run.seconds["train"]
+    device, steps, seconds = run.place.device, max(1, run.step - run.resumed_at), run.seconds["train"]
     done, peak = run.flops / seconds, flops.measured_peak(device, run.place.dtype)
     spent = ", ".join(f"{name} {taken:.1f} s" for name, taken in run.seconds.items())
     held = "of the card's memory" if device.type == "cuda" else "of memory"

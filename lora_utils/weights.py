@@ -144,8 +144,8 @@ def _one_or_all(values: list[Any]) -> Any:
 
 
 def save_weights(
-    target: Path, lora: LoraFile, config: TrainConfig, base_model: str, num_images: int, final_loss: float,
-    placeholders: list[dict[str, Any]],
+    target: Path, lora: LoraFile, config: TrainConfig, base_model: str, num_images: int, final_loss: float | None,
+    placeholders: list[dict[str, Any]], steps: int | None = None,
 ) -> None:  # fmt: skip
     """Write `weights.zip` with the LoRA, its rows and a meta.json that says how they were made."""
     meta = Meta(
@@ -157,7 +157,7 @@ def save_weights(
         rank=config.rank,
         lora_alpha=config.rank,
         lora_targets=config.lora_targets,
-        training_steps=config.steps,
+        training_steps=config.steps if steps is None else steps,
         learning_rate=config.learning_rate,
         resolution=config.resolution,
         batch_size=config.batch_size,

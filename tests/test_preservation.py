@@ -78,7 +78,7 @@ def test_the_lora_is_back_after_a_failure(run):
 
 def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
     """B is zero at first, so the LoRA's prediction is the base's: the loss is zero, and so is its gradient."""
-    stream = draws.micro_batches(CONFIG, run.examples, run.schedule, run.preserved)
+    stream = draws.MicroBatches(CONFIG, run.examples, run.schedule, run.preserved)
     drawn = next(batch for batch in stream if batch.preserves)
     assert not any("<zwx>" in caption for caption in drawn.captions)
     loss = objective.forward_backward(run, [drawn])
@@ -88,7 +88,7 @@ def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
 
 
 def test_about_that_share_of_the_micro_batches_holds_the_class_and_the_others_are_as_without(run):
-    streams = [draws.micro_batches(CONFIG, run.examples, run.schedule, held) for held in (run.preserved, None)]
+    streams = [draws.MicroBatches(CONFIG, run.examples, run.schedule, held) for held in (run.preserved, None)]
     pairs = [(next(streams[0]), next(streams[1])) for _ in range(200)]
     share = sum(held.preserves for held, _ in pairs) / len(pairs)
     assert share == pytest.approx(0.5, abs=0.08)

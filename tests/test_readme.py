@@ -97,6 +97,25 @@ def test_the_report_on_a_dataset_runs_as_written(folder, random_model):
     assert "10 pictures" in done.stdout
 
 
+def test_training_and_sampling_without_cog_run_as_written(folder, random_model, tmp_path):
+    """With fewer and smaller steps behind what is written."""
+    shutil.copy(folder / "dataset.zip", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "BASE_MODEL": str(random_model)}
+    fewer = {"train": "--steps 2 --resolution 64 --rank 2", "sample": "--steps 2 --width 64 --height 64"}
+    for line in (line for line in CONSOLE if line.startswith("python -m lora_utils ")):
+        words = shlex.split(line)[1:]
+        command = [sys.executable, *words, *fewer[words[2]].split()]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    again = subprocess.run(
+        [sys.executable, "-m", "lora_utils", "train", "dataset.zip"], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 1
+    assert "weights.zip is there already" in again.stderr
+
+
 def test_the_conversion_runs_as_written(folder, tmp_path):
     (line,) = (line for line in CONSOLE if line.startswith("python -m lora_utils.convert"))
     shutil.copy(folder / "weights.zip", tmp_path)

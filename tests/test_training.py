@@ -31,7 +31,7 @@ def losses(run: preparation.Run) -> list[float]:
 
 def test_the_loss_of_a_batch_is_the_formula(prepare):
     run = prepare(replace(BASELINE, caption_dropout=0.0))
-    loss = objective.batch_loss(run, next(draws.micro_batches(run.config, run.examples, run.schedule)))
+    loss = objective.batch_loss(run, next(draws.MicroBatches(run.config, run.examples, run.schedule)))
 
     batch = next(draws.batches(run.examples, 3, 0))
     noise_generator, sigma_generator = (draws.generator_for(0, purpose) for purpose in ("noise", "sigma"))
@@ -182,7 +182,7 @@ def test_rates_warm_up_and_then_follow_the_schedule(scheduler, expected):
 
 def test_a_loss_that_is_not_finite_stops_with_pictures_and_sigma(prepare):
     run = prepare(BASELINE)
-    run.examples[0] = replace(run.examples[0], latents=torch.full_like(run.examples[0].latents, torch.nan))
+    run.examples[0] = replace(run.examples[0], tensors={"latents": torch.full((16, 64), torch.nan)})
     with pytest.raises(UserError, match=r"the loss is nan at step \d.*00\.png.*sigma"):
         list(training.train(run))
 

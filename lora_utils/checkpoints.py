@@ -1,0 +1,146 @@
+"""Checkpoints: all that a run's next step follows from, on disk, whole or not there.
+
+Owns the folders, what must be equal for a run to go on, and how old ones go. A checkpoint is written under another
+name, synced to the disk and renamed: whatever kills the process, at whatever moment, the last one is whole. A run that
+goes on from it is, on the same machine, the run that was never stopped, bit for bit.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_utils.draws import MicroBatches
+from lora_utils.errors import UserError
+from lora_utils.preparation import Run
+
+_PREFIX, _PARTIAL = "step-", ".partial"
+_STATE, _SETTINGS = "state.safetensors", "settings.json"
+
+
+def _learned(run: Run) -> list[torch.nn.Parameter | Tensor]:
+    return [*run.lora, *run.placeholders.rows]
+
+
+def _tensors(run: Run) -> dict[str, Tensor]:
+    """By a name that says whose they are: the weights, what the optimizer keeps of each, and the draws' place."""
+    tensors = {}
+    for index, parameter in enumerate(_learned(run)):
+        tensors[f"learned.{index}"] = parameter.detach()
+        for name, value in run.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{index}.{name}"] = value
+    if run.stream is None:
+        raise RuntimeError("a run that hasn't begun has no place to write down")
+    tensors |= {f"draws.{name}": value for name, value in run.stream.place().items()}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    data = sorted((example.key, example.caption, str(example.size)) for example in run.examples)
+    return {
+        **asdict(run.config),
+        "pictures and captions": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
+        "device": run.place.device.type,
+        "dtype": str(run.place.dtype),
+        "torch": torch.__version__,
+    }
+
+
+def save(run: Run, folder: Path, keep: int) -> Path:
+    """Write the run as it is now, and remove all but the `keep` last checkpoints. -> its folder.
+
+    Raises UserError for weights that are no numbers, and where the disk is full; older checkpoints are whole then.
+    """
+    tensors = _tensors(run)
+    if not all(value.isfinite().all() for name, value in tensors.items() if name.startswith("learned")):
+        raise UserError(f"the weights aren't finite after step {run.step}, and aren't saved; lower learning_rate.")
+    target = folder / f"{_PREFIX}{run.step:06d}"
+    partial = target.with_name(target.name + _PARTIAL)
+    with _disk_errors_named(folder):
+        for left in folder.glob(f"{_PREFIX}*{_PARTIAL}"):  # by a process that was killed
+            shutil.rmtree(left)
+        try:
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / _STATE)
+            (partial / _SETTINGS).write_text(
+                json.dumps({"step": run.step, "settings": _settings(run)}, indent=2) + "\n"
+            )
+            for path in (partial / _STATE, partial / _SETTINGS, partial):
+                _sync(path)
+            if target.exists():  # the same step of a run before this one
+                shutil.rmtree(target)
+            partial.rename(target)
+            _sync(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in saved(folder)[: -max(1, keep)]:
+            shutil.rmtree(old)
+    return target
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"the checkpoint in {folder} can't be written ({why}); free some room, lower keep_checkpoints or name "
+            "another run_dir. The last checkpoint is whole: resume=auto goes on from it."
+        ) from error
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if not path.name.endswith(_PARTIAL)]
+    return sorted(path for path in found if (path / _SETTINGS).is_file())
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Make a prepared run the one that was saved. Raises UserError for one of other settings or data."""
+    try:
+        written = json.loads((checkpoint / _SETTINGS).read_text())
+        tensors = load_file(checkpoint / _STATE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {checkpoint} can't be read ({error}); remove it, or name another run_dir."
+        ) from error
+    ours, theirs = _settings(run), written["settings"]
+    other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if other:
+        listed = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other)
+        raise UserError(
+            f"the checkpoint {checkpoint} is another run's ({listed}). Give the same inputs and data, or another "
+            "run_dir."
+        )
+    run.step = run.resumed_at = written["step"]
+    with torch.no_grad():
+        for index, parameter in enumerate(_learned(run)):
+            parameter.copy_(tensors[f"learned.{index}"])
+            prefix = f"optimizer.{index}."
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            if state:
+                run.optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
+    run.stream = MicroBatches(run.config, run.examples, run.schedule, run.preserved)
+    run.stream.return_to({name.removeprefix("draws."): v for name, v in tensors.items() if name.startswith("draws.")})

@@ -1,0 +1,285 @@
+"""Checkpoints: a run that goes on is the run that was never stopped, and a kill leaves the last one whole."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+
+from examples.demo import write_dataset
+from examples.shapes import Prompt
+from lora_utils import checkpoints, models, preparation, session, training
+from lora_utils.archive import LORA_MEMBER, META_MEMBER
+from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.errors import UserError
+from tests.conftest import ROOT
+
+CONFIG = TrainConfig(
+    steps=12, rank=4, learning_rate=1e-3, batch_size=3, gradient_accumulation=2, resolution="64", seed=0,
+    lr_scheduler="cosine", warmup_steps=3, train_placeholder_token=True, class_word="square", preservation_weight=0.3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def prepare(dataset, random_model):
+    def make(config=CONFIG) -> preparation.Run:
+        return preparation.prepare(config, dataset, random_model, models.default_place())
+
+    return make
+
+
+def steps(run, count=None):
+    losses = []
+    for report in training.train(run):
+        losses.append(report.loss)
+        if len(losses) == count:
+            break
+    return losses
+
+
+def same_result(one, other) -> bool:
+    a, b = training.finish(one), training.finish(other)
+    layers = all(torch.equal(a.layers[n].up, b.layers[n].up) and torch.equal(a.layers[n].down, b.layers[n].down)
+                 for n in a.layers)  # fmt: skip
+    return layers and all(torch.equal(a.rows[token], b.rows[token]) for token in a.rows)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_a_run_that_goes_on_is_the_one_that_was_never_stopped(stop, prepare, tmp_path):
+    whole = prepare()
+    expected = steps(whole)
+    first = prepare()
+    losses = steps(first, stop)
+    path = checkpoints.save(first, tmp_path, keep=2)
+    second = prepare()
+    checkpoints.restore(second, path)
+    assert losses + steps(second) == expected
+    assert same_result(whole, second)
+
+
+def test_a_baseline_run_goes_on_too_and_through_several_checkpoints(prepare, tmp_path):
+    config = replace(CONFIG, train_placeholder_token=False, class_word="")
+    whole = prepare(config)
+    expected = steps(whole)
+    losses = []
+    for _ in range(4):
+        run = prepare(config)
+        if found := checkpoints.saved(tmp_path):
+            checkpoints.restore(run, found[-1])
+        losses += steps(run, 3)
+        checkpoints.save(run, tmp_path, keep=1)
+    assert losses == expected
+    assert same_result(whole, run)
+    assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000012"]
+
+
+def test_other_settings_or_data_are_refused_by_name(prepare, tmp_path):
+    run = prepare()
+    steps(run, 2)
+    path = checkpoints.save(run, tmp_path, keep=2)
+    with pytest.raises(UserError, match=r"learning_rate: 0\.001 there, 0\.002 here; seed: 0 there, 1 here"):
+        checkpoints.restore(prepare(replace(CONFIG, learning_rate=2e-3, seed=1)), path)
+    other = prepare()
+    other.examples[0] = replace(other.examples[0], caption="another <zwx>")
+    with pytest.raises(UserError, match="pictures and captions"):
+        checkpoints.restore(other, path)
+
+
+def test_the_last_ones_are_kept(prepare, tmp_path):
+    run = prepare()
+    for report in training.train(run):
+        checkpoints.save(run, tmp_path, keep=3)
+        if report.step == 6:
+            break
+    assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_is_whole(prepare, tmp_path, monkeypatch):
+    run = prepare()
+    steps(run, 2)
+    whole = checkpoints.save(run, tmp_path, keep=1)
+
+    def full(_tensors, path):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    run.step += 1
+    with pytest.raises(UserError, match=r"can't be written \(No space left on device\); free some room"):
+        checkpoints.save(run, tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
+    checkpoints.restore(prepare(), whole)
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes(prepare, tmp_path):
+    run = prepare()
+    steps(run, 2)
+    half = tmp_path / "step-000001.partial"
+    half.mkdir()
+    (half / "settings.json").write_text("{}")
+    assert checkpoints.saved(tmp_path) == []
+    checkpoints.save(run, tmp_path, keep=1)
+    assert not half.exists()
+
+
+def test_a_damaged_checkpoint_is_named(prepare, tmp_path):
+    run = prepare()
+    steps(run, 1)
+    path = checkpoints.save(run, tmp_path, keep=1)
+    (path / "state.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-000001 can't be read .*; remove it"):
+        checkpoints.restore(prepare(), path)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(prepare, tmp_path):
+    run = prepare()
+    steps(run, 1)
+    run.lora[0].data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="aren't finite after step 1"):
+        checkpoints.save(run, tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_need_a_folder():
+    for given in ({"save_every": 5}, {"resume": "auto"}):
+        with pytest.raises(UserError, match="need a run_dir"):
+            RunOptions(**given)
+
+
+# --- going on from weights ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dataset.zip"
+    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
+    return path
+
+
+@pytest.fixture
+def trained(archive, random_model, tmp_path, monkeypatch):
+    """The weights of a short training."""
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    return session.run(replace(CONFIG, steps=2), RunOptions(), archive, tmp_path / "trained.zip")
+
+
+def test_a_run_that_starts_from_weights_starts_where_they_are(trained, prepare):
+    run = prepare()
+    fresh = [weight.clone() for weight in run.lora]
+    preparation.start_from(run, trained)
+    with zipfile.ZipFile(trained) as packed:
+        names = packed.namelist()
+    assert LORA_MEMBER in names
+    assert not all(torch.equal(weight, old) for weight, old in zip(run.lora, fresh, strict=True))
+    start = training.finish(replace_first_rows(run))
+    other = prepare()
+    preparation.start_from(other, trained)
+    assert all(torch.equal(layer.up, training.finish(replace_first_rows(other)).layers[n].up)
+               for n, layer in start.layers.items())  # fmt: skip
+    assert len(steps(run)) == CONFIG.steps
+
+
+def replace_first_rows(run):
+    run.first_rows = tuple(torch.zeros_like(row) for row in run.first_rows)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(CONFIG, rank=8), "of rank 4, and rank is 8; set rank=4"),
+        (replace(CONFIG, lora_targets="attention_mlp"), "Choose the lora_targets it was trained with"),
+        (
+            replace(CONFIG, train_placeholder_token=False, class_word=""),
+            "has learned <zwx>; set train_placeholder_token",
+        ),
+        (replace(CONFIG, placeholder_token="<abc>"), "has learned <zwx>; set train_placeholder_token"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_what_to_set(config, message, trained, random_model, dataset):
+    examples = [replace(e, caption=e.caption.replace("<zwx>", config.placeholder_token)) for e in dataset.examples]
+    run = preparation.prepare(config, replace(dataset, examples=examples), random_model, models.default_place())
+    with pytest.raises(UserError, match=message):
+        preparation.start_from(run, trained)
+
+
+# --- as a user runs it ----------------------------------------------------------------------------------------------
+
+LONG = ["--steps", "40", "--rank", "4", "--batch_size", "2", "--resolution", "64", "--seed", "3",
+        "--train_placeholder_token", "--learning_rate", "1e-3"]  # fmt: skip
+
+
+def start(archive, folder, model, *given):
+    command = [sys.executable, "-m", "lora_utils", "train", str(archive), *LONG, *given]
+    environment = {**os.environ, "BASE_MODEL": str(model), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def lora_of(path):
+    with zipfile.ZipFile(path) as packed:
+        return packed.read(LORA_MEMBER), json.loads(packed.read(META_MEMBER))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(archive, random_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(archive, folder, random_model)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    return lora_of(folder / "weights.zip")
+
+
+def test_a_run_that_is_killed_at_random_and_resumed_writes_the_same_file(archive, random_model, tmp_path, undisturbed):
+    """kill -9 again and again: at most the steps since the last checkpoint are lost."""
+    keeping = ("--run_dir", str(tmp_path / "run"), "--save_every", "4", "--resume", "auto")
+    for wait_for in (1, 2, 3):
+        process = start(archive, tmp_path, random_model, *keeping)
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "run").glob("step-*"))) == 0 or _last(tmp_path / "run") < 8 * wait_for:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "weights.zip").exists()
+    process = start(archive, tmp_path, random_model, *keeping)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "going on from" in said
+    assert lora_of(tmp_path / "weights.zip")[0] == undisturbed[0]
+
+
+def _last(folder):
+    return max((int(path.name[5:11]) for path in checkpoints.saved(folder)), default=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_writes_a_checkpoint_and_usable_weights_and_says_where(
+    number, archive, random_model, tmp_path, undisturbed
+):
+    keeping = ("--run_dir", str(tmp_path / "run"), "--resume", "auto")
+    process = start(archive, tmp_path, random_model, *keeping, "--output", "early.zip", "--steps", "40")
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(number)
+            break
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "as asked" in said
+    assert "checkpoint" in said
+    assert "the weights are in early.zip" in said
+    _, meta = lora_of(tmp_path / "early.zip")
+    assert 0 < meta["training_steps"] < 40
+    process = start(archive, tmp_path, random_model, *keeping)
+    said = process.communicate(timeout=120)[0]
+    assert f"after step {meta['training_steps']}" in said
+    assert lora_of(tmp_path / "weights.zip")[0] == undisturbed[0]
