@@ -50,9 +50,9 @@ def sampling_bytes(tokens: int, width: int, element_bytes: int) -> float:
     return float(tokens * width * element_bytes * WORKING_WIDTHS)
 
 
-def decode_bytes(pixels: int, element_bytes: int) -> float:
-    """What the VAE needs to decode a picture: 5.3 GB at 1024x1024 in bf16, with the area."""
-    return 5.3e9 / 1024**2 / 2 * pixels * element_bytes
+def decode_bytes(pixels: int, element_bytes: int, base_dim: int) -> float:
+    """What a VAE of this width needs to decode a picture: Qwen-Image's, of 96, 5.3 GB for 1024x1024 in bf16."""
+    return 5.3e9 / 1024**2 / 2 / 96 * pixels * element_bytes * base_dim
 
 
 def blocks_to_recompute(size: StepSize, free_bytes: float) -> int:

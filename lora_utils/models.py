@@ -271,8 +271,12 @@ def join_text(states: Sequence[Tensor]) -> Text:
 
 
 def join_texts(*texts: Text) -> Text:
-    """Batches without padding of their own, one after the other."""
-    return join_text([state for text in texts for state in text.states])
+    """Several batches as one, each prompt without its padding before it is padded anew."""
+    prompts = []
+    for text in texts:
+        lengths = [text.states.shape[1]] * len(text.states) if text.mask is None else text.mask.sum(dim=1).tolist()
+        prompts += [state[:length] for state, length in zip(text.states, lengths, strict=True)]
+    return join_text(prompts)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

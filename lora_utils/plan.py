@@ -156,7 +156,8 @@ def sampling_demand(folder: Path, device: torch.device, dtype: torch.dtype) -> D
     table = timesteps is not None and modulation.pays(len(timesteps), width)
     size = Size(*qwen.OFFICIAL_SIZES_PX["1:1"])
     step = memory.sampling_bytes(size.tokens, width, dtype.itemsize)
-    decode = memory.decode_bytes(size.width_px * size.height_px, dtype.itemsize)
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    decode = memory.decode_bytes(size.width_px * size.height_px, dtype.itemsize, vae["base_dim"])
     return Demand(
         memory.free_bytes(device),
         text_encoder_bytes(text, dtype.itemsize),

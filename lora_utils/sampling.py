@@ -152,7 +152,7 @@ def too_large(components: Components, size: Size) -> UserError:
     models.release_memory()
     free, pixels = memory.free_bytes(place.device), size.width_px * size.height_px
     forward = memory.sampling_bytes(size.tokens, transformer.inner_dim, place.dtype.itemsize)
-    needed = max(forward, memory.decode_bytes(pixels, place.dtype.itemsize))
+    needed = max(forward, memory.decode_bytes(pixels, place.dtype.itemsize, components.vae.config["base_dim"]))
     fitting = (
         min(0.5, max(0.0, free - memory.SPARE_BYTES) / needed) * pixels / 1e6
     )  # half of it, if arithmetic is wrong

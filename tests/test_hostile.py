@@ -17,10 +17,10 @@ from PIL import Image
 
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import load_pixels, read_dataset
+from lora_utils.dataset import load_pixels, load_shares, read_dataset
 from lora_utils.errors import UserError
 
-# Two thousand cases in all, spread over the kinds of damage.
+# Three thousand cases in all, spread over the kinds of damage.
 CASES = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 FORMATS = {
@@ -47,6 +47,17 @@ def encoded(name: str) -> bytes:
 
 
 PICTURES = {name: encoded(name) for name in FORMATS}
+
+
+def transparent() -> bytes:
+    stored = io.BytesIO()
+    picture = Image.fromarray(PIXELS).convert("RGBA")
+    picture.putalpha(Image.fromarray(PIXELS[..., 0]))
+    picture.save(stored, "png")
+    return stored.getvalue()
+
+
+TRANSPARENT = transparent()
 
 
 def as_zip(members: dict[str, bytes]) -> bytes:
@@ -92,18 +103,19 @@ def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def refusal_of(upload: Path, work: Path) -> str | None:
+def refusal_of(upload: Path, work: Path, mask_from: str = "none") -> str | None:
     """What a UserError says of it; None if it is a dataset. Anything else that is raised fails the test."""
     try:
         unpack(upload, work)
-        for example in read_dataset(work, TrainConfig(resolution="64", seed=0)).examples:
+        for example in read_dataset(work, TrainConfig(resolution="64", mask_from=mask_from, seed=0)).examples:
             load_pixels(example)
+            load_shares(example)
     except UserError as error:
         return str(error)
     return None
 
 
-def read_whatever(content: bytes) -> None:
+def read_whatever(content: bytes, mask_from: str = "none") -> None:
     """Read an upload as a training does: it is a dataset, or a UserError and nothing else."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
@@ -111,7 +123,7 @@ def read_whatever(content: bytes) -> None:
         work.mkdir()
         upload.write_bytes(content)
         before, threads, files = everything_below(root), threading.active_count(), open_files()
-        refused = refusal_of(upload, work)
+        refused = refusal_of(upload, work, mask_from)
         assert refused is None or refused.strip()
         (refused or "").encode()  # can be sent and printed
         shutil.rmtree(work)
@@ -131,6 +143,14 @@ def test_a_damaged_archive(pack, changes, share):
 @given(st.sampled_from(sorted(PICTURES)), st.sampled_from(sorted(PICTURES)), damage, cut)
 def test_a_damaged_picture_under_any_name(kind, name, changes, share):
     read_whatever(as_zip({f"0.{name}": damaged(PICTURES[kind], changes, share)}))
+
+
+@CASES
+@given(st.sampled_from(sorted(PICTURES)), damage, cut, st.sampled_from(["file", "alpha"]))
+def test_a_damaged_mask_or_a_picture_with_a_damaged_alpha(kind, changes, share, mask_from):
+    other = damaged(PICTURES[kind] if mask_from == "file" else TRANSPARENT, changes, share)
+    names = {"file": f"0.mask.{kind}", "alpha": "1.png"}
+    read_whatever(as_zip({"0.png": TRANSPARENT, names[mask_from]: other}), mask_from)
 
 
 @CASES

@@ -79,6 +79,24 @@ def test_a_whole_sampling_run_gives_the_pipelines_latents(guidance, size, compon
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_prompts_of_unequal_length_sampled_as_one_batch_are_those_sampled_alone(together, components, monkeypatch):
+    """Both branches of the guidance as one batch, or one after the other: padding is told from text in either."""
+    monkeypatch.setattr(sampling, "TOGETHER_TOKENS", 10_000 if together else 0)
+    request, size = SampleRequest("", steps=4, seed=0), Size(64, 64)
+    noise = torch.cat([sampling.initial_noise(size, seed) for seed in range(len(PROMPTS))])
+
+    def latents(noise, prompts):
+        text, empty = encode(components, prompts), encode(components, [" "] * len(prompts))
+        return sampling.denoise(components, noise, size, text, empty, request, lambda step: None)
+
+    with torch.inference_mode():
+        several = latents(noise, PROMPTS)
+        for index, prompt in enumerate(PROMPTS):
+            alone = latents(noise[index : index + 1], [prompt])
+            torch.testing.assert_close(several[index : index + 1], alone, atol=1e-3, rtol=1e-3)
+
+
 def test_a_sampled_picture_is_the_pipelines(components, pipeline):
     request = SampleRequest("a red circle", steps=3, width=64, height=64, seed=1)
     (ours,) = sampling.sample(components, request, Size(64, 64), no_placeholders(), lambda *_: None)

@@ -153,7 +153,8 @@ def test_the_caption_counts_into_the_demand(random_model):
 @pytest.fixture
 def real_configs(tmp_path):
     """The real model's configs, without its weights: enough for arithmetic."""
-    for part, config in (("transformer", QWEN_IMAGE), ("text_encoder", {"text_config": QWEN_TEXT.to_dict()})):
+    text = {"text_config": QWEN_TEXT.to_dict()}
+    for part, config in (("transformer", QWEN_IMAGE), ("text_encoder", text), ("vae", {"base_dim": 96})):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     return tmp_path
