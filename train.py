@@ -5,7 +5,7 @@ from typing import Any, Optional, cast
 
 from cog import BaseModel, Input, Path, current_scope
 
-from lora_utils import session
+from lora_utils import cards, session
 from lora_utils.config import RunOptions, TrainConfig, random_seed
 from lora_utils.console import log_to_stdout, unexpected_errors_printed
 
@@ -154,6 +154,7 @@ def train(
         )
         options = RunOptions(run_dir, save_every, keep_checkpoints, resume)
         init = LocalPath(str(init_weights)) if init_weights else None
-        weights_path = session.run(config, options, LocalPath(str(dataset)), session.output_path(), init)
+        train_it = session.run_on_all_cards if cards.several() > 1 else session.run
+        weights_path = train_it(config, options, LocalPath(str(dataset)), session.output_path(), init)
         cast(Any, current_scope()).record_metric("training_step_count", config.steps)
         return TrainingOutput(weights=Path(weights_path))  # pyright: ignore[reportCallIssue] (cog makes the constructor)

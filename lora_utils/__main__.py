@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_utils import session
+from lora_utils import cards, session
 from lora_utils.command_line import add_options
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.console import log_to_stdout
@@ -29,7 +29,10 @@ def train(given: dict[str, Any]) -> None:
     options = RunOptions(**{name: given.pop(name) for name in RunOptions.__dataclass_fields__ if name in given})
     if output.exists():
         raise UserError(f"{output} is there already; name another --output.")
-    session.run(TrainConfig(**given), options, data, output, init, stopped=lambda: bool(asked))
+    if cards.several() > 1:
+        session.run_on_all_cards(TrainConfig(**given), options, data, output, init)
+    else:
+        session.run(TrainConfig(**given), options, data, output, init, stopped=lambda: bool(asked))
     print(f"the weights are in {output}", flush=True)
 
 
@@ -70,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given.pop("run")(given)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"{cards.ERROR_MARK}{error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

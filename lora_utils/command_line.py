@@ -4,7 +4,7 @@ Must not know what the options do.
 """
 
 import argparse
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any, get_args
 
 
@@ -21,3 +21,14 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             parser.add_argument(
                 f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=help_text, required=needed
             )
+
+
+def to_options(settings: Any) -> list[str]:
+    """The options that `add_options` reads as these settings."""
+    options = []
+    for name, value in asdict(settings).items():
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            options.append(f"--{name}={value}")
+    return options

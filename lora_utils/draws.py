@@ -66,7 +66,7 @@ def batches(examples: Sequence[_Picture], batch_size: int, seed: int) -> Iterato
 
 
 class MicroBatches:
-    """Endless; `gradient_accumulation` of them make a step. Its place can be written down, and returned to.
+    """Endless; `gradient_accumulation` of them a card make a step. Its place can be written down, and returned to.
 
     With `preserved`, captions by the class's, a share of them (`preservation_weight`) holds the class.
     """
@@ -136,12 +136,12 @@ def loss_weights(batch: Sequence[CachedExample], floor: float) -> Tensor | None:
 
 
 def run_timesteps(
-    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype
+    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype, processes: int = 1
 ) -> Tensor:
-    """Every timestep [S] that the run will show the transformer, drawn beforehand just as the loop will draw them."""
+    """Every timestep [S] that the run will show a transformer, drawn beforehand just as the loop will draw them."""
     stream, generator = batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")
     drawn = []
-    for _ in range(config.steps * config.gradient_accumulation):
+    for _ in range(config.steps * config.gradient_accumulation * processes):
         batch = next(stream)
         drawn.append(flow.draw_sigmas(len(batch), schedule.mu(batch[0].size.tokens), generator))
     return flow.model_time(torch.cat(drawn), dtype).unique()

@@ -7,6 +7,7 @@ Legend: B batch, T text tokens, D the text encoder's width, N image tokens, C pa
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,9 +45,11 @@ class Place:
 
 
 def default_place() -> Place:
-    """The first GPU in bf16, else the CPU in fp32."""
+    """This process's GPU, the first where nothing says which, in bf16; else the CPU in fp32."""
     if torch.cuda.is_available():
-        return Place(torch.device("cuda"), torch.bfloat16)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return Place(device, torch.bfloat16)
     return Place(torch.device("cpu"), torch.float32)
 
 

@@ -54,10 +54,10 @@ def batch_loss(run: Run, drawn: Drawn) -> Tensor:
 
 
 def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
-    """Losses of the micro-batches [len(drawn)]; their gradients stay."""
+    """Losses of this process's micro-batches [len(drawn)]; their share of the step's gradients stays."""
     losses = []
     for batch in drawn:
         loss = batch_loss(run, batch)
-        (loss / len(drawn)).backward()
+        (loss / (len(drawn) * run.ranks.count)).backward()
         losses.append(loss.detach())
     return torch.stack(losses)

@@ -24,6 +24,7 @@ from lora_utils.archive import unpack_weights
 from lora_utils.autocaption import write_captions
 from lora_utils.caching import CachedExample, cache_examples, encode_captions, find_captions
 from lora_utils.captions import preserved_caption
+from lora_utils.cards import Ranks, agree, first_goes_first
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset, refuse
 from lora_utils.draws import EMPTY_CAPTION, MicroBatches, Sized, generator_for, run_timesteps
@@ -34,6 +35,8 @@ from lora_utils.preflight import caption_problems
 from lora_utils.store import open_store
 
 log = logging.getLogger(__name__)
+
+ALONE = Ranks()
 
 WEIGHT_DECAY = 1e-4  # of the LoRA; the row has none
 PROBE_SIGMA = 0.5  # of the step that tries the memory plan out, before the first of the run's own
@@ -57,6 +60,7 @@ class Run:
     first_rows: tuple[Tensor, ...]  # as they were drawn
     captions: list[str] = field(default_factory=list)  # one a picture
     preserved: dict[str, str] = field(default_factory=dict)  # captions with the class word in place of what is taught
+    ranks: Ranks = ALONE
     step: int = 0  # optimizer steps taken
     resumed_at: int = 0  # of these, the ones that an earlier process took
     stream: MicroBatches | None = None  # what is drawn, once it has begun
@@ -67,8 +71,9 @@ class Run:
 
 
 def prepare(
-    config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place, any_timestep: bool = False
-) -> Run:
+    config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place, any_timestep: bool = False,
+    ranks: Ranks = ALONE,
+) -> Run:  # fmt: skip
     """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA.
 
     `any_timestep`: the caller will show the transformer others than the run's own, so a table won't do.
@@ -77,20 +82,18 @@ def prepare(
     memory.forget_peak(place.device)
     began = time.monotonic()
     tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
-    refuse(caption_problems(dataset, config, tokenizer))
-    if config.autocaption and dataset.uncaptioned:
-        dataset = write_captions(dataset, config, model_folder, tokenizer, place)
-        refuse(caption_problems(dataset, config, tokenizer))
+    dataset = _captioned(config, dataset, model_folder, tokenizer, place, ranks)
     described = time.monotonic()
     captions = {caption: preserved_caption(caption, config) for caption in dataset.captions}
     preserved = {caption: held for caption, held in captions.items() if held != caption}
-    timesteps = None if any_timestep else shown_timesteps(config, dataset.examples, schedule, place.dtype)
+    timesteps = None if any_timestep else shown_timesteps(config, dataset.examples, schedule, place.dtype, ranks)
     plan = make_plan(config, dataset, model_folder, tokenizer, place, timesteps)
     config = replace(config, quantization=plan.quantization)
     text_place = place if plan.text_encoder_on_card else replace(place, device=torch.device("cpu"))
     store = open_store()
     fixed = [caption for caption in (*captions, *preserved.values()) if not any(t in caption for t in config.tokens)]
-    looked_up = find_captions([*fixed, EMPTY_CAPTION], tokenizer, model_folder, text_place, store)
+    fixed_and_empty = [*fixed, EMPTY_CAPTION]
+    looked_up = find_captions(fixed_and_empty, tokenizer, model_folder, text_place, store)
     text_encoder: Qwen2_5_VLTextModel | None = None
     if config.tokens or looked_up.new:
         text_encoder = models.load_text_encoder(model_folder, text_place)
@@ -99,12 +102,16 @@ def prepare(
     if config.tokens and text_encoder is not None:
         rows = generator_for(config.seed, "row")
         placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, rows)
-    texts = encode_captions(looked_up, text_encoder, tokenizer, store)
+    with first_goes_first(ranks):
+        again = looked_up if ranks.first else find_captions(fixed_and_empty, tokenizer, model_folder, text_place, store)
+        texts = encode_captions(again, text_encoder, tokenizer, store)
     if not config.tokens:
         text_encoder = None
     models.release_memory()
-    examples = cache_examples(dataset.examples, model_folder, place, store)
-    store.trim()
+    with first_goes_first(ranks):
+        examples = cache_examples(dataset.examples, model_folder, place, store)
+    if ranks.first:
+        store.trim()
     log.info("%d pictures and %d captions are ready", len(examples), len(texts) - 1)
     cached = time.monotonic()
 
@@ -116,11 +123,26 @@ def prepare(
     first_rows = tuple(row.detach().clone() for row in placeholders.rows)
     run = Run(
         config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizer,
-        first_rows, dataset.captions, preserved, compiled=plan.compiled,
+        first_rows, dataset.captions, preserved, ranks, compiled=plan.compiled,
     )  # fmt: skip
     describing = {"describe": described - began} if config.autocaption else {}
     run.seconds = {**describing, "load": loaded - described + time.monotonic() - cached, "cache": cached - loaded}
     return run
+
+
+def _captioned(
+    config: TrainConfig, dataset: Dataset, model_folder: Path, tokenizer: Qwen2Tokenizer, place: models.Place,
+    ranks: Ranks,
+) -> Dataset:  # fmt: skip
+    """With captions for all pictures, if they are to be written; checked, whoever wrote them."""
+    refuse(caption_problems(dataset, config, tokenizer))
+    if not (config.autocaption and dataset.uncaptioned):
+        return dataset
+    if ranks.first:
+        dataset = write_captions(dataset, config, model_folder, tokenizer, place)
+    dataset = agree(ranks, dataset)
+    refuse(caption_problems(dataset, config, tokenizer))
+    return dataset
 
 
 def make_plan(
@@ -141,11 +163,12 @@ def make_plan(
 
 
 def shown_timesteps(
-    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype
-) -> Tensor:
+    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+) -> Tensor:  # fmt: skip
     """The run's own timesteps and the probe's, [S]."""
     probe = flow.model_time(torch.tensor([PROBE_SIGMA]), dtype)
-    return torch.cat([run_timesteps(config, examples, schedule, dtype), probe]).unique()
+    return torch.cat([run_timesteps(config, examples, schedule, dtype, ranks.count), probe]).unique()
 
 
 def new_optimizer(

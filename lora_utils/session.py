@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from lora_utils import checkpoints, fetch, models, preflight, preparation, training, weights
+from lora_utils import cards, checkpoints, fetch, models, preflight, preparation, training, weights
 from lora_utils.archive import unpack
+from lora_utils.command_line import to_options
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.console import Progress
+
+AGREE_EVERY = 10  # steps, on several cards, from one question whether to stop to the next
 
 
 def output_path() -> Path:
@@ -35,7 +38,31 @@ def run(
     `stopped` is asked after each step; once it is true, what has been learned is written, and a checkpoint if there is
     a folder for it. -> `target`
     """
-    print(f"seed {config.seed}", flush=True)
+    ranks = cards.join()
+    try:
+        return _run(config, options, data, target, init_weights, stopped, ranks)
+    finally:
+        cards.leave(ranks)
+
+
+def run_on_all_cards(
+    config: TrainConfig, options: RunOptions, data: Path, target: Path, init_weights: Path | None = None
+) -> Path:
+    """The same in a process for each card, which are all ended when one fails or this call is cancelled."""
+    command = ["lora_utils", "train", str(data.absolute()), f"--output={target.absolute()}"]
+    if init_weights is not None:
+        command.append(f"--init_weights={init_weights.absolute()}")
+    command += [*to_options(config), *to_options(options)]
+    cards.launch(command, cards.several(), Path(__file__).parent.parent)
+    return target
+
+
+def _run(
+    config: TrainConfig, options: RunOptions, data: Path, target: Path, init_weights: Path | None,
+    stopped: Callable[[], bool], ranks: cards.Ranks,
+) -> Path:  # fmt: skip
+    cards.silence(ranks)
+    print(f"seed {config.seed}" + (f", {ranks.count} cards" if ranks.count > 1 else ""), flush=True)
     if options.run_dir:
         Path(options.run_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as unpacked:
@@ -47,11 +74,14 @@ def run(
         found = preflight.read_dataset(folder, config, tokenizer)
         for line in preflight.describe(found, config, tokenizer):
             print(line, flush=True)
-        prepared = preparation.prepare(config, found, fetch.fetch_model(base_model), models.default_place())
+        folder = fetch.fetch_model(base_model)
+        prepared = preparation.prepare(config, found, folder, models.default_place(), ranks=ranks)
     if init_weights is not None:
         preparation.start_from(prepared, init_weights)
     go_on(prepared, options)
     loss = consume(prepared, options, stopped)
+    if not ranks.first:
+        return target
     began = time.monotonic()
     described = training.describe_placeholders(prepared)
     lora, steps = training.finish(prepared), prepared.step
@@ -79,7 +109,9 @@ def consume(prepared: preparation.Run, options: RunOptions, stopped: Callable[[]
     first = prepared.step
     for report in training.train(prepared):
         reports.append(report)  # numbers are read, and the device waited for, only where a line is printed
-        last = report.step == config.steps or stopped()
+        last = report.step == config.steps
+        if prepared.ranks.count == 1 or report.step % AGREE_EVERY == 0:
+            last = last or cards.agree(prepared.ranks, stopped())
         if progress.is_due(report.step) or last:
             rate, grad = f"lr {report.learning_rate:.1e}", f"grad {float(report.grad_norm):.2f}"
             losses, pace = described_losses(reports[printed:]), progress.pace(report.step - first)
@@ -92,7 +124,7 @@ def consume(prepared: preparation.Run, options: RunOptions, stopped: Callable[[]
                 )
             printed = len(reports)
         due = options.save_every and report.step % options.save_every == 0
-        if options.run_dir and (due or (last and report.step < config.steps)):
+        if options.run_dir and prepared.ranks.first and (due or (last and report.step < config.steps)):
             kept = checkpoints.save(prepared, Path(options.run_dir), options.keep_checkpoints)
             print(f"checkpoint {kept}", flush=True)
         if last and report.step < config.steps:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_utils import flops, fresh_token, memory
 from lora_utils.adapters import trained_lora
+from lora_utils.cards import add_gradients, gather_losses
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn, MicroBatches
 from lora_utils.errors import UserError
@@ -84,8 +85,14 @@ def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def take_step(run: Run, drawn: Sequence[Drawn], step: int) -> StepReport:
-    """Optimizer step `step`, counted from 0."""
-    losses = forward_backward(run, drawn)
+    """Optimizer step `step`, counted from 0, on all processes' micro-batches."""
+    own = run.ranks.part(drawn)
+    if run.ranks.count == 1:
+        losses = forward_backward(run, own)
+    else:  # what comes behind the exchange can't be redone by one process alone
+        losses = within_the_plan(run, own, partial(forward_backward, run, own))
+    losses = gather_losses(run.ranks, losses)
+    add_gradients(run.ranks, [*run.lora, *(row for row in run.placeholders.rows if row.requires_grad)])
     grad_norm, row_grad_norms = clip_and_step(run, step)
     preserves = tuple(batch.preserves for batch in drawn)
     return StepReport(step + 1, run.optimizer.param_groups[0]["lr"], losses, preserves, grad_norm, row_grad_norms)
@@ -126,8 +133,9 @@ def train(run: Run) -> Iterator[StepReport]:
     if run.stream is None:
         run.stream = MicroBatches(config, run.examples, run.schedule, run.preserved)
     for step in range(run.step, config.steps):
-        drawn = [next(run.stream) for _ in range(config.gradient_accumulation)]
-        report = within_the_plan(run, drawn, partial(take_step, run, drawn, step))
+        drawn = [next(run.stream) for _ in range(config.gradient_accumulation * run.ranks.count)]
+        take = partial(take_step, run, drawn, step)
+        report = within_the_plan(run, drawn, take) if run.ranks.count == 1 else take()
         run.step = step + 1
         unchecked.append((report, drawn))
         if step % CHECK_EVERY == 0 or step + 1 == config.steps:

@@ -122,6 +122,7 @@ FLOORS = [
         "plan",
         "quantization",
         "first_block",
+        "cards",
     },
     {"dataset", "captions", "masks", "pictures", "archive", "lora_file", "outputs", "fetch", "store", "streaming"},
     {"flow", "sizes", "console", "command_line", "flops"},

@@ -1,0 +1,35 @@
+"""One of several processes of a run, for test_cards.py: trains, and prints its losses and its LoRA's hash.
+
+python -m tests.card_worker MODEL PICTURES CONFIG_AS_JSON
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lora_utils import cards, models, preparation, training
+from lora_utils.config import TrainConfig
+from lora_utils.dataset import read_dataset
+
+
+def main(model: Path, pictures: Path, given: str) -> None:
+    torch.set_num_threads(1)
+    ranks = cards.join()
+    config = TrainConfig(**json.loads(given))
+    run = preparation.prepare(
+        config, read_dataset(pictures, config), model, models.Place(torch.device("cpu"), torch.float32), ranks=ranks
+    )
+    losses = [[float(loss) for loss in report.losses] for report in training.train(run)]
+    lora = training.finish(run)
+    tensors = [part for layer in lora.layers.values() for part in (layer.down, layer.up)] + list(lora.rows.values())
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+    norm = float(sum(tensor.double().norm() for tensor in tensors))
+    print(json.dumps({"rank": ranks.rank, "losses": losses, "digest": digest, "norm": norm}), flush=True)
+    cards.leave(ranks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,167 @@
+"""Several processes as one run, with gloo on the CPU: the losses of one process, one file, one end."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, replace
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from examples.demo import write_dataset
+from examples.shapes import Prompt
+from lora_utils import cards, session
+from lora_utils.archive import LORA_MEMBER, unpack
+from lora_utils.cards import Ranks
+from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.errors import UserError
+from tests.conftest import ROOT
+
+CONFIG = TrainConfig(
+    steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=0, train_placeholder_token=True,
+    caption_dropout=0.3, class_word="square", preservation_weight=0.3, quantization="none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dataset.zip"
+    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
+    return path
+
+
+@pytest.fixture
+def trained(archive, random_model, tmp_path, capsys, monkeypatch):
+    """What each of so many processes says of a run."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    unpack(archive, tmp_path / "pictures")
+
+    def run(count, config):
+        given = json.dumps(asdict(config))
+        monkeypatch.setenv("CACHE_DIR", str(tmp_path / f"cache{count}"))
+        cards.launch(["tests.card_worker", str(random_model), str(tmp_path / "pictures"), given], count, ROOT)
+        lines = [line.partition("{") for line in capsys.readouterr().out.splitlines() if '"rank"' in line]
+        said = [json.loads(brace + rest) for _, brace, rest in lines]
+        return sorted(said, key=lambda one: one["rank"])
+
+    return run
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(trained):
+    (alone,) = trained(1, replace(CONFIG, gradient_accumulation=4))
+    first, second = trained(2, replace(CONFIG, gradient_accumulation=2))
+    assert first["losses"] == second["losses"], "each process knows them all"
+    assert first["digest"] == second["digest"], "and has the same LoRA, bit for bit"
+    for one, other in zip(alone["losses"], first["losses"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+    assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+
+
+def test_a_token_that_only_some_processes_see_is_trained_all_the_same(trained):
+    """A row without a gradient here, but with one there: dropped captions of one process, say."""
+    given = replace(CONFIG, caption_dropout=0.6, batch_size=1, preservation_weight=0.0, class_word="")
+    (alone,) = trained(1, replace(given, gradient_accumulation=2))
+    first, second = trained(2, given)
+    assert first["digest"] == second["digest"]
+    assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+
+
+def test_a_run_on_all_cards_writes_one_file_and_relays_what_is_said(
+    archive, random_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cards, "several", lambda: 2)
+    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=4)
+    session.run_on_all_cards(CONFIG, options, archive, tmp_path / "weights.zip")
+    said = capsys.readouterr().out
+    assert "seed 0, 2 cards" in said
+    assert said.count("step 8/8 loss") == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000004", "step-000008"]
+    with zipfile.ZipFile(tmp_path / "weights.zip") as packed:
+        assert LORA_MEMBER in packed.namelist()
+
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+
+def test_one_that_fails_ends_all_with_its_words(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(cards, "several", lambda: 2)
+    config = replace(CONFIG, placeholder_token="<abc>")
+    with pytest.raises(UserError, match="none of the 10 captions holds the placeholder token '<abc>'"):
+        session.run_on_all_cards(config, RunOptions(), archive, tmp_path / "weights.zip")
+    assert not children()
+    assert not (tmp_path / "weights.zip").exists()
+
+
+def test_one_that_is_killed_ends_all(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(cards, "several", lambda: 2)
+
+    def kill_the_second():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for child in children():
+                if child.environ().get("RANK") == "1" and child.cpu_times().user > 4:  # it has begun
+                    child.kill()
+                    return
+            time.sleep(0.05)
+
+    threading.Thread(target=kill_the_second, daemon=True).start()
+    with pytest.raises(UserError):
+        session.run_on_all_cards(replace(CONFIG, steps=20000), RunOptions(), archive, tmp_path / "weights.zip")
+    assert not children()
+
+
+def test_several_lines_of_an_error_are_all_relayed():
+    lines = ["loading", "error: the dataset has 2 problems:", "- a", "- b"]
+    assert cards._last_words(lines) == "the dataset has 2 problems:\n- a\n- b"
+    assert cards._last_words(["Traceback", "ValueError: x", ""]) == "ValueError: x"
+
+
+def test_torchs_launcher_starts_them_too(archive, random_model, tmp_path):
+    """As on several machines, where nothing of ours starts the processes: `accelerate launch` hands over to this one."""
+    given = [f"--{name}={value}" for name, value in {"steps": 4, "rank": 2, "resolution": 64, "seed": 0}.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "lora_utils", "train", str(archive), *given, f"--output={tmp_path / 'weights.zip'}"]
+    environment = {**os.environ, "BASE_MODEL": str(random_model), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seed 0, 2 cards") == 1
+    assert zipfile.is_zipfile(tmp_path / "weights.zip")
+
+
+def test_a_cancel_ends_all(tmp_path, monkeypatch):
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(*_):
+        raise Cancelled
+
+    monkeypatch.setattr(cards, "_wait", cancel)
+    with pytest.raises(Cancelled):
+        cards.launch(["http.server", "0"], 2, ROOT)
+    assert not children()
+
+
+def test_alone_nothing_is_exchanged():
+    ranks, weight = Ranks(), nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    cards.add_gradients(ranks, [weight])
+    assert torch.equal(weight.grad, torch.ones(2))
+    assert cards.agree(ranks, "x") == "x"
+    assert torch.equal(cards.gather_losses(ranks, torch.arange(3)), torch.arange(3))
+    assert ranks.part([1, 2, 3]) == [1, 2, 3]
+    assert Ranks(1, 2).part([0, 1, 2, 3]) == [1, 3]
+    assert "RANK" not in os.environ
