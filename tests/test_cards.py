@@ -21,6 +21,7 @@ from lora_utils.archive import LORA_MEMBER, unpack
 from lora_utils.cards import Ranks
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
+from tests.cog_server import free_port
 from tests.conftest import ROOT
 
 CONFIG = TrainConfig(
@@ -131,12 +132,20 @@ def test_several_lines_of_an_error_are_all_relayed():
 
 
 def test_torchs_launcher_starts_them_too(archive, random_model, tmp_path):
-    """As on several machines, where nothing of ours starts the processes: `accelerate launch` hands over to this one."""
+    """As on several machines, where we start nothing: `accelerate launch` hands over to this one."""
     given = [f"--{name}={value}" for name, value in {"steps": 4, "rank": 2, "resolution": 64, "seed": 0}.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += ["-m", "lora_utils", "train", str(archive), *given, f"--output={tmp_path / 'weights.zip'}"]
     environment = {**os.environ, "BASE_MODEL": str(random_model), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("seed 0, 2 cards") == 1
     assert zipfile.is_zipfile(tmp_path / "weights.zip")
