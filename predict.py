@@ -207,7 +207,7 @@ class Predictor(BasePredictor):
         size, start = starting_point(self.components, request, image, mask)
         if request.width and request.height and (size.width_px, size.height_px) != (request.width, request.height):
             print(f"size {request.width}x{request.height} rounded to {size}: sides are multiples of 16")
-        request, ways = fast_ways(request, [weights for weights, _ in loras], start)
+        request, ways = fast_ways(request, [weights for weights, scale in loras if scale != 0], start)
         print(f"seed {request.seed}, size {size}", flush=True)
         with applied(self.components.transformer, [(weights.lora, scale) for weights, scale in loras]):
             on_step = progress_lines(request, start is not None)
@@ -224,6 +224,7 @@ class Predictor(BasePredictor):
             "steps": request.steps,
             "guidance": request.guidance,
             "size": str(size),
+            "strength": request.strength,
             "go_fast": request.go_fast,
             "loras": [{"sha256": weights.lora.sha256, "scale": scale} for weights, scale in loras],
             "base_model": fetch.base_model_name(),

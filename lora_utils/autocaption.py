@@ -5,7 +5,7 @@ alone and freed before anything else is.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from lora_utils import memory, models, qwen, streaming
 from lora_utils.captions import with_trigger
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import Dataset, Example, load_crop
+from lora_utils.dataset import Dataset, load_crop
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,7 @@ def write_captions(
             caption = f"{config.autocaption_prefix}{said}{config.autocaption_suffix}".strip()
             written[path] = with_trigger(caption, config.trigger_word, config.tokens)
             log.info("caption of %s: %s", path.relative_to(dataset.folder), written[path])
-    return replace(dataset, examples=_captioned(dataset.examples, written), uncaptioned=frozenset())
-
-
-def _captioned(examples: Sequence[Example], written: dict[Path, str]) -> list[Example]:
-    return [replace(example, caption=written.get(example.image_path, example.caption)) for example in examples]
+    return dataset.with_captions(written)
 
 
 def _name(stored: str) -> str:

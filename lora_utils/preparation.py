@@ -140,7 +140,8 @@ def _captioned(
         return dataset
     if ranks.first:
         dataset = write_captions(dataset, config, model_folder, tokenizer, place)
-    dataset = agree(ranks, dataset)
+    captions = agree(ranks, dataset.captions)  # not the dataset: each process has unpacked files of its own
+    dataset = dataset.with_captions(dict(zip(dataset.captions_by_picture, captions, strict=True)))
     refuse(caption_problems(dataset, config, tokenizer))
     return dataset
 

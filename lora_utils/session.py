@@ -130,7 +130,7 @@ def consume(prepared: preparation.Run, options: RunOptions, stopped: Callable[[]
         if last and report.step < config.steps:
             print(f"stopped after step {report.step} of {config.steps}, as asked", flush=True)
             break
-    prepared.seconds["train"] = progress.elapsed_s() - prepared.seconds.get("probe", 0.0)
+    prepared.seconds["train"] = max(1e-3, progress.elapsed_s() - prepared.seconds.get("probe", 0.0))
     taught = mean_of([report.taught for report in reports[-max(1, len(reports) // 10) :]])
     return taught if taught is not None else reports[-1].loss if reports else None
 
@@ -143,5 +143,6 @@ def described_losses(reports: list[training.StepReport]) -> str:
 
 
 def mean_of(losses: list[torch.Tensor]) -> float | None:
-    joined = torch.cat(losses)
-    return float(joined.mean()) if len(joined) else None
+    """None where there are none."""
+    some = [loss for loss in losses if len(loss)]
+    return float(torch.cat(some).mean()) if some else None

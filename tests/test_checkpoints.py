@@ -80,6 +80,16 @@ def test_a_baseline_run_goes_on_too_and_through_several_checkpoints(prepare, tmp
     assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000012"]
 
 
+def test_a_run_that_was_at_its_end_is_written_again(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=4, resume="auto")
+    paths = [session.run(CONFIG, options, archive, tmp_path / f"{name}.zip") for name in ("first", "again")]
+    first, again = (lora_of(path) for path in paths)
+    assert first[0] == again[0]
+    assert again[1]["training_steps"] == CONFIG.steps
+    assert again[1]["final_loss"] is None
+
+
 def test_other_settings_or_data_are_refused_by_name(prepare, tmp_path):
     run = prepare()
     steps(run, 2)

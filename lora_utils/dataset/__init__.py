@@ -9,7 +9,7 @@ is the report alone, of an archive or a folder:
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -62,6 +62,11 @@ class Dataset:
     @property
     def captions_by_picture(self) -> dict[Path, str]:
         return {example.image_path: example.caption for example in self.examples}
+
+    def with_captions(self, captions: dict[Path, str]) -> "Dataset":
+        """With these in place of its own; no picture is without one then."""
+        examples = [replace(e, caption=captions.get(e.image_path, e.caption)) for e in self.examples]
+        return replace(self, examples=examples, uncaptioned=frozenset())
 
 
 def load_crop(example: Example) -> Image.Image:
