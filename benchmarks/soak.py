@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from examples import demo, shapes
-from lora_utils.archive import LORA_MEMBER
+from lora_utils.bundle import LORA_MEMBER
 
 STEPS_PER_MINUTE = 1200  # of the small model on one core, about
 SAVE_EVERY = 50

@@ -1,10 +1,9 @@
-"""Archives: reading the users' zips and tars safely, writing `weights.zip`, and the schema of `meta.json`.
+"""Archives: reading the users' zips and tars safely, whatever is in them.
 
 Must not know pictures, tensors or models. An archive is told by its content, not by its name: Cog's downloads have
 none.
 """
 
-import json
 import lzma
 import struct
 import tarfile
@@ -12,9 +11,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 from lora_utils.errors import UserError
 
@@ -25,9 +24,6 @@ FREE_OF_RATIO_BYTES = 100 * 10**6
 MAX_MEMBERS = 100_000
 MAX_NESTING = 3  # archives within archives
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-LORA_MEMBER = "lora/lora_weights.safetensors"
-META_MEMBER = "meta.json"
-META_SCHEMA = 1
 
 # What archivers and file managers leave behind.
 _LITTER_FOLDERS = {"__macosx", ".git", ".ipynb_checkpoints", "@eadir"}
@@ -121,7 +117,7 @@ _DAMAGE = (
 
 
 @contextmanager
-def _damage_reported(archive: Path) -> Iterator[None]:
+def damage_reported(archive: Path) -> Iterator[None]:
     """Turn what a reader raises for damage into a UserError; the system's own errors, like a full disk, stay."""
     try:
         yield
@@ -140,7 +136,7 @@ def members(archive: Path) -> Iterator[Member]:
     """
     if not archive.is_file():
         raise UserError(f"there is no file {archive}.")
-    with _damage_reported(archive):
+    with damage_reported(archive):
         if zipfile.is_zipfile(archive):
             found = _zip_members(archive)
         elif tarfile.is_tarfile(archive):
@@ -156,7 +152,7 @@ def members(archive: Path) -> Iterator[Member]:
 
 
 @dataclass(slots=True)
-class _Budget:
+class Budget:
     """What an archive may still write, archives within it included. What it claims of its sizes isn't believed."""
 
     archive: Path
@@ -164,7 +160,7 @@ class _Budget:
     left_files: int = MAX_MEMBERS
 
     @classmethod
-    def of(cls, archive: Path) -> "_Budget":
+    def of(cls, archive: Path) -> "Budget":
         swollen = FREE_OF_RATIO_BYTES + MAX_RATIO * archive.stat().st_size
         return cls(archive, min(MAX_UNPACKED_BYTES, swollen))
 
@@ -190,16 +186,16 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
     """
     if not archive.is_file():
         raise UserError(f"there is no file {archive}.")
-    return _unpack(archive, folder, _Budget.of(archive), nesting=1)
+    return _unpack(archive, folder, Budget.of(archive), nesting=1)
 
 
-def _unpack(archive: Path, folder: Path, budget: _Budget, nesting: int) -> list[Path]:
+def _unpack(archive: Path, folder: Path, budget: Budget, nesting: int) -> list[Path]:
     unpacked = []
     for member in members(archive):
         target = folder / member.name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _damage_reported(archive):
+            with damage_reported(archive):
                 budget.copy(member.source, target)
         except FileExistsError as error:
             raise UserError(
@@ -215,105 +211,10 @@ def _unpack(archive: Path, folder: Path, budget: _Budget, nesting: int) -> list[
     return unpacked
 
 
-def _unpack_nested(archive: Path, budget: _Budget, nesting: int) -> list[Path]:
+def _unpack_nested(archive: Path, budget: Budget, nesting: int) -> list[Path]:
     if nesting >= MAX_NESTING:
         raise UserError(f"{archive.name} is nested {nesting} archives deep; pack the pictures in one.")
     inside = archive.with_name(f"{archive.name}.unpacked")
     unpacked = _unpack(archive, inside, budget, nesting + 1)
     archive.unlink()
     return unpacked
-
-
-# --- weights.zip --------------------------------------------------------------------------------------------------
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-@dataclass(frozen=True, slots=True)
-class Meta:
-    """What `meta.json` says of a training. Files of older versions lack fields: those read as None."""
-
-    base_model: str | None = None
-    train_placeholder_token: bool | None = None
-    placeholder_token: str | None = None  # this and the next two are null in baseline mode
-    placeholder_token_id: int | list[int] | None = None  # a list where a run trained several tokens; and so is the next
-    placeholder: dict[str, Any] | list[dict[str, Any]] | None = None  # the learned row: token, key, norms, sha256, ...
-    rank: int | None = None
-    lora_alpha: int | None = None
-    lora_targets: str | None = None
-    training_steps: int | None = None
-    learning_rate: float | None = None
-    resolution: str | None = None
-    batch_size: int | None = None
-    seed: int | None = None
-    num_images: int | None = None
-    final_loss: float | None = None
-    config: dict[str, Any] = field(default_factory=dict)  # the resolved TrainConfig
-    versions: dict[str, str] = field(default_factory=dict)
-    created: str | None = None  # ISO 8601, UTC
-    schema: int = META_SCHEMA
-
-    @property
-    def placeholders(self) -> list[dict[str, Any]]:
-        """What it says of each learned row."""
-        return _as_list(self.placeholder)
-
-    @classmethod
-    def from_json(cls, text: str, source: str) -> "Meta":
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{META_MEMBER} in {source} isn't JSON ({error}).") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{META_MEMBER} in {source} must be an object, got {type(values).__name__}.")
-        for placeholder in _as_list(values.get("placeholder")):
-            if not (isinstance(placeholder, dict) and {"token", "sha256"} <= set(placeholder)):
-                raise UserError(f"{META_MEMBER} in {source}: placeholder must be null or name a token and its sha256.")
-        known = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-
-def write_weights(target: Path, lora_path: Path, meta: Meta) -> None:
-    """Write `weights.zip`: the LoRA file and its meta.json, stored uncompressed, for safetensors don't compress.
-
-    Written beside `target` and renamed, so that a file of that name is always whole.
-    """
-    partial = target.with_suffix(".partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            archive.write(lora_path, LORA_MEMBER)
-            archive.writestr(META_MEMBER, meta.to_json())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def unpack_weights(weights: Path, folder: Path) -> tuple[Path, Meta | None]:
-    """The LoRA file and the meta of a weights.zip, a tar of the same, or a bare .safetensors (meta None).
-
-    Other layouts of archives are taken as long as they hold exactly one .safetensors file.
-    """
-    if not weights.is_file():
-        raise UserError(f"there is no file {weights}.")
-    if not zipfile.is_zipfile(weights) and not tarfile.is_tarfile(weights):
-        return weights, None  # bare safetensors; what it is shows when it is read
-    lora_paths, meta, budget = [], None, _Budget.of(weights)
-    for member in members(weights):
-        path = PurePosixPath(member.name)
-        if path.suffix == ".safetensors":
-            lora_paths.append(folder / f"{len(lora_paths)}.safetensors")
-            with _damage_reported(weights):
-                budget.copy(member.source, lora_paths[-1])
-        elif path.name == META_MEMBER:
-            with _damage_reported(weights):
-                meta = Meta.from_json(member.source.read(1 << 24).decode("utf-8", "replace"), weights.name)
-    if len(lora_paths) != 1:
-        raise UserError(f"{weights.name} holds {len(lora_paths)} .safetensors files, expected one: {LORA_MEMBER}.")
-    return lora_paths[0], meta

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lora_utils.archive import unpack_weights
+from lora_utils.bundle import unpack_weights
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LAYOUTS, read_lora_file, write_lora_file
 

@@ -20,8 +20,8 @@ from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 from lora_utils import flow, fresh_token, memory, models
 from lora_utils import plan as plans
 from lora_utils.adapters import attach_trainable_lora, set_trainable_lora
-from lora_utils.archive import unpack_weights
 from lora_utils.autocaption import write_captions
+from lora_utils.bundle import unpack_weights
 from lora_utils.caching import CachedExample, cache_examples, encode_captions, find_captions
 from lora_utils.captions import preserved_caption
 from lora_utils.cards import Ranks, agree, first_goes_first

@@ -17,7 +17,7 @@ import torch
 
 from lora_utils import modulation
 from lora_utils.adapters import place_lora
-from lora_utils.archive import Meta, unpack_weights, write_weights
+from lora_utils.bundle import Meta, unpack_weights, write_weights
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LoraFile, file_sha256, read_lora_file, row_sha256, write_lora_file

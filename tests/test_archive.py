@@ -8,8 +8,8 @@ import zipfile
 import pytest
 from PIL import Image
 
-from lora_utils import archive
-from lora_utils.archive import LORA_MEMBER, META_MEMBER, Meta
+from lora_utils import archive, bundle
+from lora_utils.bundle import LORA_MEMBER, META_MEMBER, Meta
 from lora_utils.errors import UserError
 
 PICTURE = Image.new("RGB", (64, 64), "red")
@@ -108,7 +108,7 @@ def test_unpacking_stops_at_the_limit_whatever_the_archive_claims(write_zip, tmp
 
 def test_weights_zip_holds_exactly_two_members_stored_uncompressed(tmp_path):
     (tmp_path / "lora").write_bytes(b"\0" * 1000)
-    archive.write_weights(tmp_path / "weights.zip", tmp_path / "lora", Meta(base_model="m", rank=4))
+    bundle.write_weights(tmp_path / "weights.zip", tmp_path / "lora", Meta(base_model="m", rank=4))
     with zipfile.ZipFile(tmp_path / "weights.zip") as packed:
         assert packed.namelist() == [LORA_MEMBER, META_MEMBER]
         assert {info.compress_type for info in packed.infolist()} == {zipfile.ZIP_STORED}
@@ -118,9 +118,9 @@ def test_weights_zip_holds_exactly_two_members_stored_uncompressed(tmp_path):
 
 def test_weights_are_found_in_a_zip_a_tar_or_bare(tmp_path):
     (tmp_path / "bare.safetensors").write_bytes(b"not read here")
-    assert archive.unpack_weights(tmp_path / "bare.safetensors", tmp_path) == (tmp_path / "bare.safetensors", None)
+    assert bundle.unpack_weights(tmp_path / "bare.safetensors", tmp_path) == (tmp_path / "bare.safetensors", None)
     path = tar(tmp_path / "w.tar", {LORA_MEMBER: b"abc", META_MEMBER: b'{"rank": 8}'})
-    lora_path, meta = archive.unpack_weights(path, tmp_path)
+    lora_path, meta = bundle.unpack_weights(path, tmp_path)
     assert lora_path.read_bytes() == b"abc"
     assert meta == Meta(rank=8)
 
@@ -148,7 +148,7 @@ def test_a_meta_whose_placeholder_is_broken_and_a_damaged_stream_are_named(tmp_p
 def test_an_archive_with_two_loras_or_none_is_refused(tmp_path):
     for members in ({"a.safetensors": b"", "b.safetensors": b""}, {"readme.txt": b""}):
         with pytest.raises(UserError, match="expected one"):
-            archive.unpack_weights(tar(tmp_path / "w.tar", members), tmp_path)
+            bundle.unpack_weights(tar(tmp_path / "w.tar", members), tmp_path)
 
 
 def test_an_archive_within_an_archive_is_unpacked_too(write_zip, tmp_path):

@@ -17,7 +17,8 @@ from torch import nn
 from examples.demo import write_dataset
 from examples.shapes import Prompt
 from lora_utils import cards, session
-from lora_utils.archive import LORA_MEMBER, unpack
+from lora_utils.archive import unpack
+from lora_utils.bundle import LORA_MEMBER
 from lora_utils.cards import Ranks
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError

@@ -16,7 +16,7 @@ import torch
 from examples.demo import write_dataset
 from examples.shapes import Prompt
 from lora_utils import checkpoints, models, preparation, session, training
-from lora_utils.archive import LORA_MEMBER, META_MEMBER
+from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
 from tests.conftest import ROOT

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from examples.demo import call
 from examples.shapes import Prompt
 from lora_utils import models, plan
-from lora_utils.archive import LORA_MEMBER, META_MEMBER
+from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.outputs import read_settings

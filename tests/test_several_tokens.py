@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from examples import shapes
 from examples.demo import call
 from lora_utils import models, preparation, training
-from lora_utils.archive import LORA_MEMBER, META_MEMBER, unpack
+from lora_utils.archive import unpack
+from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import read_dataset
 from lora_utils.errors import UserError
