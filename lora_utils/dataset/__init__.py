@@ -26,9 +26,8 @@ from lora_utils.pictures import PICTURE_ENDINGS, difference_hash, open_alpha, op
 from lora_utils.sizes import Size, choose_buckets
 
 PROBLEMS_SHOWN = 20
-ALIKE_BITS = (
-    6  # of a hash's 256 in which a picture and its copy, scaled to two thirds and stored as JPEG at 60, may differ
-)
+# Of a hash's 256: what a picture and its copy, scaled to two thirds and stored as JPEG at 60, differ in at most.
+ALIKE_BITS = 6
 _COMPARED_AT_ONCE = 1024  # pictures with all others: 10 000 take a second and 80 MB
 
 
