@@ -1,5 +1,6 @@
 """Several processes as one run, with gloo on the CPU: the losses of one process, one file, one end."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -93,8 +94,11 @@ def test_a_run_on_all_cards_writes_one_file_and_relays_what_is_said(
 
 def processes_of_runs():
     """Those that `launch` has started; torch's compiler, say, keeps others."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.is_running() and "WORLD_SIZE" in child.environ()]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found += [child] if "WORLD_SIZE" in child.environ() else []
+    return found
 
 
 def test_one_that_fails_ends_all_with_its_words(archive, random_model, tmp_path, monkeypatch):
