@@ -6,7 +6,7 @@ from typing import Any, Optional, cast
 from cog import BaseModel, Input, Path, current_scope
 
 from lora_utils import cards, session
-from lora_utils.config import RunOptions, TrainConfig, random_seed
+from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.console import log_to_stdout, unexpected_errors_printed
 
 
@@ -125,6 +125,7 @@ def train(
     """Fine-tune a LoRA of Qwen-Image."""
     log_to_stdout()
     with unexpected_errors_printed():
+        options = RunOptions(run_dir, save_every, keep_checkpoints, resume)
         config = TrainConfig(
             train_placeholder_token=train_placeholder_token,
             placeholder_token=placeholder_token,
@@ -150,9 +151,8 @@ def train(
             caption_dropout=caption_dropout,
             lr_scheduler=lr_scheduler,
             warmup_steps=warmup_steps,
-            seed=random_seed() if seed is None or seed == -1 else seed,
+            seed=session.seed_for(options) if seed is None or seed == -1 else seed,
         )
-        options = RunOptions(run_dir, save_every, keep_checkpoints, resume)
         init = LocalPath(str(init_weights)) if init_weights else None
         train_it = session.run_on_all_cards if cards.several() > 1 else session.run
         weights_path = train_it(config, options, LocalPath(str(dataset)), session.output_path(), init)

@@ -27,6 +27,7 @@ def train(given: dict[str, Any]) -> None:
         signal.signal(number, stop)
     data, output, init = given.pop("dataset"), given.pop("output"), given.pop("init_weights")
     options = RunOptions(**{name: given.pop(name) for name in RunOptions.__dataclass_fields__ if name in given})
+    given.setdefault("seed", session.seed_for(options))
     if output.exists():
         raise UserError(f"{output} is there already; name another --output.")
     if cards.several() > 1:

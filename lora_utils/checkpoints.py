@@ -117,15 +117,25 @@ def saved(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / _SETTINGS).is_file())
 
 
+def seed_of(checkpoint: Path) -> int:
+    """Of the run that wrote it."""
+    try:
+        return json.loads((checkpoint / _SETTINGS).read_text())["settings"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    return UserError(f"the checkpoint {checkpoint} can't be read ({error}); remove it, or name another run_dir.")
+
+
 def restore(run: Run, checkpoint: Path) -> None:
     """Make a prepared run the one that was saved. Raises UserError for one of other settings or data."""
     try:
         written = json.loads((checkpoint / _SETTINGS).read_text())
         tensors = load_file(checkpoint / _STATE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint {checkpoint} can't be read ({error}); remove it, or name another run_dir."
-        ) from error
+        raise _unreadable(checkpoint, error) from error
     ours, theirs = _settings(run), written["settings"]
     other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if other:

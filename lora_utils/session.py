@@ -15,7 +15,7 @@ import torch
 from lora_utils import cards, checkpoints, fetch, models, preflight, preparation, training, weights
 from lora_utils.archive import unpack
 from lora_utils.command_line import to_options
-from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.config import RunOptions, TrainConfig, random_seed
 from lora_utils.console import Progress
 
 AGREE_EVERY = 10  # steps, on several cards, from one question whether to stop to the next
@@ -91,6 +91,12 @@ def _run(
         print(line, flush=True)
     print(f"wrote {target.name}, {target.stat().st_size / 1e6:.1f} MB", flush=True)
     return target
+
+
+def seed_for(options: RunOptions) -> int:
+    """For a caller who gave none: that of the run that is to be gone on with, else a random one."""
+    found = checkpoints.saved(Path(options.run_dir)) if options.resume == "auto" else []
+    return checkpoints.seed_of(found[-1]) if found else random_seed()
 
 
 def go_on(prepared: preparation.Run, options: RunOptions) -> None:

@@ -90,6 +90,19 @@ def test_a_run_that_was_at_its_end_is_written_again(archive, random_model, tmp_p
     assert again[1]["final_loss"] is None
 
 
+def test_without_a_seed_the_same_command_goes_on_with_the_runs_own(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.chdir(tmp_path)
+    options = RunOptions(run_dir="run", save_every=2, resume="auto")
+    drawn = session.seed_for(options)
+    session.run(replace(CONFIG, seed=drawn), options, archive, tmp_path / "first.zip")
+    assert session.seed_for(options) == drawn
+    assert session.seed_for(RunOptions()) != drawn
+    (checkpoints.saved(tmp_path / "run")[-1] / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="can't be read"):
+        session.seed_for(options)
+
+
 def test_other_settings_or_data_are_refused_by_name(prepare, tmp_path):
     run = prepare()
     steps(run, 2)
