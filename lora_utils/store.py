@@ -67,10 +67,7 @@ class Store:
             with safe_open(path, framework="pt") as opened:
                 names = tuple(opened.keys())
             os.utime(path)
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError):
-            path.unlink(missing_ok=True)
+        except (OSError, SafetensorError):  # not there, or damaged: it is written anew over what is there
             return None
         self.used.add(key)
         return _OnDisk(path, names)

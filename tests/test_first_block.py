@@ -1,5 +1,7 @@
 """Reusing earlier steps: exact where nothing is skipped, and gone when the call ends."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -71,9 +73,17 @@ def test_a_failure_within_leaves_the_blocks_as_they_were(components):
     assert torch.equal(latents(components), full)
 
 
-def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model):
-    components = models.load_components(tiny_model, models.default_place())
+def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model, monkeypatch):
+    components, states, reused = models.load_components(tiny_model, models.default_place()), [], first_block.reused
     request = SampleRequest("a photo of a red circle on a gray background", steps=50, seed=2)
+
+    @contextmanager
+    def watched(*given):
+        with reused(*given) as state:
+            states.append(state)
+            yield state
+
+    monkeypatch.setattr(first_block, "reused", watched)
 
     def draw(threshold):
         ways = sampling.Ways(reuse_threshold=threshold)
@@ -81,3 +91,5 @@ def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model
 
     full, fast = (torch.tensor(list(draw(threshold).tobytes())).float() for threshold in (None, 0.1))
     assert 0 < (full - fast).abs().mean() < 3
+    (state,) = states
+    assert state.skipped > 0.4 * state.forwards, "the full run doesn't reuse"
