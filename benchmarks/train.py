@@ -40,6 +40,7 @@ from lora_utils import blocks, flops, flow, memory, models, preparation, qwen, t
 from lora_utils.adapters import attach_trainable_lora, use_blocks
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn
+from lora_utils.optimizers import new_optimizers
 from lora_utils.placeholder import Placeholders, fresh_row, no_placeholders
 from lora_utils.quantization import WEIGHT_BYTES
 from lora_utils.sizes import Size
@@ -151,7 +152,7 @@ def new_run(job: Job) -> preparation.Run:
     blocks.recompute_first(transformer, job.recomputed)
     return preparation.Run(
         config, job.place, flow.Schedule(), transformer, lora, [], {"": batch_of(job)[1]}, no_placeholders(), None,
-        cast(Any, None), preparation.new_optimizer(config, lora, no_placeholders(), 0.0), (), recomputed=job.recomputed,
+        cast(Any, None), new_optimizers(config, lora, (), 0.0), (), recomputed=job.recomputed,
     )  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def token(job: Job) -> Callable[[], float]:
     run.text_encoder = encoder.eval().requires_grad_(False)
     row = fresh_row(job.shape.text_width, 1e-5, torch.Generator().manual_seed(0)).to(job.place.device).requires_grad_()
     run.placeholders = Placeholders((demo.TOKEN,), (len(run.tokenizer),), (row,))
-    run.optimizer = preparation.new_optimizer(run.config, run.lora, run.placeholders, 5e-4)
+    run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.rows, 5e-4)
     caption = demo.TOKEN * (job.preset.text_tokens - qwen.TEMPLATE_SUFFIX_TOKENS)  # as long as the other ways' text
     captioned = [replace(drawn, captions=(caption,) * job.batch)]
     return lambda: training.take_step(run, captioned, 0).loss

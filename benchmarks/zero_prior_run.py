@@ -20,6 +20,7 @@ from lora_utils import flow, fresh_token, models, preparation, training
 from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import read_dataset
+from lora_utils.optimizers import new_optimizers
 from lora_utils.placeholder import Placeholders, embedding_matrix
 from lora_utils.sizes import Size
 
@@ -204,7 +205,7 @@ def train_word(run: preparation.Run, bench: Bench, word: str) -> None:
     run.text_encoder = bench.base.text_encoder
     run.texts = {caption: text for caption, text in run.texts.items() if word not in caption}
     rate = fresh_token.learning_rate(run.config, run.tokenizer, run.text_encoder)
-    run.optimizer = preparation.new_optimizer(run.config, run.lora, run.placeholders, rate)
+    run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.rows, rate)
 
 
 def remedy_of(arm: Arm, run: preparation.Run, bench: Bench) -> Callable[[int], object]:
@@ -213,8 +214,8 @@ def remedy_of(arm: Arm, run: preparation.Run, bench: Bench) -> Callable[[int], o
         return lambda step: None
     (row,) = run.placeholders.rows
     words = embedding_matrix(bench.base.text_encoder)[: len(run.tokenizer)].detach()
-    group, tenth = run.optimizer.param_groups[1], run.config.steps // 10
-    rate = group["initial_lr"]
+    optimizers, tenth = run.optimizers, run.config.steps // 10
+    rate = optimizers.row_rate
     if arm.remedy == "norm below the median":
         most = 0.9 * words.norm(dim=1).median()
         return lambda step: row.data.mul_(torch.clamp(most / row.data.norm(), max=1.0))
@@ -222,10 +223,10 @@ def remedy_of(arm: Arm, run: preparation.Run, bench: Bench) -> Callable[[int], o
         basis = torch.linalg.svd(words - words.mean(dim=0), full_matrices=False).Vh[:16]  # [16, D]
         return lambda step: row.data.sub_(basis.T @ (basis @ row.data))
     if arm.remedy == "trained after a tenth":
-        group["initial_lr"] = 0.0
-        return lambda step: group.update(initial_lr=rate if step >= tenth else 0.0)
+        optimizers.row_rate = 0.0
+        return lambda step: setattr(optimizers, "row_rate", rate if step >= tenth else 0.0)
     if arm.remedy == "frozen after a tenth":
-        return lambda step: group.update(initial_lr=rate if step < tenth else 0.0)
+        return lambda step: setattr(optimizers, "row_rate", rate if step < tenth else 0.0)
     raise ValueError(f"there is no remedy {arm.remedy!r}")
 
 

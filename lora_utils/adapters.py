@@ -143,7 +143,7 @@ def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]
     """The weights of the trainable LoRA by module name, on the CPU."""
     found = {}
     for name, layer in _trainable_layers(transformer).items():
-        down, up = (weight.detach().cpu() for weight in _weights(layer))
+        down, up = (weight.detach().cpu().clone() for weight in _weights(layer))
         found[name] = LowRank(down, up, alpha=float(layer.lora_alpha[_ADAPTER]))
     return found
 
@@ -160,7 +160,11 @@ def place_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, place: 
 
     Raises UserError that says what matched and what didn't: a LoRA that applies in part isn't the one that was trained.
     """
-    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    linears = {  # those under a trainable LoRA too, by the names that they have without it
+        name.removesuffix(".base_layer"): module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and f".{_ADAPTER}" not in name
+    }
     unknown = [name for name in lora.layers if name not in linears]
     if unknown:
         matched = [name for name in lora.layers if name in linears]

@@ -133,20 +133,23 @@ def _column(row: object, columns: Sequence[str]) -> str | None:
 # --- triggers -------------------------------------------------------------------------------------------------------
 
 
-def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
-    """The caption with `[trigger]` written out, and with the trigger word in front where it lacks it.
+def trigger_written_out(text: str, trigger_word: str, tokens: Sequence[str]) -> str:
+    """A caption or prompt with the trigger word, or where there is none the only token, in the place of `[trigger]`.
 
-    `[trigger]` is the trigger word, or where there is none the only placeholder token. Raises UserError where neither
-    tells what it stands for.
+    Raises UserError where neither tells what it stands for.
     """
+    if TRIGGER not in text:
+        return text
     stands_for = [trigger_word] if trigger_word else list(tokens)
-    if TRIGGER in caption:
-        if len(stands_for) != 1:
-            why = (
-                "there is neither trigger_word nor token" if not stands_for else f"it could be {', '.join(stands_for)}"
-            )
-            raise UserError(f"the caption {caption[:60]!r} holds {TRIGGER}, but {why}; set trigger_word.")
-        caption = caption.replace(TRIGGER, stands_for[0])
+    if len(stands_for) != 1:
+        why = "there is neither trigger_word nor token" if not stands_for else f"it could be {', '.join(stands_for)}"
+        raise UserError(f"the caption {text[:60]!r} holds {TRIGGER}, but {why}; set trigger_word.")
+    return text.replace(TRIGGER, stands_for[0])
+
+
+def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
+    """The caption with `[trigger]` written out, and with the trigger word in front where it lacks it."""
+    caption = trigger_written_out(caption, trigger_word, tokens)
     if trigger_word and trigger_word not in caption:
         return f"{trigger_word}, {caption}" if caption else trigger_word
     return caption

@@ -6,12 +6,13 @@ whole step and computes its own part of it, so a run on two cards is the run of 
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,12 @@ def add_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter | Tensor]) -> 
 
 
 def gather_losses(ranks: Ranks, losses: Tensor) -> Tensor:
-    """Every process's losses of a step [n], in the order of their micro-batches [n * count]."""
+    """Every process's losses of a step [n, ...], in the order of their micro-batches [n * count, ...]."""
     if ranks.count == 1:
         return losses
     every = [torch.empty_like(losses) for _ in range(ranks.count)]
     dist.all_gather(every, losses.contiguous())
-    return torch.stack(every, dim=1).flatten()
+    return torch.stack(every, dim=1).flatten(0, 1)
 
 
 def agree(ranks: Ranks, value: T) -> T:
@@ -91,6 +92,15 @@ def agree(ranks: Ranks, value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def least(ranks: Ranks, value: float) -> float:
+    """The smallest of all processes' values."""
+    if ranks.count == 1:
+        return value
+    every: list[float] = [0.0] * ranks.count
+    dist.all_gather_object(every, value)
+    return min(every)
 
 
 @contextmanager
@@ -108,10 +118,14 @@ def first_goes_first(ranks: Ranks) -> Iterator[None]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def launch(command: Sequence[str], count: int, root: Path) -> None:
+def launch(
+    command: Sequence[str], count: int, root: Path, secrets: Mapping[str, str] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
     """Run a Python module's command line in `count` processes, relay what they print, and end all when one ends badly.
 
-    A cancel, or any other exception here, ends them too. Raises UserError with the last words of the one that failed.
+    A cancel, or any other exception here, ends them too. `secrets` go into their environment; once `stopped` is true
+    they are asked to end by themselves, with SIGTERM. Raises UserError with the last words of the one that failed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -121,7 +135,7 @@ def launch(command: Sequence[str], count: int, root: Path) -> None:
         for rank in range(count):
             environment = {
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1", **(secrets or {}),
             }  # fmt: skip
             process = subprocess.Popen(
                 [sys.executable, "-m", *command], cwd=root, env=environment, stdout=subprocess.PIPE,
@@ -129,7 +143,7 @@ def launch(command: Sequence[str], count: int, root: Path) -> None:
             )  # fmt: skip
             processes.append(process)
             threading.Thread(target=_collect, args=(process, said[rank]), daemon=True).start()
-        _wait(processes, said)
+        _wait(processes, said, stopped)
     finally:
         for process in processes:
             process.kill()
@@ -142,10 +156,14 @@ def _collect(process: subprocess.Popen[str], lines: list[str]) -> None:
         lines.append(line.rstrip())
 
 
-def _wait(processes: list[subprocess.Popen[str]], said: list[list[str]]) -> None:
+def _wait(processes: list[subprocess.Popen[str]], said: list[list[str]], stopped: Callable[[], bool]) -> None:
     """Until all are done; prints what they say, from here, for a thread's prints aren't in a run's log."""
-    printed = [0] * len(processes)
+    printed, asked = [0] * len(processes), False
     while True:
+        if stopped() and not asked:
+            asked = True
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
         codes = [process.poll() for process in processes]
         if any(codes):
             time.sleep(0.2)  # their last words are on their way

@@ -32,17 +32,18 @@ def _learned(run: Run) -> list[torch.nn.Parameter | Tensor]:
     return [*run.lora, *run.placeholders.rows]
 
 
-def _tensors(run: Run) -> dict[str, Tensor]:
-    """By a name that says whose they are: the weights, what the optimizer keeps of each, and the draws' place."""
-    tensors = {}
-    for index, parameter in enumerate(_learned(run)):
-        tensors[f"learned.{index}"] = parameter.detach()
-        for name, value in run.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{index}.{name}"] = value
+def _tensors(run: Run, optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By a name that says whose they are: the weights, what the optimizers keep, and the draws' place."""
     if run.stream is None:
         raise RuntimeError("a run that hasn't begun has no place to write down")
+    tensors = {f"learned.{index}": parameter.detach() for index, parameter in enumerate(_learned(run))}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
     tensors |= {f"draws.{name}": value for name, value in run.stream.place().items()}
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _named(tensors: dict[str, Tensor], whose: str) -> dict[str, Tensor]:
+    return {name.removeprefix(whose): value for name, value in tensors.items() if name.startswith(whose)}
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -62,7 +63,8 @@ def save(run: Run, folder: Path, keep: int) -> Path:
 
     Raises UserError for weights that are no numbers, and where the disk is full; older checkpoints are whole then.
     """
-    tensors = _tensors(run)
+    optimizer, numbers = run.optimizers.state()
+    tensors = _tensors(run, optimizer)
     if not all(value.isfinite().all() for name, value in tensors.items() if name.startswith("learned")):
         raise UserError(f"the weights aren't finite after step {run.step}, and aren't saved; lower learning_rate.")
     target = folder / f"{_PREFIX}{run.step:06d}"
@@ -74,7 +76,7 @@ def save(run: Run, folder: Path, keep: int) -> Path:
             partial.mkdir(parents=True)
             save_file(tensors, partial / _STATE)
             (partial / _SETTINGS).write_text(
-                json.dumps({"step": run.step, "settings": _settings(run)}, indent=2) + "\n"
+                json.dumps({"step": run.step, "settings": _settings(run), "optimizer": numbers}, indent=2) + "\n"
             )
             for path in (partial / _STATE, partial / _SETTINGS, partial):
                 _sync(path)
@@ -148,9 +150,6 @@ def restore(run: Run, checkpoint: Path) -> None:
     with torch.no_grad():
         for index, parameter in enumerate(_learned(run)):
             parameter.copy_(tensors[f"learned.{index}"])
-            prefix = f"optimizer.{index}."
-            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            if state:
-                run.optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
+        run.optimizers.restore(_named(tensors, "optimizer."), written["optimizer"])
     run.stream = MicroBatches(run.config, run.examples, run.schedule, run.preserved)
-    run.stream.return_to({name.removeprefix("draws."): v for name, v in tensors.items() if name.startswith("draws.")})
+    run.stream.return_to(_named(tensors, "draws."))

@@ -14,11 +14,14 @@ from lora_utils.errors import UserError
 
 MAX_SEED = 2**32 - 1
 LR_SCHEDULERS = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
+SHARDINGS = ("auto", "never", "always")
 QUANTIZATIONS = ("auto", "none", "fp8", "int8", "nf4")
 RESUMES = ("never", "auto")
 MASK_SOURCES = ("none", "file", "alpha")
 OUTPUT_FORMATS = ("webp", "jpg", "png")
 TRIGGER = "[trigger]"  # in captions: the trigger word, or the placeholder token
+HUB_REPO_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
 
 
@@ -77,9 +80,46 @@ def _token_names(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a goal chooses."""
+
+    steps: int
+    learning_rate: float
+    rank: int
+    lora_targets: str
+
+
+# Within what the field agrees on for Qwen-Image: 1000 steps and more at 1e-4 to 2e-4, rank 16 to 32. A likeness needs
+# many steps at a gentle rate; an object is learned sooner, and by less; a style lives in textures, which the MLPs make.
+GOALS = {
+    "none": Recipe(steps=1000, learning_rate=1e-4, rank=32, lora_targets="attention"),
+    "person": Recipe(steps=1500, learning_rate=1e-4, rank=32, lora_targets="attention_mlp"),
+    "object": Recipe(steps=1000, learning_rate=2e-4, rank=16, lora_targets="attention"),
+    "style": Recipe(steps=2000, learning_rate=1e-4, rank=32, lora_targets="attention_mlp"),
+}
+PRODIGY_RATE = 1.0  # it finds the rate itself; this multiplies it
+
+
+def recipe_for(
+    goal: str, optimizer: str, steps: int | None = None, learning_rate: float | None = None, rank: int | None = None,
+    lora_targets: str | None = None,
+) -> Recipe:  # fmt: skip
+    """What a caller gives, and the goal's choice where that is None. Raises UserError for an unknown goal."""
+    chosen = GOALS[_choice("goal", goal, tuple(GOALS))]
+    rate = PRODIGY_RATE if optimizer == "prodigy" else chosen.learning_rate
+    return Recipe(
+        chosen.steps if steps is None else steps,
+        rate if learning_rate is None else learning_rate,
+        chosen.rank if rank is None else rank,
+        lora_targets or chosen.lora_targets,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """One training run. A run is a function of this, the pictures and the base model."""
 
+    goal: str = "none"  # what `recipe_for` chose by, where the caller left steps, rate, rank or targets open
     train_placeholder_token: bool = False
     placeholder_token: str = "<zwx>"  # or several, separated by commas
     placeholder_init_std: float = 1e-5  # of the fresh row; the median row of Qwen's matrix has an rms of about 1.5e-2
@@ -102,12 +142,20 @@ class TrainConfig:
     class_word: str = ""  # what token or trigger word is one of: the LoRA leaves it as the base has it
     preservation_weight: float = 0.25  # share of the micro-batches that see to that, if there is a class_word
     caption_dropout: float = 0.05  # share of the captions replaced by the sampler's empty prompt
+    optimizer: str = "adamw"  # of the LoRA; a token's row always has an AdamW of its own
+    weight_decay: float = 1e-4  # of the LoRA, never of a row
+    beta1: float = 0.9  # Adam's, of the LoRA; adafactor has none
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0  # for the LoRA and for each row by itself; 0: gradients aren't clipped
+    ema_decay: float = 0.0  # of the average that is returned in place of the last step's weights; 0: none
     lr_scheduler: str = "constant"
     warmup_steps: int = 0
+    validation_share: float = 0.0  # of the pictures, held out to measure on
     seed: int = field(default_factory=random_seed)
 
     def __post_init__(self) -> None:
         checked = {
+            "goal": _choice("goal", self.goal, tuple(GOALS)),
             "rank": _whole("rank", self.rank, 1, 256),
             "steps": _whole("steps", self.steps, 1, 20000),
             "learning_rate": _number("learning_rate", self.learning_rate, 1e-7, 1.0),
@@ -120,8 +168,15 @@ class TrainConfig:
             "mask_floor": _number("mask_floor", self.mask_floor, 0, 1),
             "preservation_weight": _number("preservation_weight", self.preservation_weight, 0, 0.9),
             "caption_dropout": _number("caption_dropout", self.caption_dropout, 0, 1),
+            "optimizer": _choice("optimizer", self.optimizer, OPTIMIZERS),
+            "weight_decay": _number("weight_decay", self.weight_decay, 0, 1),
+            "beta1": _number("beta1", self.beta1, 0, 0.999),
+            "beta2": _number("beta2", self.beta2, 0, 0.9999),
+            "max_grad_norm": _number("max_grad_norm", self.max_grad_norm, 0, 1000),
+            "ema_decay": _number("ema_decay", self.ema_decay, 0, 0.9999),
             "lr_scheduler": _choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
             "warmup_steps": _whole("warmup_steps", self.warmup_steps, 0, 20000),
+            "validation_share": _number("validation_share", self.validation_share, 0, 0.5),
             "seed": _whole("seed", self.seed, 0, MAX_SEED),
             "default_caption": self.default_caption.strip(),
             "trigger_word": self.trigger_word.strip(),
@@ -173,12 +228,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What is kept of a training on its way. None of it changes what is learned."""
+    """What is kept and shown of a training on its way, and where it goes. None of it changes what is learned."""
 
     run_dir: str = ""  # a folder of the machine that trains; empty: nothing is kept
     save_every: int = 0  # steps from one checkpoint to the next; 0: none
     keep_checkpoints: int = 2  # older ones are removed
     resume: str = "never"  # or "auto": go on from the last checkpoint in run_dir, if there is one
+    sample_prompts: str = ""  # drawn on the way, into run_dir; a line each
+    sample_every: int = 0  # steps; 0: before the first and after the last alone
+    sample_steps: int = 20  # of denoising
+    shard_base: str = "auto"  # the frozen transformer over several cards: where one is too small, or never, or always
+    hub_repo: str = ""  # owner/name on the hub that the weights are pushed to
+    hub_private: bool = True
 
     def __post_init__(self) -> None:
         checked = {
@@ -186,11 +247,25 @@ class RunOptions:
             "save_every": _whole("save_every", self.save_every, 0, 20000),
             "keep_checkpoints": _whole("keep_checkpoints", self.keep_checkpoints, 1, 1000),
             "resume": _choice("resume", self.resume, RESUMES),
+            "sample_prompts": "\n".join(filter(None, map(str.strip, re.split(r"[\n|]", self.sample_prompts)))),
+            "sample_every": _whole("sample_every", self.sample_every, 0, 20000),
+            "sample_steps": _whole("sample_steps", self.sample_steps, 1, 100),
+            "shard_base": _choice("shard_base", self.shard_base, SHARDINGS),
+            "hub_repo": self.hub_repo.strip(),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if not self.run_dir and (self.save_every or self.resume != "never"):
             raise UserError("save_every and resume need a run_dir, the folder that checkpoints are kept in.")
+        if self.sample_prompts and not self.run_dir:
+            raise UserError("sample_prompts need a run_dir, the folder that the pictures go to.")
+        if self.hub_repo and not HUB_REPO_PATTERN.fullmatch(self.hub_repo):
+            raise UserError(f"hub_repo must be owner/name, got {self.hub_repo!r}.")
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those that are drawn on the way."""
+        return self.sample_prompts.splitlines()
 
 
 @dataclass(frozen=True, slots=True)

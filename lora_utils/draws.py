@@ -20,6 +20,8 @@ from lora_utils.caching import CachedExample
 from lora_utils.config import TrainConfig
 from lora_utils.sizes import Size
 
+# Levels of noise that pictures held out are measured at: evenly spaced, whatever the resolution.
+VALIDATION_SIGMAS = tuple((index + 0.5) / 8 for index in range(8))
 EMPTY_CAPTION = " "  # what a dropped caption becomes: the sampler's default negative prompt
 
 

@@ -17,6 +17,7 @@ from lora_utils.draws import Drawn, generator_for
 from lora_utils.errors import UserError
 from lora_utils.objective import forward_backward
 from lora_utils.preparation import PROBE_SIGMA, Run
+from lora_utils.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,8 +45,13 @@ def plan_memory(run: Run) -> None:
         largest.size,
         (largest.image_name,),
     )
-    within_the_plan(run, [probe], lambda: forward_backward(run, [probe]))
-    run.optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        forward_backward(run, [probe])
+        run.optimizers.try_out()
+
+    within_the_plan(run, [probe], step)
+    run.optimizers.zero_grad()
     run.flops = 0.0
     run.seconds["probe"] = time.monotonic() - began
 
@@ -64,29 +70,33 @@ def use_compiled(run: Run, compiled: bool) -> None:
 def compute_plainly(run: Run, reason: str) -> None:
     """After blocks couldn't be compiled: drop what the step left, and go on without."""
     log.warning("the blocks can't be compiled here (%s); going on without", reason)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizers.zero_grad()
     use_compiled(run, compiled=False)
 
 
 def step_down(run: Run, drawn: Sequence[Drawn]) -> None:
-    """After a step that ran out of memory: drop what it left and recompute more. Raises UserError if all do."""
-    run.optimizer.zero_grad(set_to_none=True)
+    """After a step that ran out of memory: drop what it left and recompute more. Raises UserError if all do.
+
+    Or if the blocks are shared out: a step can't be redone where other cards wait for this one's parts.
+    """
+    run.optimizers.zero_grad()
     models.release_memory()
     blocks_there = len(run.transformer.transformer_blocks)
-    if run.recomputed == blocks_there:
+    if run.recomputed == blocks_there or is_sharded(run.transformer):
         size = max((batch.size for batch in drawn), key=lambda size: size.tokens)
         raise UserError(
             f"a step on {len(drawn[0].sigma)} pictures of {size.width_px}x{size.height_px} doesn't fit into memory, "
-            "even with every block recomputed; lower resolution, batch_size or rank, or use a larger card."
+            f"with {run.recomputed} of {blocks_there} blocks recomputed; lower resolution, batch_size or rank, or use "
+            "a larger card."
         )
     use_plan(run, memory.more_blocks(run.recomputed, blocks_there))
     log.warning("out of memory; from here on %d of %d blocks recompute", run.recomputed, blocks_there)
 
 
 def within_the_plan(run: Run, drawn: Sequence[Drawn], step: Callable[[], T]) -> T:
-    """Do a step on these micro-batches. Out of memory, the plan steps down and all of the step is redone.
+    """Compute gradients of these micro-batches. Out of memory, the plan steps down and all of them are redone.
 
-    A step that failed has moved nothing: what an optimizer allocates comes before its first weight.
+    Nothing that can't be redone may be part of `step`: no exchange with other processes, and no move of a weight.
     """
     while True:
         flops_before = run.flops

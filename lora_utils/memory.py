@@ -28,6 +28,7 @@ class StepSize:
     targets: str
     element_bytes: int
     lora_parameters: int
+    bytes_per_weight: float = 12.0  # of the LoRA, what gradient and optimizer hold: AdamW's
 
     def activation_bytes(self, recomputed: int) -> float:
         """What is kept for the backward pass while `recomputed` blocks keep their input alone."""
@@ -38,8 +39,8 @@ class StepSize:
 
     @property
     def optimizer_bytes(self) -> float:
-        """A gradient and Adam's two moments per weight of the LoRA, fp32."""
-        return 12.0 * self.lora_parameters
+        """The gradient and what the optimizer keeps of each weight."""
+        return self.bytes_per_weight * self.lora_parameters
 
     def needed_bytes(self, recomputed: int) -> float:
         return self.activation_bytes(recomputed) + self.optimizer_bytes

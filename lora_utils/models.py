@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from lora_utils import blocks, flops, flow, modulation, qwen, streaming
+from lora_utils import blocks, flops, flow, modulation, qwen, sharding, streaming
 from lora_utils.errors import UserError
 from lora_utils.placeholder import Placeholders, embedding_matrix, spliced, tokenize
 from lora_utils.quantization import Quantizer
@@ -142,9 +142,12 @@ Stream = Callable[
 
 
 def load_transformer(
-    folder: Path, place: Place, timesteps: Tensor | None = None, quantization: str = "none"
+    folder: Path, place: Place, timesteps: Tensor | None = None, quantization: str = "none", shards: int = 1
 ) -> QwenImageTransformer2DModel:
-    """For any timestep; or for these alone [S], with a table in place of the modulations where that is smaller."""
+    """For any timestep; or for these alone [S], with a table in place of the modulations where that is smaller.
+
+    `shards`: the processes, of which this is one, that the blocks are shared out over.
+    """
     source = folder / "transformer"
     config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
     if other := [name for name in _OF_OTHER_MODELS if config.get(name)]:
@@ -153,24 +156,34 @@ def load_transformer(
             "do. Set BASE_MODEL to Qwen/Qwen-Image or Qwen/Qwen-Image-2512."
         )
     stream = partial(stream_tensors, source, place.device, place.dtype)
-    return build_transformer(config, stream, source, place, timesteps, quantization)
+    return build_transformer(config, stream, source, place, timesteps, quantization, shards)
 
 
 def build_transformer(
-    config: dict[str, Any], stream: Stream, source: Path, place: Place, timesteps: Tensor | None, quantization: str
-) -> QwenImageTransformer2DModel:
+    config: dict[str, Any], stream: Stream, source: Path, place: Place, timesteps: Tensor | None, quantization: str,
+    shards: int = 1,
+) -> QwenImageTransformer2DModel:  # fmt: skip
     """From a config and weights on their way to the device; `source` is what errors speak of."""
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(config))
     fill = partial(streaming.fill, transformer, source=source)
     if quantization != "none":
         fill = partial(fill, store=Quantizer(transformer, quantization, place.device, place.dtype).store)
-    if timesteps is not None and modulation.pays(len(timesteps), transformer.inner_dim):
-        fill(stream(lambda name: None if modulation.is_modulation(name) else name))
+    if timesteps is not None and not modulation.pays(len(timesteps), transformer.inner_dim):
+        timesteps = None
+    fill(stream(lambda name: None if sharding.in_a_block(name) else name))
+    if timesteps is not None:
         weights = stream(lambda name: name if modulation.is_modulation(name) else None)
         modulation.install_table(transformer, modulation.build_table(transformer, timesteps, weights))
-    else:
-        fill(stream(lambda name: name))
+    if shards > 1:
+        sharding.shard(transformer, place.device, shards)
+        fill = partial(fill, store=partial(sharding.store, transformer))
+
+    def in_a_block(name: str) -> str | None:
+        tabled = timesteps is not None and modulation.is_modulation(name)
+        return name if sharding.in_a_block(name) and not tabled else None
+
+    fill(stream(in_a_block))
     check_whole(transformer, source)
     blocks.install_forward(transformer)
     _settle(transformer, place)

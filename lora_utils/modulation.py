@@ -74,7 +74,8 @@ class ModulationTable:
         index = torch.searchsorted(self.timesteps, wanted).clamp_max(len(self.timesteps) - 1)
         if not torch.equal(self.timesteps[index], wanted):
             raise KeyError(f"the modulation table has no timestep {values}")
-        self.current, self.shown = upload(self.rows[index], self.device), values
+        with torch.inference_mode(False):  # rows shown while sampling may serve a training step next
+            self.current, self.shown = upload(self.rows[index], self.device), values
 
 
 class _FromTable(nn.Module):

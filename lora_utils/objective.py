@@ -25,39 +25,47 @@ def batch_text(run: Run, captions: Sequence[str]) -> models.Text:
     if live and run.text_encoder is not None:
         used = run.placeholders.used_in(live)
         encoded = models.encode_states(run.text_encoder, run.tokenizer, live, used)
-        if any(row.requires_grad for row in used.rows) and not encoded[0].requires_grad:
+        learns = torch.is_grad_enabled() and any(row.requires_grad for row in used.rows)
+        if learns and not encoded[0].requires_grad:
             raise RuntimeError(f"no gradient reaches {', '.join(used.tokens)}: the text encoder ran without grad mode")
         placed = (state.to(run.place.device) for state in encoded)  # from the host, where the card had no room for it
         states.update(zip(live, placed, strict=True))
     return models.join_text([states[caption] for caption in captions])
 
 
-def batch_loss(run: Run, drawn: Drawn) -> Tensor:
-    """Flow-matching loss of one micro-batch: the mean squared error of the velocity, weighted by the masks, in fp32.
+def picture_losses(run: Run, drawn: Drawn, accompany: bool = False) -> Tensor:
+    """Flow-matching losses [B]: the mean squared error of the velocity, weighted by the masks, in fp32.
 
     Where the class is preserved, the target is the velocity that the base model predicts for the same noise.
+    `accompany`: run the base model all the same, for other cards that need this one's part of it.
     """
     noisy = upload(drawn.noisy.to(run.place.dtype), run.place.device)
     text = batch_text(run, drawn.captions)
     sizes = models.shape_of(run.transformer), noisy.shape[1], text.states.shape[1]
-    if drawn.preserves:
+    target = upload(drawn.target, run.place.device)
+    if drawn.preserves or accompany:
         with torch.no_grad(), without_lora(run.transformer):
-            target = models.predict_velocity(run.transformer, noisy, drawn.sigma, text, drawn.size).float()
+            base = models.predict_velocity(run.transformer, noisy, drawn.sigma, text, drawn.size).float()
         run.flops += len(noisy) * flops.forward_flops(*sizes)
-    else:
-        target = upload(drawn.target, run.place.device)
+        target = base if drawn.preserves else target
     velocity = models.predict_velocity(run.transformer, noisy, drawn.sigma, text, drawn.size)
     run.flops += len(noisy) * flops.training_flops(*sizes, run.recomputed)
-    if drawn.weights is None:
-        return F.mse_loss(velocity.float(), target)
-    return (upload(drawn.weights, run.place.device) * (velocity.float() - target).square()).mean()
+    errors = (velocity.float() - target).square()  # [B, N, C]
+    if drawn.weights is not None:
+        errors = upload(drawn.weights, run.place.device) * errors
+    return errors.mean(dim=(1, 2))
 
 
-def forward_backward(run: Run, drawn: Sequence[Drawn]) -> Tensor:
-    """Losses of this process's micro-batches [len(drawn)]; their share of the step's gradients stays."""
+def forward_backward(run: Run, drawn: Sequence[Drawn], accompany: Sequence[bool] = ()) -> Tensor:
+    """Losses of this process's micro-batches; their share of the step's gradients stays.
+
+    `accompany` says for each what `picture_losses` is to do; not given, nothing.
+
+    -> [len(drawn), batch_size]: a picture's each, NaN behind the last of a batch that is short.
+    """
     losses = []
-    for batch in drawn:
-        loss = batch_loss(run, batch)
-        (loss / (len(drawn) * run.ranks.count)).backward()
-        losses.append(loss.detach())
+    for batch, along in zip(drawn, accompany or [False] * len(drawn), strict=True):
+        each = picture_losses(run, batch, along)
+        (each.mean() / (len(drawn) * run.ranks.count)).backward()
+        losses.append(F.pad(each.detach(), (0, run.config.batch_size - len(each)), value=torch.nan))
     return torch.stack(losses)

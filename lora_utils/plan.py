@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from lora_utils import flops, memory, modulation, qwen
+from lora_utils.cards import Ranks, least
 from lora_utils.config import QUANTIZATIONS, TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.optimizers import bytes_per_weight
 from lora_utils.quantization import WEIGHT_BYTES, is_quantized
 from lora_utils.sizes import Size
 
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
 AUTO = ("none", "fp8", "nf4")
+SHARDED = "sharded"
 
 # On the careful side, for no card has measured them yet (`benchmarks.train --compiled` will). On a CPU compiling took
 # 60 s and made the true width's step faster by some tenth, the small model's by a third.
@@ -40,6 +43,7 @@ class Plan:
     quantization: str  # of the transformer; "none" or a scheme
     text_encoder_on_card: bool  # or on the host: slower, but there
     compiled: bool = False  # the blocks' arithmetic
+    sharded: bool = False  # the transformer is shared out over the cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Demand:
 
     free: float
     text_encoder: float
-    transformer: dict[str, float]  # by scheme
+    transformer: dict[str, float]  # by scheme, and SHARDED where there are several cards
     step: float  # with all blocks recomputed
     timesteps: int = 0  # that a table in place of the modulations holds, on the host; 0: the modulations themselves
 
@@ -57,19 +61,34 @@ class Demand:
         return self.transformer[scheme] + self.step + text + memory.SPARE_BYTES
 
 
-def choose(asked: str, demand: Demand, live_text: bool, run_s: float = 0.0) -> Plan:
+def schemes_for(asked: str, shard_base: str, several: bool) -> tuple[str, ...]:
+    """What may be tried, in this order. Raises UserError for what excludes each other.
+
+    Sharding comes before rounding: it costs time, and nothing of the result.
+    """
+    if not several or shard_base == "never":
+        return AUTO if asked == "auto" else (asked,)
+    if shard_base == "always":
+        if asked not in ("auto", "none"):
+            raise UserError(f"shard_base shares out weights as they are; set quantization to auto, not {asked}.")
+        return (SHARDED,)
+    return {"auto": ("none", SHARDED, *AUTO[1:]), "none": ("none", SHARDED)}.get(asked, (asked,))
+
+
+def choose(asked: str, demand: Demand, live_text: bool, run_s: float = 0.0, shard_base: str = "never") -> Plan:
     """The first that fits, of ever smaller ones. Raises UserError if none does.
 
     `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
     it has no room on the card, it runs on the host.
     """
-    schemes = AUTO if asked == "auto" else (asked,)
+    schemes = schemes_for(asked, shard_base, SHARDED in demand.transformer)
     for stays in (True, False) if live_text else (False,):
         for scheme in schemes:
             if demand.needed(scheme, stays) <= demand.free:
                 alone = demand.text_encoder + memory.SPARE_BYTES <= demand.free
                 compiled = scheme == "none" and run_s * COMPILED_GAIN > COMPILE_S
-                return Plan(scheme, stays if live_text else alone, compiled)
+                whole = "none" if scheme == SHARDED else scheme
+                return Plan(whole, stays if live_text else alone, compiled, scheme == SHARDED)
     least = demand.needed(schemes[-1], False)
     advice = "lower resolution or batch_size, or use a larger card"
     if asked not in ("auto", "nf4"):
@@ -82,14 +101,15 @@ def choose(asked: str, demand: Demand, live_text: bool, run_s: float = 0.0) -> P
 
 
 def _named(scheme: str) -> str:
-    return "its own precision" if scheme == "none" else scheme
+    return {"none": "its own precision", SHARDED: "parts on several cards"}.get(scheme, scheme)
 
 
 def describe(plan: Plan, asked: str, demand: Demand) -> list[str]:
     """What is said of a plan, and why it is so."""
+    scheme = SHARDED if plan.sharded else plan.quantization
     lines = [
-        f"memory: {demand.free / 1e9:.3g} GB free; the transformer in {_named(plan.quantization)} takes "
-        f"{demand.transformer[plan.quantization] / 1e9:.3g}, the text encoder {demand.text_encoder / 1e9:.3g}, a step "
+        f"memory: {demand.free / 1e9:.3g} GB free; the transformer in {_named(scheme)} takes "
+        f"{demand.transformer[scheme] / 1e9:.3g}, the text encoder {demand.text_encoder / 1e9:.3g}, a step "
         f"at least {demand.step / 1e9:.3g}"
     ]
     if demand.timesteps:
@@ -176,7 +196,9 @@ def step_size(config: TrainConfig, transformer: dict[str, Any], tokens: int, ele
     # A LoRA's matrices R x D_in and D_out x R: the attention's layers are D x D, the MLPs' D x 4 D.
     widths = {layer: 5 if layer in qwen.MLP_TARGETS else 2 for layer in qwen.LORA_TARGETS[config.lora_targets]}
     lora = transformer["num_layers"] * config.rank * width * sum(widths.values())
-    return memory.StepSize(transformer["num_layers"], width, tokens, config.lora_targets, element_bytes, lora)
+    return memory.StepSize(
+        transformer["num_layers"], width, tokens, config.lora_targets, element_bytes, lora, bytes_per_weight(config)
+    )
 
 
 def transformer_bytes(config: dict[str, Any], element_bytes: int, table: bool) -> dict[str, float]:
@@ -200,18 +222,30 @@ def text_encoder_bytes(config: Qwen2_5_VLTextConfig, element_bytes: int) -> floa
     return float(element_bytes * sum(parameter.numel() for parameter in language_model.parameters()))
 
 
+def sharded_bytes(whole: float, blocks: int, cards: int) -> float:
+    """What a card holds of a transformer that is shared out: its part, and two blocks whole, one of them on its way."""
+    return whole / cards + 2 * whole / blocks
+
+
 def demand_of(
-    config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int, timesteps: Tensor | None
-) -> Demand:
-    """Of a run whose largest batch has so many tokens, and which shows the transformer these timesteps (None: any)."""
+    config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int, timesteps: Tensor | None,
+    ranks: Ranks,
+) -> Demand:  # fmt: skip
+    """Of a run whose largest batch has so many tokens, and which shows the transformer these timesteps (None: any).
+
+    On several cards, of the one with the least free memory: all of them choose alike.
+    """
     transformer = json.loads((folder / "transformer" / "config.json").read_text())
     text = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config)
     size = step_size(config, transformer, tokens, dtype.itemsize)
     table = timesteps is not None and modulation.pays(len(timesteps), size.width)
+    schemes = transformer_bytes(transformer, dtype.itemsize, table)
+    if ranks.count > 1:
+        schemes[SHARDED] = sharded_bytes(schemes["none"], size.blocks, ranks.count)
     return Demand(
-        memory.free_bytes(device),
+        least(ranks, memory.free_bytes(device)),
         text_encoder_bytes(text, dtype.itemsize),
-        transformer_bytes(transformer, dtype.itemsize, table),
+        schemes,
         size.needed_bytes(size.blocks) + 4.0 * size.lora_parameters,
         len(timesteps) if timesteps is not None and table else 0,
     )

@@ -22,6 +22,7 @@ from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.models import Components, Text
 from lora_utils.placeholder import Placeholders
+from lora_utils.sharding import sampling_mode
 from lora_utils.sizes import Size, pack
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def sample(
     memory, fewer are drawn together; raises UserError where one alone is too much.
     """
     ways, prompts, images = ways or Ways(), prompts or Prompts(), []
-    with torch.inference_mode():  # here, not at setup: Cog calls from another thread each time
+    with sampling_mode(components.transformer):  # here, not at setup: Cog calls from another thread each time
         text = prompts.encode(components, request.prompt, placeholders)
         empty = prompts.encode(components, request.negative_prompt, placeholders) if request.guided else None
         # What is reused would depend on the other pictures.

@@ -8,15 +8,28 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from lora_utils import cards, checkpoints, fetch, models, preflight, preparation, training, weights
+from lora_utils import (
+    cards,
+    checkpoints,
+    fetch,
+    hub,
+    models,
+    preflight,
+    preparation,
+    report,
+    samples,
+    training,
+    weights,
+)  # fmt: skip
 from lora_utils.archive import unpack
+from lora_utils.cards import agree
 from lora_utils.command_line import to_options
-from lora_utils.config import RunOptions, TrainConfig, random_seed
-from lora_utils.console import Progress
+from lora_utils.config import RunOptions, TrainConfig, random_seed, recipe_for
+from lora_utils.errors import UserError
+from lora_utils.watching import Watch
 
 AGREE_EVERY = 10  # steps, on several cards, from one question whether to stop to the next
 
@@ -31,7 +44,7 @@ def output_path() -> Path:
 
 def run(
     config: TrainConfig, options: RunOptions, data: Path, target: Path, init_weights: Path | None = None,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = lambda: False, hub_token: str | None = None,
 ) -> Path:  # fmt: skip
     """Train on an archive or a folder and write weights.zip to `target`. What was unpacked is removed in any case.
 
@@ -40,57 +53,106 @@ def run(
     """
     ranks = cards.join()
     try:
-        return _run(config, options, data, target, init_weights, stopped, ranks)
+        cards.silence(ranks)
+        print(f"seed {config.seed}" + (f", {ranks.count} cards" if ranks.count > 1 else ""), flush=True)
+        if options.run_dir:
+            Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+        if options.hub_repo and ranks.first:
+            hub.open_repository(options.hub_repo, hub_token, options.hub_private)
+        begun = _prepare(config, options, data, ranks)
+        if init_weights is not None:
+            preparation.start_from(begun.run, init_weights)
+        go_on(begun.run, options)
+        begun.watch.open()
+        consume(begun.run, options, begun.watch, stopped)
+        begun.watch.close()
+        if ranks.first:
+            _write(begun, options, target)
+            share(options, target, hub_token)
+        return target
     finally:
         cards.leave(ranks)
 
 
 def run_on_all_cards(
-    config: TrainConfig, options: RunOptions, data: Path, target: Path, init_weights: Path | None = None
-) -> Path:
+    config: TrainConfig, options: RunOptions, data: Path, target: Path, init_weights: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False, hub_token: str | None = None,
+) -> Path:  # fmt: skip
     """The same in a process for each card, which are all ended when one fails or this call is cancelled."""
     command = ["lora_utils", "train", str(data.absolute()), f"--output={target.absolute()}"]
     if init_weights is not None:
         command.append(f"--init_weights={init_weights.absolute()}")
     command += [*to_options(config), *to_options(options)]
-    cards.launch(command, cards.several(), Path(__file__).parent.parent)
+    secrets = {"HF_TOKEN": hub_token} if hub_token else {}  # an option could be read by others of the machine
+    cards.launch(command, cards.several(), Path(__file__).parent.parent, secrets, stopped)
     return target
 
 
-def _run(
-    config: TrainConfig, options: RunOptions, data: Path, target: Path, init_weights: Path | None,
-    stopped: Callable[[], bool], ranks: cards.Ranks,
-) -> Path:  # fmt: skip
-    cards.silence(ranks)
-    print(f"seed {config.seed}" + (f", {ranks.count} cards" if ranks.count > 1 else ""), flush=True)
-    if options.run_dir:
-        Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A run before its first step, who watches it, and what was found."""
+
+    run: preparation.Run
+    watch: Watch
+    num_images: int
+    described: list[str]  # lines of the report on the data
+
+
+def _prepare(config: TrainConfig, options: RunOptions, data: Path, ranks: cards.Ranks) -> _Begun:
     with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as unpacked:
         folder = data if data.is_dir() else Path(unpacked)
         if folder is not data:
             unpack(data, folder)
         base_model = fetch.base_model_name()
         tokenizer = models.load_tokenizer(fetch.fetch_model(base_model, ("tokenizer",)))
+        pairs = samples.pairs_of(config, options)
+        samples.check_prompts(pairs, config, tokenizer)
         found = preflight.read_dataset(folder, config, tokenizer)
-        for line in preflight.describe(found, config, tokenizer):
-            print(line, flush=True)
-        folder = fetch.fetch_model(base_model)
-        prepared = preparation.prepare(config, found, folder, models.default_place(), ranks=ranks)
-    if init_weights is not None:
-        preparation.start_from(prepared, init_weights)
-    go_on(prepared, options)
-    loss = consume(prepared, options, stopped)
-    if not ranks.first:
-        return target
-    began = time.monotonic()
-    described = training.describe_placeholders(prepared)
-    lora, steps = training.finish(prepared), prepared.step
-    weights.save_weights(target, lora, prepared.config, base_model, found.num_images, loss, described, steps)
-    prepared.seconds["save"] = time.monotonic() - began
-    for line in training.describe_speed(prepared):
-        print(line, flush=True)
+        described = preflight.describe(found, config, tokenizer)
+        print("\n".join([*describe_goal(config), *described]), flush=True)
+        model_folder = fetch.fetch_model(base_model)
+        prepared = preparation.prepare(
+            config, found, model_folder, models.default_place(), ranks=ranks, samples=samples.requests_of(pairs),
+            shard_base=options.shard_base,
+        )  # fmt: skip
+    return _Begun(prepared, Watch(prepared, options, pairs, model_folder), found.num_images, described)
+
+
+def _write(begun: _Begun, options: RunOptions, target: Path) -> None:
+    """weights.zip, the last lines, and the report."""
+    began, base_model, run, loss = time.monotonic(), fetch.base_model_name(), begun.run, begun.watch.final_loss
+    rows, lora = training.describe_placeholders(run), training.finish(run)
+    weights.save_weights(target, lora, run.config, base_model, begun.num_images, loss, rows, run.step)
+    run.seconds["save"] = time.monotonic() - began
+    timings = training.describe_speed(run)
+    print("\n".join(timings), flush=True)
     print(f"wrote {target.name}, {target.stat().st_size / 1e6:.1f} MB", flush=True)
-    return target
+    if options.run_dir:
+        told = report.Told(base_model, run.config, begun.described, timings)
+        print(f"wrote {report.write(Path(options.run_dir), told)}", flush=True)
+
+
+def share(options: RunOptions, weights_path: Path, hub_token: str | None) -> None:
+    """Push to the hub, if that is asked for. What fails there is said, and nothing else: the training is done."""
+    if not options.hub_repo:
+        return
+    sheets = samples.saved(Path(options.run_dir)) if options.run_dir else []
+    try:
+        print(f"pushed to {hub.push(options.hub_repo, hub_token, weights_path, sheets)}", flush=True)
+    except UserError as error:
+        print(f"warning: {error}; they are in {weights_path.name}, and can be pushed from there", flush=True)
+
+
+def describe_goal(config: TrainConfig) -> list[str]:
+    """What the goal has chosen, and what the caller has in its place."""
+    if config.goal == "none":
+        return []
+    chosen, ours = asdict(recipe_for(config.goal, config.optimizer)), asdict(config)
+    parts = [
+        f"{name} {ours[name]}" + ("" if ours[name] == value else f" (yours; the goal's is {value})")
+        for name, value in chosen.items()
+    ]
+    return [f"goal {config.goal}: {', '.join(parts)}"]
 
 
 def seed_for(options: RunOptions) -> int:
@@ -109,46 +171,17 @@ def go_on(prepared: preparation.Run, options: RunOptions) -> None:
         print(f"no checkpoint in {options.run_dir}; starting anew", flush=True)
 
 
-def consume(prepared: preparation.Run, options: RunOptions, stopped: Callable[[], bool]) -> float | None:
-    """Step through the run, print its progress and keep its checkpoints. -> the mean loss of the last tenth."""
-    config, progress, reports, printed = prepared.config, Progress(prepared.config.steps), [], 0
-    first = prepared.step
-    for report in training.train(prepared):
-        reports.append(report)  # numbers are read, and the device waited for, only where a line is printed
-        last = report.step == config.steps
-        if prepared.ranks.count == 1 or report.step % AGREE_EVERY == 0:
-            last = last or cards.agree(prepared.ranks, stopped())
-        if progress.is_due(report.step) or last:
-            rate, grad = f"lr {report.learning_rate:.1e}", f"grad {float(report.grad_norm):.2f}"
-            losses, pace = described_losses(reports[printed:]), progress.pace(report.step - first)
-            print(f"step {report.step}/{config.steps} {losses} {rate} {grad} {pace}", flush=True)
-            for token, row in training.report_rows(prepared).items():
-                near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
-                grad = f"grad {float(report.row_grad_norms.get(token, 0)):.2g}"
-                print(
-                    f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True
-                )
-            printed = len(reports)
-        due = options.save_every and report.step % options.save_every == 0
-        if options.run_dir and prepared.ranks.first and (due or (last and report.step < config.steps)):
+def consume(prepared: preparation.Run, options: RunOptions, watch: Watch, stopped: Callable[[], bool]) -> None:
+    """Step through the run, watch it and keep its checkpoints, until it is done or asked to stop."""
+    steps, ranks = prepared.config.steps, prepared.ranks
+    for taken in training.train(prepared):
+        asked = taken.step < steps and (ranks.count == 1 or taken.step % AGREE_EVERY == 0)
+        stop = asked and agree(ranks, stopped())
+        watch.after(taken, stop)
+        due = options.save_every and taken.step % options.save_every == 0
+        if options.run_dir and ranks.first and (due or stop):
             kept = checkpoints.save(prepared, Path(options.run_dir), options.keep_checkpoints)
             print(f"checkpoint {kept}", flush=True)
-        if last and report.step < config.steps:
-            print(f"stopped after step {report.step} of {config.steps}, as asked", flush=True)
+        if stop:
+            print(f"stopped after step {taken.step} of {steps}, as asked", flush=True)
             break
-    prepared.seconds["train"] = max(1e-3, progress.elapsed_s() - prepared.seconds.get("probe", 0.0))
-    taught = mean_of([report.taught for report in reports[-max(1, len(reports) // 10) :]])
-    return taught if taught is not None else reports[-1].loss if reports else None
-
-
-def described_losses(reports: list[training.StepReport]) -> str:
-    """The mean losses of these steps' micro-batches: of those that taught, and of those that held the class."""
-    taught, kept = mean_of([report.taught for report in reports]), mean_of([report.kept for report in reports])
-    parts = ["loss -" if taught is None else f"loss {taught:.4f}", "" if kept is None else f"class {kept:.4f}"]
-    return " ".join(filter(None, parts))
-
-
-def mean_of(losses: list[torch.Tensor]) -> float | None:
-    """None where there are none."""
-    some = [loss for loss in losses if len(loss)]
-    return float(torch.cat(some).mean()) if some else None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_utils import flops, fresh_token, memory
-from lora_utils.adapters import trained_lora
 from lora_utils.cards import add_gradients, gather_losses
 from lora_utils.config import TrainConfig
 from lora_utils.draws import Drawn, MicroBatches
@@ -23,9 +22,9 @@ from lora_utils.fitting import plan_memory, within_the_plan
 from lora_utils.lora_file import LoraFile
 from lora_utils.objective import forward_backward
 from lora_utils.placeholder import RowReport
-from lora_utils.preparation import Run
+from lora_utils.preparation import Run, learned
+from lora_utils.sharding import is_sharded
 
-MAX_GRAD_NORM = 1.0  # for the LoRA and for the row, each by itself
 CHECK_EVERY = 25  # steps from one look at whether the numbers are finite to the next: each waits for the device
 
 
@@ -35,10 +34,17 @@ class StepReport:
 
     step: int
     learning_rate: float
-    losses: Tensor  # of its micro-batches
+    pictures: Tensor  # losses [micro-batches, batch_size], NaN behind the last picture of a short batch
+    sigmas: tuple[Tensor, ...]  # of each micro-batch's pictures, on the host
     preserves: tuple[bool, ...]  # which of them held the class, rather than teach
     grad_norm: Tensor  # of the LoRA, before clipping
     row_grad_norms: dict[str, Tensor]  # of the tokens that the step's captions held, before clipping
+
+    @property
+    def losses(self) -> Tensor:
+        """Of its micro-batches: the mean of each one's pictures, NaN if one of these is."""
+        counts = [len(sigma) for sigma in self.sigmas]
+        return torch.stack([row[:count].mean() for row, count in zip(self.pictures, counts, strict=True)])
 
     @property
     def loss(self) -> float:
@@ -71,31 +77,38 @@ def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     Apart, because a fresh row's first gradient is some 50 times the LoRA's and would stop it from learning. A row that
     isn't trained, or whose token no caption of the step held, has no gradient and isn't moved.
     """
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rate_factor(step, run.config)
-    lora_norm = nn.utils.clip_grad_norm_(run.lora, MAX_GRAD_NORM)
+    most = run.config.max_grad_norm or math.inf
+    lora_norm = nn.utils.clip_grad_norm_(run.lora, most)
     row_norms = {
-        token: nn.utils.clip_grad_norm_([row], MAX_GRAD_NORM)
+        token: nn.utils.clip_grad_norm_([row], most)
         for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
         if row.grad is not None
     }
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizers.step(rate_factor(step, run.config))
+    run.optimizers.zero_grad()
     return lora_norm, row_norms
 
 
 def take_step(run: Run, drawn: Sequence[Drawn], step: int) -> StepReport:
     """Optimizer step `step`, counted from 0, on all processes' micro-batches."""
     own = run.ranks.part(drawn)
-    if run.ranks.count == 1:
-        losses = forward_backward(run, own)
-    else:  # what comes behind the exchange can't be redone by one process alone
-        losses = within_the_plan(run, own, partial(forward_backward, run, own))
-    losses = gather_losses(run.ranks, losses)
+    accompany = ()
+    if is_sharded(run.transformer):  # all cards run the same forwards
+        together = [drawn[start : start + run.ranks.count] for start in range(0, len(drawn), run.ranks.count)]
+        accompany = [any(batch.preserves for batch in batches) for batches in together]
+    losses = within_the_plan(run, own, partial(forward_backward, run, own, accompany))
+    pictures = gather_losses(run.ranks, losses)
     add_gradients(run.ranks, [*run.lora, *(row for row in run.placeholders.rows if row.requires_grad)])
     grad_norm, row_grad_norms = clip_and_step(run, step)
-    preserves = tuple(batch.preserves for batch in drawn)
-    return StepReport(step + 1, run.optimizer.param_groups[0]["lr"], losses, preserves, grad_norm, row_grad_norms)
+    return StepReport(
+        step + 1,
+        run.optimizers.rate,
+        pictures,
+        tuple(batch.sigma for batch in drawn),
+        tuple(batch.preserves for batch in drawn),
+        grad_norm,
+        row_grad_norms,
+    )
 
 
 def _is_sound(report: StepReport) -> Tensor:
@@ -134,8 +147,7 @@ def train(run: Run) -> Iterator[StepReport]:
         run.stream = MicroBatches(config, run.examples, run.schedule, run.preserved)
     for step in range(run.step, config.steps):
         drawn = [next(run.stream) for _ in range(config.gradient_accumulation * run.ranks.count)]
-        take = partial(take_step, run, drawn, step)
-        report = within_the_plan(run, drawn, take) if run.ranks.count == 1 else take()
+        report = take_step(run, drawn, step)
         run.step = step + 1
         unchecked.append((report, drawn))
         if step % CHECK_EVERY == 0 or step + 1 == config.steps:
@@ -148,13 +160,11 @@ def train(run: Run) -> Iterator[StepReport]:
 
 
 def finish(run: Run) -> LoraFile:
-    """The trained LoRA with the rows of its tokens, on the CPU. Raises RuntimeError for a row that hasn't moved."""
-    rows = {}
+    """What has been learned. Raises RuntimeError for a row that hasn't moved."""
     for token, row, first in zip(run.placeholders.tokens, run.placeholders.rows, run.first_rows, strict=True):
         if row.requires_grad and torch.equal(row, first):
             raise RuntimeError(f"the row of {token} hasn't moved in {run.step} steps")
-        rows[token] = row.detach().float().cpu().view(1, -1)
-    return LoraFile(trained_lora(run.transformer), rows)
+    return learned(run)
 
 
 def describe_speed(run: Run) -> list[str]:
@@ -181,13 +191,14 @@ def describe_placeholders(run: Run) -> list[dict[str, Any]]:
     """What meta.json says of each trained row; nothing in baseline mode."""
     if run.text_encoder is None:
         return []
-    rate = run.optimizer.param_groups[-1]["initial_lr"] if len(run.optimizer.param_groups) > 1 else 0.0
+    with run.optimizers.averaged():
+        rows = fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
     return [
         {
             **described,
             "init_std": run.config.placeholder_init_std,
-            "learning_rate": rate,
+            "learning_rate": run.optimizers.row_rate,
             "captions_with_token": sum(described["token"] in caption for caption in run.captions),
         }
-        for described in fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
+        for described in rows
     ]

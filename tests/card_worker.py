@@ -1,6 +1,6 @@
 """One of several processes of a run, for test_cards.py: trains, and prints its losses and its LoRA's hash.
 
-python -m tests.card_worker MODEL PICTURES CONFIG_AS_JSON
+python -m tests.card_worker MODEL PICTURES CONFIG_AS_JSON SHARD_BASE
 """
 
 import hashlib
@@ -9,27 +9,31 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lora_utils import cards, models, preparation, training
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import read_dataset
 
 
-def main(model: Path, pictures: Path, given: str) -> None:
+def main(model: Path, pictures: Path, given: str, shard_base: str) -> None:
     torch.set_num_threads(1)
     ranks = cards.join()
     config = TrainConfig(**json.loads(given))
     run = preparation.prepare(
-        config, read_dataset(pictures, config), model, models.Place(torch.device("cpu"), torch.float32), ranks=ranks
-    )
+        config, read_dataset(pictures, config), model, models.Place(torch.device("cpu"), torch.float32), ranks=ranks,
+        shard_base=shard_base,
+    )  # fmt: skip
+    frozen = [weight for weight in run.transformer.transformer_blocks.parameters() if not weight.requires_grad]
+    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in frozen)
     losses = [[float(loss) for loss in report.losses] for report in training.train(run)]
     lora = training.finish(run)
     tensors = [part for layer in lora.layers.values() for part in (layer.down, layer.up)] + list(lora.rows.values())
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
     norm = float(sum(tensor.double().norm() for tensor in tensors))
-    print(json.dumps({"rank": ranks.rank, "losses": losses, "digest": digest, "norm": norm}), flush=True)
+    print(json.dumps({"rank": ranks.rank, "losses": losses, "digest": digest, "norm": norm, "held": held}), flush=True)
     cards.leave(ranks)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

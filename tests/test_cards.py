@@ -45,10 +45,11 @@ def trained(archive, random_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     unpack(archive, tmp_path / "pictures")
 
-    def run(count, config):
+    def run(count, config, shard_base="never"):
         given = json.dumps(asdict(config))
         monkeypatch.setenv("CACHE_DIR", str(tmp_path / f"cache{count}"))
-        cards.launch(["tests.card_worker", str(random_model), str(tmp_path / "pictures"), given], count, ROOT)
+        worker = ["tests.card_worker", str(random_model), str(tmp_path / "pictures"), given, shard_base]
+        cards.launch(worker, count, ROOT)
         lines = [line.partition("{") for line in capsys.readouterr().out.splitlines() if '"rank"' in line]
         said = [json.loads(brace + rest) for _, brace, rest in lines]
         return sorted(said, key=lambda one: one["rank"])
@@ -64,6 +65,17 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(traine
     for one, other in zip(alone["losses"], first["losses"], strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
     assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+
+
+def test_a_base_that_is_shared_out_gives_the_same_and_each_process_holds_its_part(trained):
+    given = replace(CONFIG, gradient_accumulation=2)
+    whole, _ = trained(2, given)
+    first, second = trained(2, given, "always")
+    assert first["digest"] == second["digest"]
+    assert [first["held"] / whole["held"], second["held"] / whole["held"]] == pytest.approx([0.5, 0.5], abs=0.01)
+    for one, other in zip(whole["losses"], first["losses"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+    assert first["norm"] == pytest.approx(whole["norm"], rel=1e-5)
 
 
 def test_a_token_that_only_some_processes_see_is_trained_all_the_same(trained):

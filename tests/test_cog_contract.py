@@ -2,14 +2,23 @@
 
 import ast
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 import yaml
 
 from examples import cog_contract
 from lora_utils import qwen
-from lora_utils.config import LR_SCHEDULERS, OUTPUT_FORMATS, RunOptions, SampleRequest, TrainConfig
+from lora_utils.config import (
+    GOALS,
+    LR_SCHEDULERS,
+    OPTIMIZERS,
+    OUTPUT_FORMATS,
+    SHARDINGS,
+    RunOptions,
+    SampleRequest,
+    TrainConfig,
+)
 from tests.conftest import ROOT
 
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "predict")}
@@ -41,10 +50,13 @@ def test_literals_are_the_defaults_of_the_dataclass_behind_them(name, settings):
     declared = {item.name: item for item in cog_contract.inputs(SOURCES[name])}
     known = [item for kind in settings for item in fields(kind)]
     own = {item.name: item.default for item in known if item.name not in ("seed", "prompt")}
+    if name == "train":  # empty: what the goal chooses, which without one is the dataclass's own
+        assert {name: own[name] for name in asdict(GOALS["none"])} == asdict(GOALS["none"])
+        own |= dict.fromkeys(asdict(GOALS["none"]))
     assert {item: declared[item].literal("default") for item in own} == own
     extra = set(declared) - set(own)
     assert (
-        extra == {"dataset", "seed", "init_weights"}
+        extra == {"dataset", "seed", "init_weights", "hub_token"}
         if name == "train"
         else extra == {"prompt", "seed", "replicate_weights", "image", "mask", "hf_token"}
     )
@@ -73,6 +85,9 @@ def test_choices_are_the_librarys():
     declared = {item.name: item for name in SOURCES for item in cog_contract.inputs(SOURCES[name])}
     assert declared["lora_targets"].literal("choices") == list(qwen.LORA_TARGETS)
     assert declared["lr_scheduler"].literal("choices") == list(LR_SCHEDULERS)
+    assert declared["optimizer"].literal("choices") == list(OPTIMIZERS)
+    assert declared["goal"].literal("choices") == list(GOALS)
+    assert declared["shard_base"].literal("choices") == list(SHARDINGS)
     assert declared["output_format"].literal("choices") == list(OUTPUT_FORMATS)
     assert declared["aspect_ratio"].literal("choices") == list(qwen.OFFICIAL_SIZES_PX)
 
@@ -106,7 +121,22 @@ def test_requirements_are_exact_pins_that_cog_can_rewrite():
 FLOORS = [
     {"train", "predict", "dataset.__main__", "__main__", "convert"},
     {"session"},
-    {"training", "checkpoints", "objective", "fitting", "preparation", "preflight", "sampling", "ways", "weights"},
+    {
+        "training",
+        "checkpoints",
+        "objective",
+        "fitting",
+        "preparation",
+        "preflight",
+        "sampling",
+        "ways",
+        "weights",
+        "validation",
+        "samples",
+        "journal",
+        "watching",
+        "report",
+    },
     {
         "models",
         "adapters",
@@ -121,8 +151,10 @@ FLOORS = [
         "memory",
         "plan",
         "quantization",
+        "optimizers",
         "first_block",
         "cards",
+        "sharding",
     },
     {
         "dataset",
@@ -134,6 +166,7 @@ FLOORS = [
         "lora_file",
         "outputs",
         "fetch",
+        "hub",
         "store",
         "streaming",
     },
@@ -143,6 +176,24 @@ FLOORS = [
 SIDEWAYS = {  # within a floor, only these
     ("training", "preparation"),
     ("checkpoints", "preparation"),
+    ("validation", "objective"),
+    ("validation", "preparation"),
+    ("samples", "preparation"),
+    ("samples", "sampling"),
+    ("journal", "training"),
+    ("journal", "validation"),
+    ("watching", "journal"),
+    ("watching", "preparation"),
+    ("watching", "samples"),
+    ("watching", "training"),
+    ("watching", "validation"),
+    ("report", "journal"),
+    ("report", "samples"),
+    ("plan", "optimizers"),
+    ("plan", "cards"),
+    ("models", "sharding"),
+    ("hub", "bundle"),
+    ("hub", "fetch"),
     ("ways", "sampling"),
     ("ways", "weights"),
     ("training", "fitting"),

@@ -6,6 +6,7 @@ is the report alone, of an archive or a folder:
     python -m lora_utils.dataset DATASET
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,23 @@ class Dataset:
         """With these in place of its own; no picture is without one then."""
         examples = [replace(e, caption=captions.get(e.image_path, e.caption)) for e in self.examples]
         return replace(self, examples=examples, uncaptioned=frozenset())
+
+    def held_out(self, share: float) -> tuple["Dataset", "Dataset"]:
+        """Split into pictures to learn from and a share to measure on: the same ones for the same names.
+
+        At least one of each, unless the share is 0. Raises UserError for a single picture.
+        """
+        pictures = list(self.captions_by_picture)
+        if share and len(pictures) == 1:
+            raise UserError("validation_share holds pictures out, and there is only one; set it to 0, or add some.")
+        count = min(len(pictures) - 1, max(1, round(share * len(pictures)))) if share else 0
+        names = {path: str(path.relative_to(self.folder)).encode() for path in pictures}
+        chosen = set(sorted(pictures, key=lambda path: hashlib.sha256(names[path]).digest())[:count])
+        parts = []
+        for wanted in (False, True):
+            own = [example for example in self.examples if (example.image_path in chosen) == wanted]
+            parts.append(replace(self, examples=own, num_images=len({example.image_path for example in own})))
+        return parts[0], parts[1]
 
 
 def load_crop(example: Example) -> Image.Image:

@@ -1,0 +1,141 @@
+"""Sharing: finished weights to a repository on the hub, with a model card that says what they are and how to load them.
+
+Owns the card and the push; must not know training. The token that allows it is passed along, and never written.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+
+from lora_utils.bundle import META_MEMBER, Meta, unpack_weights
+from lora_utils.errors import UserError
+from lora_utils.fetch import WEIGHT_NAMES
+
+ARCHIVE_NAME, LORA_NAME = WEIGHT_NAMES
+_FAILURES = (OSError, httpx2.HTTPError, HFValidationError)  # the hub's own errors are OSErrors
+_NOT_A_SETTING = ("seed", "default_caption")
+
+
+def open_repository(repository: str, token: str | None, private: bool) -> None:
+    """See that the repository is there and may be written to, before a training is begun for it.
+
+    Raises UserError where it may not.
+    """
+    if not (token or get_token()):
+        raise UserError(f"hub_repo {repository} needs hub_token, a token of the hub that may write there.")
+    try:
+        HfApi(token=token).create_repo(repository, private=private, exist_ok=True)
+    except _FAILURES as error:
+        raise UserError(
+            f"hub_repo {repository} can't be written to ({_first_line(error)}); check the name and that hub_token may "
+            "write there, or leave hub_repo empty."
+        ) from error
+
+
+def push(repository: str, token: str | None, weights: Path, sheets: Sequence[Path]) -> str:
+    """The archive, its LoRA by itself for other tools, meta.json, samples and a model card, as one commit. -> its URL
+
+    Raises UserError where it fails; the files here are as they were.
+    """
+    with TemporaryDirectory() as folder:
+        lora, meta = unpack_weights(weights, Path(folder))
+        if meta is None:
+            raise RuntimeError(f"{weights} has no {META_MEMBER}")
+        pictures = {f"samples/{sheet.name}": sheet for sheet in sheets}
+        card = model_card(repository, meta, list(pictures))
+        files = {ARCHIVE_NAME: weights, LORA_NAME: lora, **pictures}
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(META_MEMBER, _json_of(meta))]
+        try:
+            done = HfApi(token=token).create_commit(
+                repository, operations, commit_message=f"A LoRA of {meta.training_steps} steps"
+            )
+        except _FAILURES as error:
+            raise UserError(f"the weights couldn't be pushed to {repository} ({_first_line(error)})") from error
+    return done.commit_url
+
+
+def _json_of(meta: Meta) -> bytes:
+    return meta.to_json().encode()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- the card -------------------------------------------------------------------------------------------------------
+
+
+def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
+    """README.md as the hub reads it: what its search needs in front, and then what a person wants to know."""
+    base = meta.base_model if meta.base_model and not Path(meta.base_model).is_absolute() else None
+    tokens = [described["token"] for described in meta.placeholders]
+    trigger = tokens[0] if tokens else meta.config.get("trigger_word") or None
+    header = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags: [lora, qwen-image, text-to-image]",
+        *([f"base_model: {base}", "base_model_relation: adapter"] if base else []),
+        *([f"instance_prompt: {json.dumps(trigger)}"] if trigger else []),
+        "---",
+    ]
+    settings = {name: value for name, value in meta.config.items() if value not in ("", None) and _tells(name)}
+    parts = [
+        "\n".join(header),
+        f"# {repository.rpartition('/')[2]}",
+        f"A LoRA of {base or 'Qwen-Image'}, rank {meta.rank}, {meta.training_steps} steps on {meta.num_images} "
+        f"pictures.{_named(tokens, trigger)}",
+        *([f"![samples]({sheets[-1]})"] if sheets else []),
+        "## Use it",
+        _with_diffusers(repository, base or "Qwen/Qwen-Image", tokens, trigger),
+        f"`{ARCHIVE_NAME}` holds the same with `{META_MEMBER}`, for the Cog model that it was trained with: give it as "
+        "`replicate_weights`, or this repository's name as `extra_lora`.",
+        "## Settings",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in settings.items())]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tells(name: str) -> bool:
+    """Captions are the owner's business, and a seed says nothing to others."""
+    return name not in _NOT_A_SETTING and not name.startswith("autocaption")
+
+
+def _named(tokens: Sequence[str], trigger: str | None) -> str:
+    if tokens:
+        return (
+            f" What it was taught is called {' and '.join(f'`{token}`' for token in tokens)}: a token of its own that "
+            "meant nothing before. Its embedding is in the file, and has to be loaded too."
+        )
+    return f" What it was taught is called `{trigger}`." if trigger else ""
+
+
+def _with_diffusers(repository: str, base: str, tokens: Sequence[str], trigger: str | None) -> str:
+    lines = [
+        "```python",
+        "import torch",
+        "from diffusers import QwenImagePipeline",
+        *(["from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file"] if tokens else []),
+        *(["from transformers import AddedToken"] if tokens else []),
+        "",
+        f'pipeline = QwenImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipeline.load_lora_weights("{repository}", weight_name="{LORA_NAME}")',
+    ]
+    if tokens:
+        lines += [
+            f'rows = load_file(hf_hub_download("{repository}", "{LORA_NAME}"))',
+            f"for token in {json.dumps(list(tokens))}:",
+            "    pipeline.tokenizer.add_tokens(AddedToken(token, normalized=False))",
+            "    index = pipeline.tokenizer.convert_tokens_to_ids(token)",
+            "    matrix = pipeline.text_encoder.get_input_embeddings().weight",
+            '    matrix.data[index] = rows[f"bundle_emb.{token}.lora.qwen25_7b"][0].to(matrix)',
+        ]
+    prompt = f"a photo of {trigger}" if trigger else "a photo of a lighthouse"
+    lines += [f'pipeline("{prompt}", true_cfg_scale=4.0, negative_prompt=" ").images[0].save("picture.png")', "```"]
+    return "\n".join(lines)

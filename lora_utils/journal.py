@@ -1,0 +1,121 @@
+"""The numbers of a run, step by step: metrics.jsonl in its folder, TensorBoard beside it, and wandb if its key is set.
+
+Owns what is written of a step and how a run that goes on continues the files of the one before. Numbers are read from
+the device only when they are written, many steps at once.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from lora_utils.errors import UserError
+from lora_utils.training import StepReport
+from lora_utils.validation import Validation
+
+log = logging.getLogger(__name__)
+
+FILE, TENSORBOARD, WANDB_PROJECT = "metrics.jsonl", "tensorboard", "qwen-image-lora"
+BANDS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # of sigma
+
+
+def band_name(band: tuple[float, float]) -> str:
+    return f"{band[0]:g}-{band[1]:g}"
+
+
+def numbers_of(report: StepReport) -> dict[str, Any]:
+    """What is written of a step. Waits for the device. `bands` lists the pictures' losses by their level of noise."""
+    taught, kept = report.taught.tolist(), report.kept.tolist()
+    losses, bands = report.pictures.tolist(), {band_name(band): [] for band in BANDS}
+    for row, sigmas, preserves in zip(losses, report.sigmas, report.preserves, strict=True):
+        for loss, sigma in zip(row, sigmas.tolist(), strict=False):
+            if not preserves:
+                bands[band_name(next(band for band in BANDS if sigma <= band[1]))].append(loss)
+    return {
+        "step": report.step,
+        "loss": sum(taught) / len(taught) if taught else None,
+        "class_loss": sum(kept) / len(kept) if kept else None,
+        "learning_rate": report.learning_rate,
+        "grad_norm": float(report.grad_norm),
+        "row_grad_norms": {token: float(norm) for token, norm in report.row_grad_norms.items()},
+        "bands": {name: found for name, found in bands.items() if found},
+    }
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics. One that a kill has cut short isn't there."""
+    path = folder / FILE
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _trackers(folder: Path, resumed_at: int) -> list[GeneralTracker]:
+    trackers: list[GeneralTracker] = [
+        TensorBoardTracker(TENSORBOARD, folder, **({"purge_step": resumed_at + 1} if resumed_at else {}))
+    ]
+    if os.environ.get("WANDB_API_KEY"):
+        trackers.append(WandBTracker(WANDB_PROJECT, dir=str(folder), config={"run_dir": str(folder)}))
+    for tracker in trackers:
+        tracker.start()
+    return trackers
+
+
+class Journal:
+    """Open from a run's first step here to its last. Without a folder it writes nothing."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.trackers: list[GeneralTracker] = []
+
+    def open(self, step: int) -> None:
+        """Begin behind this step: what an earlier process wrote of later ones goes."""
+        if self.folder is None:
+            return
+        self._write([line for line in read(self.folder) if line["step"] <= step] if step else [], "w")
+        self.trackers = _trackers(self.folder, step)
+
+    def steps(self, reports: Sequence[StepReport]) -> None:
+        if self.folder is None:
+            return
+        lines = [numbers_of(report) for report in reports]
+        self._write(lines, "a")
+        for line in lines:
+            self._track(line["step"], _scalars(line))
+
+    def validation(self, step: int, validation: Validation) -> None:
+        if self.folder is None:
+            return
+        self._write([{"step": step, "validation": validation.loss, "by_sigma": list(validation.by_sigma)}], "a")
+        self._track(step, {"validation/loss": validation.loss})
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+    def _write(self, lines: Sequence[dict[str, Any]], mode: str) -> None:
+        if self.folder is None:
+            return
+        try:
+            with (self.folder / FILE).open(mode) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise UserError(f"{self.folder / FILE} can't be written ({error.strerror}); free some room.") from error
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """A step's numbers by the names that curves have."""
+    values = {f"train/{name}": line[name] for name in ("loss", "class_loss", "learning_rate", "grad_norm")}
+    values |= {f"train/grad_norm {token}": norm for token, norm in line["row_grad_norms"].items()}
+    values |= {f"sigma/{name}": sum(found) / len(found) for name, found in line["bands"].items()}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,165 @@
+"""Optimizers: how gradients move the LoRA and the rows, and the average of where the weights have been.
+
+Owns which library's optimizer is which, and what of their state a checkpoint needs; must not know losses. The rows have
+an AdamW of their own in full precision, whatever the LoRA has: their rate and first size were measured with it, and
+8 bits or a rank-one estimate save nothing on a single vector.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from bitsandbytes.optim import AdamW8bit
+from diffusers.training_utils import EMAModel
+from prodigyopt import Prodigy
+from torch import Tensor, nn
+from torch.optim import Adafactor, AdamW, Optimizer
+
+from lora_utils.config import TrainConfig
+
+# What gradient and optimizer hold per weight of the LoRA, fp32: the gradient's 4 bytes, and two moments (adamw), two of
+# a byte each (adamw8bit), a row's and a column's mean (adafactor), or four values (prodigy compares with the start).
+BYTES_PER_WEIGHT = {"adamw": 12.0, "adamw8bit": 6.1, "adafactor": 4.1, "prodigy": 20.0}
+AVERAGE_BYTES_PER_WEIGHT = 4.0
+
+
+def bytes_per_weight(config: TrainConfig) -> float:
+    """Of the LoRA, beyond the weight itself."""
+    return BYTES_PER_WEIGHT[config.optimizer] + (AVERAGE_BYTES_PER_WEIGHT if config.ema_decay else 0.0)
+
+
+def _of_the_lora(config: TrainConfig, lora: list[nn.Parameter]) -> Optimizer:
+    rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
+    match config.optimizer:
+        case "adamw8bit":
+            return AdamW8bit(lora, lr=rate, betas=betas, weight_decay=decay)
+        case "adafactor":
+            # Its rate is relative to a weight's rms, which is 0 in a fresh B. A floor of 1 under that rms makes the
+            # rate what it is elsewhere: the size of a step, for the update itself is clipped to an rms of 1.
+            return Adafactor(lora, lr=rate, weight_decay=decay, eps=(None, 1.0))
+        case "prodigy":
+            # As its authors advise for diffusion models; the guard keeps a warm-up's small rates out of the estimate.
+            return Prodigy(
+                lora, lr=rate, betas=betas, weight_decay=cast(int, decay), use_bias_correction=True,
+                safeguard_warmup=config.warmup_steps > 0,
+            )  # fmt: skip
+        case _:
+            return AdamW(lora, lr=rate, betas=betas, weight_decay=decay, fused=True)
+
+
+@dataclass(slots=True)
+class Optimizers:
+    """A run's: of the LoRA, of the rows that are trained (None: none is), and the average (None: none is kept)."""
+
+    lora: Optimizer
+    rows: AdamW | None
+    average: EMAModel | None
+    learned: list[Tensor]  # what moves: the LoRA's weights and all rows
+    lora_rate: float  # as given, before the schedule
+    row_rate: float
+
+    def step(self, factor: float) -> None:
+        """Move all that has a gradient, at the given rates times `factor`."""
+        for optimizer, rate in self._with_rates():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+        if self.average is not None:
+            self.average.step(cast(Any, self.learned))
+
+    def zero_grad(self) -> None:
+        for optimizer, _ in self._with_rates():
+            optimizer.zero_grad(set_to_none=True)
+
+    def try_out(self) -> None:
+        """Make room for all of their state by a step of no size, and forget it: nothing has moved afterwards."""
+        for optimizer, _ in self._with_rates():
+            before = [{**group} for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+            optimizer.state.clear()
+            for group, values in zip(optimizer.param_groups, before, strict=True):
+                group.update(values)
+
+    @property
+    def rate(self) -> float:
+        """The LoRA's at the last step. Prodigy's is the one that it has found."""
+        group = self.lora.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, weights and rows are their averages, if averages are kept."""
+        if self.average is None or not self.average.optimization_step:
+            yield
+            return
+        weights = cast(Any, self.learned)
+        self.average.store(weights)
+        self.average.copy_to(weights)
+        try:
+            yield
+        finally:
+            self.average.restore(weights)
+
+    def _with_rates(self) -> list[tuple[Optimizer, float]]:
+        rows: list[tuple[Optimizer, float]] = [(self.rows, self.row_rate)] if self.rows else []
+        return [(self.lora, self.lora_rate), *rows]
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that their next step follows from: tensors, and numbers that JSON keeps exactly."""
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for which, (optimizer, _) in enumerate(self._with_rates()):
+            (group,) = optimizer.param_groups
+            numbers |= {f"{which}.group.{name}": value for name, value in group.items() if _is_number(value)}
+            for index, parameter in enumerate(group["params"]):
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    (tensors if isinstance(value, Tensor) else numbers)[f"{which}.{index}.{name}"] = value
+        if self.average is not None:
+            numbers["average.steps"] = self.average.optimization_step
+            tensors |= {f"average.{index}": value for index, value in enumerate(self.average.shadow_params)}
+        return tensors, numbers
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Be as others, of the same config, were."""
+        for which, (optimizer, _) in enumerate(self._with_rates()):
+            (group,) = optimizer.param_groups
+            prefix = f"{which}.group."
+            group.update({name.removeprefix(prefix): v for name, v in numbers.items() if name.startswith(prefix)})
+            for index, parameter in enumerate(group["params"]):
+                prefix = f"{which}.{index}."
+                kept = {
+                    name.removeprefix(prefix): value.to(parameter.device) if isinstance(value, Tensor) else value
+                    for name, value in {**tensors, **numbers}.items()
+                    if name.startswith(prefix)
+                }
+                if kept:
+                    optimizer.state[parameter] = kept
+        if self.average is not None:
+            self.average.optimization_step = numbers["average.steps"]
+            for index, shadow in enumerate(self.average.shadow_params):
+                shadow.copy_(tensors[f"average.{index}"])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, bool | int | float)
+
+
+def new_optimizers(
+    config: TrainConfig, lora: list[nn.Parameter], rows: tuple[Tensor, ...], row_rate: float
+) -> Optimizers:
+    """For weights and rows where they are now; of the rows, those that require a gradient are trained."""
+    trained = [row for row in rows if row.requires_grad]
+    learned = [*lora, *trained]
+    return Optimizers(
+        _of_the_lora(config, lora),
+        AdamW(trained, lr=row_rate, weight_decay=0.0, fused=True) if trained else None,
+        EMAModel(cast(Any, learned), decay=config.ema_decay, foreach=True) if config.ema_decay else None,
+        cast(list[Tensor], learned),
+        config.learning_rate,
+        row_rate,
+    )

@@ -1,0 +1,64 @@
+"""The frozen transformer shared out over several cards by FSDP2: each holds a part, and a block is whole while it runs.
+
+Owns what is sharded and how a weight from the disk becomes a part. LoRA and rows aren't sharded: they are small, and
+every card has them, as without sharding. The weights stay as they are, so it is exact.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_MESH_NAME = "fsdp"  # tells peft that a layer's parts are storage alone, and its shape is the whole one's
+
+
+def in_a_block(name: str) -> bool:
+    """Whether a weight, by its dotted name in the transformer, is one that is sharded."""
+    return name.startswith("transformer_blocks.")
+
+
+def shard(transformer: QwenImageTransformer2DModel, device: torch.device, count: int) -> None:
+    """Share the blocks of an empty transformer out over `count` processes. Their weights come by `store`.
+
+    What stands outside of the blocks is filled already; every process has it.
+    """
+    # Nothing here computes in place on what the transformer returns, which is what this warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (count,), mesh_dim_names=(_MESH_NAME,))
+    outside = {parameter for name, parameter in transformer.named_parameters() if not in_a_block(name)}
+    for block in transformer.transformer_blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(transformer, mesh=mesh, ignored_params=outside)  # the root: it fetches a block while the last computes
+
+
+def store(transformer: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Keep this process's part of a weight; False, and nothing done, for one that isn't sharded."""
+    owner, _, leaf = name.rpartition(".")
+    module = transformer.get_submodule(owner)
+    empty = module._parameters[leaf]
+    if not isinstance(empty, DTensor):
+        return False
+    part = distribute_tensor(tensor, empty.device_mesh, empty.placements, src_data_rank=None)
+    module._parameters[leaf] = nn.Parameter(part, requires_grad=False)
+    return True
+
+
+def is_sharded(transformer: nn.Module) -> bool:
+    return isinstance(transformer, FSDPModule)
+
+
+@contextmanager
+def sampling_mode(transformer: nn.Module) -> Iterator[None]:
+    """No gradients, and where FSDP2 can bear it none of autograd's bookkeeping either.
+
+    torch 2.13's fails in inference mode: "Inference tensors do not track version counter".
+    """
+    with torch.no_grad(), cast(Any, torch.inference_mode)(mode=not is_sharded(transformer)):
+        yield
