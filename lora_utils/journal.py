@@ -81,6 +81,11 @@ class Journal:
         self._write([line for line in read(self.folder) if line["step"] <= step] if step else [], "w")
         self.trackers = _trackers(self.folder, step)
 
+    def has_validation(self, step: int) -> bool:
+        """Whether an earlier process has measured after this step."""
+        lines = read(self.folder) if self.folder else ()
+        return any("validation" in line and line["step"] == step for line in lines)
+
     def steps(self, reports: Sequence[StepReport]) -> None:
         if self.folder is None:
             return

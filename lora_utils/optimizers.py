@@ -73,8 +73,11 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def try_out(self) -> None:
-        """Make room for all of their state by a step of no size, and forget it: nothing has moved afterwards."""
-        for optimizer, _ in self._with_rates():
+        """Make room for all of their state by a step of no size, and forget it: nothing has moved afterwards.
+
+        One that has its state already, from a checkpoint, has its room too.
+        """
+        for optimizer in (each for each, _ in self._with_rates() if not each.state):
             before = [{**group} for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = 0.0

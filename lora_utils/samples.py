@@ -1,7 +1,8 @@
 """Contact sheets on the way: what prediction would draw from the weights as they are now.
 
 Owns what is drawn and how a sheet looks. The weights go through the file that would be written, and the pictures
-through the sampler and the hooks that prediction uses: a sheet after the last step is what `predict` draws.
+through the sampler and the hooks that prediction uses: a sheet after the last step is what `predict` draws, to within
+the rounding of a modulation table.
 """
 
 import re
@@ -157,10 +158,17 @@ def is_due(pairs: Sequence[Pair], every: int, step: int, steps: int) -> bool:
 # --- sheets in a run's folder ---------------------------------------------------------------------------------------
 
 
+def path_of(folder: Path, step: int) -> Path:
+    return folder / FOLDER / f"step-{step:06d}.png"
+
+
 def save(folder: Path, step: int, drawn: Image.Image) -> Path:
-    path = folder / FOLDER / f"step-{step:06d}.png"
+    """Whole or not there."""
+    path = path_of(folder, step)
     path.parent.mkdir(exist_ok=True)
-    drawn.save(path)
+    partial = path.with_suffix(".partial")
+    drawn.save(partial, "png")
+    partial.replace(path)
     return path
 
 

@@ -180,6 +180,7 @@ def consume(prepared: preparation.Run, options: RunOptions, watch: Watch, stoppe
         watch.after(taken, stop)
         due = options.save_every and taken.step % options.save_every == 0
         if options.run_dir and ranks.first and (due or stop):
+            watch.note()
             kept = checkpoints.save(prepared, Path(options.run_dir), options.keep_checkpoints)
             print(f"checkpoint {kept}", flush=True)
         if stop:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lora_utils import samples, training, validation
+from lora_utils.cards import agree
 from lora_utils.config import RunOptions
 from lora_utils.console import Progress
 from lora_utils.errors import UserError
@@ -33,18 +34,18 @@ class Watch:
         self.progress = Progress(run.config.steps)
         self.began_at = 0  # the step
         self.reports: list[StepReport] = []
-        self.told = 0  # of them, how many the lines and the journal have
+        self.told = self.noted = 0  # of them, how many the lines and the journal have
         self.final_loss: float | None = None
         self.looked_s = 0.0  # between steps
 
     def open(self) -> None:
-        """Begin at the run's step, and look at a new run. Raises UserError where there is no room for samples."""
+        """Begin at the run's step, and look at it if none has yet. Raises UserError if samples have no room."""
         self.began_at = self.run.step
         if self.folder:
             samples.forget_after(self.folder, self.run.step)
         self.journal.open(self.run.step)
-        if self.run.step == 0:
-            self._look(0)
+        drawn = self.folder is not None and samples.path_of(self.folder, self.run.step).is_file()
+        self._look(self.run.step, *agree(self.run.ranks, (self.journal.has_validation(self.run.step), drawn)))
         self.progress, self.looked_s = Progress(self.run.config.steps), 0.0
 
     def after(self, report: StepReport, stopped: bool) -> None:
@@ -70,7 +71,7 @@ class Watch:
             self.final_loss = self.reports[-1].loss
 
     def _tell(self, report: StepReport) -> None:
-        new = self.reports[self.told :]  # their numbers are read here, and the device waited for
+        new, self.told = self.reports[self.told :], len(self.reports)
         rate, grad = f"lr {report.learning_rate:.1e}", f"grad {float(report.grad_norm):.2f}"
         pace = self.progress.pace(report.step - self.began_at)
         print(f"step {report.step}/{self.run.config.steps} {described_losses(new)} {rate} {grad} {pace}", flush=True)
@@ -78,17 +79,22 @@ class Watch:
             near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
             grad = f"grad {float(report.row_grad_norms.get(token, 0)):.2g}"
             print(f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True)
-        self.journal.steps(new)
-        self.told = len(self.reports)
+        self.note()
 
-    def _look(self, step: int) -> None:
-        if validation.is_due(self.run, step):
+    def note(self) -> None:
+        """Write the numbers of the steps so far, as before a checkpoint: a run that goes on from it lacks none."""
+        self.journal.steps(self.reports[self.noted :])
+        self.noted = len(self.reports)
+
+    def _look(self, step: int, validated: bool = False, sampled: bool = False) -> None:
+        if validation.is_due(self.run, step) and not validated:
             began = time.monotonic()
+            self.note()
             found = validation.validate(self.run)
             self.journal.validation(step, found)
             print(f"step {step}: loss on pictures held out {found.loss:.4f}", flush=True)
             self._took("validate", began)
-        if samples.is_due(self.pairs, self.options.sample_every, step, self.run.config.steps):
+        if samples.is_due(self.pairs, self.options.sample_every, step, self.run.config.steps) and not sampled:
             began = time.monotonic()
             drawn = samples.draw(self.run, self.pairs, self.model_folder)
             if self.folder:

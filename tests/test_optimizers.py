@@ -1,0 +1,187 @@
+"""Each optimizer learns, keeps what it promises of memory, and goes on bit for bit; averages are averages."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from lora_utils import checkpoints, memory, models, plan, preparation, session, training
+from lora_utils.config import GOALS, OPTIMIZERS, TrainConfig, recipe_for
+from lora_utils.errors import UserError
+from lora_utils.optimizers import bytes_per_weight, new_optimizers
+from tests.test_checkpoints import same_result, steps
+
+CONFIG = TrainConfig(
+    steps=12, rank=4, learning_rate=1e-3, batch_size=4, resolution="64", seed=0, train_placeholder_token=True,
+    lora_targets="attention_mlp", caption_dropout=0.0, validation_share=0.2,
+)  # fmt: skip
+RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 3e-3, "prodigy": 1.0}
+
+
+@pytest.fixture
+def prepare(dataset, random_model):
+    def make(**given) -> preparation.Run:
+        return preparation.prepare(replace(CONFIG, **given), dataset, random_model, models.default_place())
+
+    return make
+
+
+def with_gradients(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    return weights
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns_the_pictures(optimizer, prepare):
+    run = prepare(optimizer=optimizer, learning_rate=RATES[optimizer], steps=60, validation_share=0.0)
+    losses = [report.loss for report in training.train(run)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert run.optimizers.rate > 1e-4  # prodigy, which starts from 1e-6, has found one
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_goes_on_bit_for_bit_with_every_optimizer_and_its_average(optimizer, prepare, tmp_path):
+    given = {"optimizer": optimizer, "learning_rate": RATES[optimizer], "ema_decay": 0.8, "warmup_steps": 3}
+    whole = prepare(**given)
+    expected = steps(whole)
+    first = prepare(**given)
+    losses = steps(first, 7)
+    path = checkpoints.save(first, tmp_path, keep=1)
+    second = prepare(**given)
+    checkpoints.restore(second, path)
+    assert losses + steps(second) == expected
+    assert same_result(whole, second)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_trying_out_moves_nothing_and_leaves_nothing(optimizer):
+    weights = with_gradients((64, 128), (8, 8))
+    row = torch.ones(16, requires_grad=True)
+    row.grad = torch.ones(16)
+    tried = new_optimizers(replace(CONFIG, optimizer=optimizer), weights, (row,), 5e-4)
+    groups = [{**group, "params": None} for group in tried.lora.param_groups]
+    before = [weight.detach().clone() for weight in (*weights, row)]
+    tried.try_out()
+    assert all(torch.equal(weight, old) for weight, old in zip((*weights, row), before, strict=True))
+    assert not tried.lora.state
+    assert [{**group, "params": None} for group in tried.lora.param_groups] == groups
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_memory_plan_knows_what_an_optimizer_keeps(optimizer):
+    """Of matrices as large as a LoRA's of rank 32 on Qwen-Image."""
+    weights = with_gradients((32, 3072), (3072, 32))
+    config = replace(CONFIG, optimizer=optimizer, ema_decay=0.99)
+    kept = new_optimizers(config, weights, (), 0.0)
+    kept.step(1.0)
+    tensors, _ = kept.state()
+    held = sum(tensor.nbytes for tensor in tensors.values()) + sum(weight.grad.nbytes for weight in weights)
+    assert held / sum(weight.numel() for weight in weights) == pytest.approx(bytes_per_weight(config), rel=0.02)
+
+
+def test_the_plan_counts_the_optimizer():
+    transformer = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}
+    sizes = {
+        name: plan.step_size(replace(CONFIG, optimizer=name), transformer, 4224, 2).needed_bytes(0)
+        for name in OPTIMIZERS
+    }
+    assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["adamw"] < sizes["prodigy"]
+    assert isinstance(plan.step_size(CONFIG, transformer, 4224, 2), memory.StepSize)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_tokens_row_has_an_adamw_of_its_own_without_decay(optimizer, prepare):
+    run = prepare(optimizer=optimizer, weight_decay=0.5)
+    (group,) = run.optimizers.rows.param_groups
+    assert type(run.optimizers.rows) is AdamW
+    assert group["weight_decay"] == 0
+    assert group["betas"] == (0.9, 0.999)
+    assert run.optimizers.lora.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_betas_and_decay_are_the_callers():
+    (weight,) = with_gradients((4, 4))
+    ours = new_optimizers(replace(CONFIG, beta1=0.5, beta2=0.6, weight_decay=0.1), [weight], (), 0.0)
+    (same,) = with_gradients((4, 4))
+    torchs = AdamW([same], lr=CONFIG.learning_rate, betas=(0.5, 0.6), weight_decay=0.1)
+    for _ in range(3):
+        ours.step(1.0)
+        torchs.step()
+    assert torch.allclose(weight, same, atol=1e-7)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_gradients_are_clipped_to_the_norm_asked_for(most, expected, prepare, monkeypatch):
+    run, seen = prepare(max_grad_norm=most), []
+    for weight in run.lora:
+        weight.grad = torch.zeros_like(weight)
+    run.lora[0].grad[0, :2] = torch.tensor([3.0, 4.0])
+    monkeypatch.setattr(type(run.optimizers), "step", lambda *_: seen.append(run.lora[0].grad.norm().item()))
+    norm, _ = training.clip_and_step(run, 0)
+    assert float(norm) == pytest.approx(5.0), "reported as it was"
+    assert seen == [pytest.approx(expected)]
+
+
+def test_what_is_written_is_the_average_of_the_weights_on_the_way(prepare):
+    decay, run = 0.6, prepare(ema_decay=0.6)
+    expected = None
+    for taken, _ in enumerate(training.train(run), start=1):
+        share = min(decay, taken / (9 + taken)) if taken > 1 else 0.0  # (1 + t) / (10 + t), with t counted from 0
+        now = [weight.detach().clone() for weight in (*run.lora, *run.placeholders.rows)]
+        expected = [share * old + (1 - share) * new for old, new in zip(expected or now, now, strict=True)]
+    written = training.finish(run)
+    downs_and_ups = [part for layer in written.layers.values() for part in (layer.down, layer.up)]
+    for got, wanted in zip([*downs_and_ups, written.rows["<zwx>"][0]], expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-7)
+    assert not torch.allclose(downs_and_ups[1], run.lora[1], atol=1e-7), "the run itself goes on from its last step"
+    (told,) = training.describe_placeholders(run)
+    assert told["last_norm"] == pytest.approx(float(written.rows["<zwx>"].norm()))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "factors"),
+    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+     ("cosine", [0.5, 1, 1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4)])],
+)  # fmt: skip
+def test_schedules(scheduler, factors):
+    config = replace(CONFIG, lr_scheduler=scheduler, warmup_steps=2, steps=6)
+    assert [training.rate_factor(step, config) for step in range(6)] == pytest.approx(factors)
+
+
+# --- goals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_goal_chooses_what_is_left_open_and_nothing_else(goal):
+    assert recipe_for(goal, "adamw") == GOALS[goal]
+    assert recipe_for(goal, "adamw", 7, 0.5, 3, "attention").steps == 7
+    mine = recipe_for(goal, "adamw", rank=99)
+    assert asdict(mine) == {**asdict(GOALS[goal]), "rank": 99}
+    assert recipe_for(goal, "prodigy").learning_rate == 1.0
+    assert recipe_for(goal, "prodigy", learning_rate=0.5).learning_rate == 0.5
+
+
+def test_the_defaults_are_what_no_goal_chooses():
+    given = asdict(TrainConfig(seed=0))
+    assert {name: given[name] for name in asdict(GOALS["none"])} == asdict(GOALS["none"])
+
+
+def test_each_choice_is_printed_with_what_the_caller_has_in_its_place():
+    config = TrainConfig(goal="object", **asdict(recipe_for("object", "adamw", steps=300)), seed=0)
+    (line,) = session.describe_goal(config)
+    assert line.startswith("goal object: steps 300 (yours; the goal's is 1000), ")
+    assert "rank 16, lora_targets attention" in line
+    assert session.describe_goal(TrainConfig(seed=0)) == []
+
+
+def test_an_unknown_goal_or_optimizer_is_refused_with_the_ones_there_are():
+    with pytest.raises(UserError, match="goal must be one of none, person, object, style"):
+        recipe_for("dog", "adamw")
+    with pytest.raises(UserError, match="optimizer must be one of adamw, adamw8bit, prodigy, adafactor"):
+        TrainConfig(optimizer="lion", seed=0)

@@ -1,0 +1,388 @@
+"""What is seen of a training on its way: samples, the loss on pictures held out, curves, the report; and that looking
+changes nothing."""
+
+import json
+import re
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from tensorboardX.proto.event_pb2 import Event
+
+from examples.demo import call, write_dataset
+from examples.shapes import Prompt
+from lora_utils import checkpoints, draws, journal, models, preparation, report, samples, session, training, validation
+from lora_utils.config import RunOptions, SampleRequest, TrainConfig
+from lora_utils.errors import UserError
+from lora_utils.report import chart
+from predict import Predictor
+from tests.test_checkpoints import lora_of
+
+CONFIG = TrainConfig(
+    steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=3, train_placeholder_token=True,
+    quantization="none",
+)  # fmt: skip
+PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dataset.zip"
+    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
+    return path
+
+
+@pytest.fixture
+def train(archive, random_model, tmp_path, monkeypatch):
+    """Train in a folder of its own. -> weights.zip and the run's folder"""
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+    def run(name="run", config=CONFIG, stopped=lambda: False, **given):
+        options = RunOptions(run_dir=str(tmp_path / name), **given)
+        return session.run(config, options, archive, tmp_path / f"{name}.zip", stopped=stopped), tmp_path / name
+
+    return run
+
+
+def names(folder):
+    return [path.name for path in samples.saved(folder)]
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_after_the_last_step_is_what_predict_draws(train, random_model, monkeypatch):
+    """The same file, rounded as it is, through the same hooks and the same sampler; only the modulations come from a
+    table in training, which rounds differently."""
+    weights, folder = train(sample_prompts=PROMPTS, sample_steps=4)
+    with Image.open(folder / "samples" / "step-000008.png") as sheet:
+        drawn = sheet.convert("RGB")
+    predictor = Predictor()
+    predictor.setup()
+    asked = [("a photo of <zwx> on a cyan background", 0, 0), ("a photo of on a cyan background", 1, 0),
+             ("a red circle", 0, 1)]  # fmt: skip
+    side = 4 * 64  # enlarged without smoothing
+    for prompt, column, row in asked:
+        seed = CONFIG.seed + row
+        (path,) = call(
+            predictor.predict, prompt=prompt, replicate_weights=weights, steps=4, width=64, height=64, seed=seed,
+            output_format="png",
+        )  # fmt: skip
+        with Image.open(str(path)) as picture:
+            expected = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+        left, top = 8 + column * (side + 8), 20 + row * (side + 20 + 8) + 20
+        found = drawn.crop((left, top, left + side, top + side))
+        apart = ImageChops.difference(found, expected)
+        assert max(most for _, most in apart.getextrema()) <= 1, prompt
+        assert sum(apart.convert("L").histogram()[1:]) <= 0.001 * side**2, prompt
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention_mlp"])
+@pytest.mark.parametrize("token", [True, False])
+def test_a_run_that_is_watched_learns_what_it_learns_unseen(token, targets, train):
+    config = replace(CONFIG, train_placeholder_token=token, lora_targets=targets, ema_decay=0.5)
+    prompts = PROMPTS if token else "a red circle"
+    seen, _ = train("seen", config, sample_prompts=prompts, sample_every=2, sample_steps=2, save_every=2)
+    unseen, _ = train("unseen", config)
+    assert lora_of(seen)[0] == lora_of(unseen)[0]
+
+
+def test_sheets_come_before_the_first_step_on_the_way_and_after_the_last(train):
+    _, folder = train(sample_prompts="a red circle", sample_every=3, sample_steps=1)
+    assert names(folder) == ["step-000000.png", "step-000003.png", "step-000006.png", "step-000008.png"]
+    _, folder = train(sample_prompts="a red circle", sample_steps=1)
+    assert names(folder) == ["step-000000.png", "step-000008.png"], "a new run in that folder leaves no other's"
+
+
+def test_a_run_that_goes_on_draws_the_rest(train, tmp_path):
+    _, whole = train("whole", sample_prompts=PROMPTS, sample_every=2, sample_steps=2)
+    given = {"sample_prompts": PROMPTS, "sample_every": 2, "sample_steps": 2, "save_every": 3, "resume": "auto"}
+    asked = iter([False, False, False, True])
+    train("parts", stopped=lambda: next(asked), **given)
+    (tmp_path / "parts.zip").unlink()
+    train("parts", **given)
+    assert names(tmp_path / "parts") == names(whole)
+    for name in names(whole):
+        with Image.open(whole / "samples" / name) as one, Image.open(tmp_path / "parts" / "samples" / name) as other:
+            assert ImageChops.difference(one, other).getbbox() is None, name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "config", "expected"),
+    [
+        ("a photo of <zwx> in a garden", CONFIG, ["a photo of <zwx> in a garden", "a photo of in a garden"]),
+        ("<zwx>, a photo", CONFIG, ["<zwx>, a photo", "a photo"]),
+        ("<zwx>", CONFIG, ["<zwx>", " "]),
+        ("a photo of <zwx>", replace(CONFIG, class_word="house"), ["a photo of <zwx>", "a photo of house"]),
+        ("[trigger] at dusk", CONFIG, ["<zwx> at dusk", "at dusk"]),
+        ("a red circle", CONFIG, ["a red circle"]),
+        ("ohwx at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
+        ("[trigger] at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
+    ],
+)
+def test_a_prompt_with_a_token_is_drawn_without_it_too(prompt, config, expected):
+    pairs = samples.pairs_of(config, RunOptions(run_dir="x", sample_prompts=prompt))
+    requests = samples.requests_of(pairs)
+    assert [request.prompt for request in requests] == expected
+    assert {request.seed for request in requests} == {config.seed}, "from the same noise"
+
+
+def test_several_prompts_have_seeds_of_their_own():
+    pairs = samples.pairs_of(
+        replace(CONFIG, resolution="64,128"), RunOptions(run_dir="x", sample_prompts=" a | b\n\nc")
+    )
+    assert [(pair.named.prompt, pair.named.seed, pair.named.width) for pair in pairs] == [
+        ("a", 3, 128), ("b", 4, 128), ("c", 5, 128),
+    ]  # fmt: skip
+
+
+def test_prompts_that_cannot_be_drawn_are_refused_before_anything_is_loaded(train, monkeypatch):
+    monkeypatch.setattr(models, "load_text_encoder", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="sample_prompts hold '<abc>', and the run trains <zwx>"):
+        train(sample_prompts="a photo of <abc>")
+    with pytest.raises(UserError, match="need a run_dir"):
+        RunOptions(sample_prompts="a red circle")
+
+
+def test_a_sample_that_fails_ends_a_run_at_its_start_and_not_later(train, monkeypatch, caplog):
+    calls, draw = [], samples.draw
+
+    def failing(at):
+        def drawn(*given):
+            calls.append(1)
+            if len(calls) == at:
+                raise UserError("a picture of 64x64 doesn't fit")
+            return draw(*given)
+
+        return drawn
+
+    monkeypatch.setattr(samples, "draw", failing(1))
+    with pytest.raises(UserError, match="doesn't fit"):
+        train("first", sample_prompts="a red circle", sample_steps=1)
+    calls.clear()
+    monkeypatch.setattr(samples, "draw", failing(2))
+    weights, folder = train("later", sample_prompts="a red circle", sample_every=4, sample_steps=1)
+    assert weights.is_file()
+    assert names(folder) == ["step-000000.png", "step-000008.png"]
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepare(dataset, random_model):
+    def make(**given) -> preparation.Run:
+        config = replace(CONFIG, validation_share=0.3, **given)
+        return preparation.prepare(config, dataset, random_model, models.default_place())
+
+    return make
+
+
+def test_pictures_held_out_are_never_learned_from(prepare):
+    run = prepare()
+    held_out = {example.image_name for example in run.held_out}
+    assert len(held_out) == 3
+    assert len(run.examples) == 7
+    stream = draws.MicroBatches(run.config, run.examples, run.schedule)
+    seen = {name for _ in range(50) for name in next(stream).names}
+    assert len(seen) == 7
+    assert not seen & held_out
+
+
+def test_the_same_pictures_are_held_out_whatever_the_seed(prepare):
+    one, other = (sorted(example.image_name for example in prepare(seed=seed).held_out) for seed in (1, 2))
+    assert one == other
+
+
+def test_the_loss_is_that_of_fixed_noise_at_fixed_levels(prepare):
+    """Equal for equal weights, whatever the seed, the batch size and what was measured before."""
+    run = prepare()
+    found = validation.validate(run)
+    assert validation.validate(run) == found
+    again = validation.validate(prepare(seed=9, batch_size=5))
+    assert again.loss == pytest.approx(found.loss, rel=1e-5)
+    assert len(found.by_sigma) == len(draws.VALIDATION_SIGMAS)
+    assert found.loss == pytest.approx(sum(found.by_sigma) / len(found.by_sigma))
+
+
+def test_it_is_the_training_loss_of_those_pictures(prepare):
+    """By hand, for one picture at one level."""
+    run = prepare()
+    example = run.held_out[0]
+    noise = torch.randn(example.latents.shape, generator=draws.generator_for(0, "validation 0"))
+    sigma = draws.VALIDATION_SIGMAS[2]
+    noisy = ((1 - sigma) * example.latents + sigma * noise)[None]
+    text = models.encode_text(run.text_encoder, run.tokenizer, [example.caption], run.placeholders)
+    with torch.no_grad():
+        velocity = models.predict_velocity(run.transformer, noisy, torch.tensor([sigma]), text, example.size)
+    expected = float((velocity - (noise - example.latents)).square().mean())
+    run.held_out = [example]
+    assert validation.validate(run).by_sigma[2] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_class_that_is_held_and_dropped_captions_do_not_enter(prepare):
+    plain, with_class = prepare(), prepare(class_word="square", preservation_weight=0.5, caption_dropout=1.0)
+    assert validation.validate(with_class).loss == pytest.approx(validation.validate(plain).loss, rel=1e-5)
+
+
+def test_it_measures_the_average_where_one_is_kept(prepare):
+    run = prepare(ema_decay=0.9, learning_rate=0.05)
+    list(training.train(run))
+    averaged = validation.validate(run)
+    run.optimizers.average = None
+    assert validation.validate(run).loss != pytest.approx(averaged.loss, rel=1e-4)
+
+
+def test_one_picture_alone_cannot_be_held_out(dataset):
+    alone = replace(dataset, examples=dataset.examples[:1])
+    with pytest.raises(UserError, match="there is only one; set it to 0, or add some"):
+        alone.held_out(0.1)
+    learned, held_out = replace(dataset, examples=dataset.examples[:2]).held_out(0.5)
+    assert (learned.num_images, held_out.num_images) == (1, 1)
+    assert dataset.held_out(0.0)[0].examples == dataset.examples
+
+
+def test_a_token_that_only_stands_on_pictures_held_out_is_refused(dataset, random_model):
+    _, held_out = dataset.held_out(0.1)
+    (path,) = held_out.captions_by_picture
+    captions = {p: c if p == path else c.replace("<zwx>", "a thing") for p, c in dataset.captions_by_picture.items()}
+    with pytest.raises(UserError, match="none of the 9 captions holds the placeholder token '<zwx>'"):
+        preparation.prepare(
+            replace(CONFIG, validation_share=0.1), dataset.with_captions(captions), random_model, models.default_place()
+        )
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_hold_each_step_with_its_losses_by_level_of_noise(train):
+    _, folder = train(config=replace(CONFIG, validation_share=0.2, class_word="square", steps=12))
+    lines = list(journal.read(folder))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    for line in steps:
+        of_bands = [loss for band in line["bands"].values() for loss in band]
+        assert set(line["bands"]) <= {"0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1"}
+        if line["loss"] is None:
+            assert not of_bands, "what held the class taught nothing"
+        else:
+            assert sum(of_bands) / len(of_bands) == pytest.approx(line["loss"])
+    assert [line["step"] for line in lines if "validation" in line] == list(range(13))
+
+
+def test_a_run_that_goes_on_continues_its_metrics(train, tmp_path):
+    """Also where the one before has got beyond its last checkpoint, and was killed within a line."""
+    config = replace(CONFIG, validation_share=0.2)
+    _, whole = train("whole", config)
+    asked = iter([False] * 4 + [True])
+    train("parts", config, save_every=2, stopped=lambda: next(asked))
+    last = checkpoints.saved(tmp_path / "parts")[-1]
+    last.rename(last.with_name("gone"))  # as if killed before it
+    with (tmp_path / "parts" / journal.FILE).open("a") as file:
+        file.write('{"step": 6, "loss": 0.1')
+    train("parts", config, save_every=2, resume="auto")
+    one, other = (list(journal.read(folder)) for folder in (whole, tmp_path / "parts"))
+    assert one == other
+
+
+def events(folder):
+    """(step, name, value) of TensorBoard's file: records of a length, its checksum, an event and its checksum."""
+    found = []
+    for path in sorted((folder / journal.TENSORBOARD).rglob("events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            at += 16 + length
+    return found
+
+
+def test_tensorboard_has_the_curves(train):
+    _, folder = train(config=replace(CONFIG, validation_share=0.2))
+    found = events(folder)
+    losses = {step: value for step, name, value in found if name == "train/loss"}
+    expected = {line["step"]: line["loss"] for line in journal.read(folder) if "loss" in line}
+    assert losses == pytest.approx(expected)
+    assert {"validation/loss", "train/learning_rate", "train/grad_norm"} <= {name for _, name, _ in found}
+    assert any(name.startswith("sigma/") for _, name, _ in found)
+
+
+def test_wandb_is_told_too_if_its_key_is_set(train, monkeypatch):
+    told = []
+
+    class Tracker:
+        def __init__(self, project, **_):
+            told.append(project)
+
+        def start(self):
+            pass
+
+        def log(self, values, step):
+            told.append((step, values["train/loss"]))
+
+        def finish(self):
+            told.append("finished")
+
+    monkeypatch.setattr(journal, "WandBTracker", Tracker)
+    train("without")
+    assert told == []
+    monkeypatch.setattr(session.fetch.os, "environ", {**session.fetch.os.environ, "WANDB_API_KEY": "k" * 40})
+    train("with")
+    assert told[0] == "qwen-image-lora"
+    assert [step for step, _ in told[1:-1]] == list(range(1, 9))
+    assert told[-1] == "finished"
+
+
+def test_without_a_folder_nothing_is_kept(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.chdir(tmp_path)
+    session.run(CONFIG, RunOptions(), archive, tmp_path / "weights.zip")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.zip"]
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_file_that_needs_no_other(train, random_model):
+    config = replace(CONFIG, validation_share=0.2, default_caption="<script>alert(1)</script> <zwx>")
+    _, folder = train(config=config, sample_prompts=PROMPTS, sample_steps=2)
+    page = (folder / report.FILE).read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "http" not in page
+    assert page.count('src="data:image/webp;base64,') == 2
+    assert "<script" not in page
+    assert "&lt;zwx&gt;" in page
+    for told in (
+        "Loss, smoothed",
+        "held out",
+        "level of noise",
+        "<td>rank</td><td>4</td>",
+        "bucket 64x64: 10",
+        "GB of",
+    ):
+        assert told in page, told
+
+
+def test_a_chart_shows_a_curve_from_its_first_step_to_its_last():
+    drawn = chart("Loss", {"training": [(1, 4.0), (5, 3.0), (9, 2.0)]})
+    (points,) = re.findall(r'points="([^"]+)"', drawn)
+    xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
+    assert xs == (64.0, 407.0, 750.0)
+    assert ys == (12.0, 112.0, 212.0), "the largest above"
+    assert chart("Loss", {"training": []}) == ""
+    assert "nan" not in chart("Flat", {"training": [(1, 2.0)]})
+
+
+def test_requests_are_predicts_own():
+    (pair,) = samples.pairs_of(CONFIG, RunOptions(run_dir="x", sample_prompts="a"))
+    assert pair.named == SampleRequest("a", steps=20, width=64, height=64, seed=3)
+
+
+def test_the_metrics_are_json(train):
+    _, folder = train()
+    for line in (folder / journal.FILE).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
