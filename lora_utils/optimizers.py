@@ -81,6 +81,8 @@ class Optimizers:
             before = [{**group} for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
+                for gradient in (each.grad for each in group["params"] if each.grad is not None):
+                    gradient.zero_()  # one that isn't finite would move a weight even so
             optimizer.step()
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, before, strict=True):

@@ -17,7 +17,7 @@ from torch import nn
 
 from examples.demo import write_dataset
 from examples.shapes import Prompt
-from lora_utils import cards, session
+from lora_utils import cards, checkpoints, journal, report, samples, session
 from lora_utils.archive import unpack
 from lora_utils.bundle import LORA_MEMBER
 from lora_utils.cards import Ranks
@@ -87,19 +87,30 @@ def test_a_token_that_only_some_processes_see_is_trained_all_the_same(trained):
     assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize("shard_base", ["never", "always"])
 def test_a_run_on_all_cards_writes_one_file_and_relays_what_is_said(
-    archive, random_model, tmp_path, monkeypatch, capsys
+    shard_base, archive, random_model, tmp_path, monkeypatch, capsys
 ):
+    """With samples and a loss on pictures held out, for which processes that share a base out must keep in step."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cards, "several", lambda: 2)
-    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=4)
-    session.run_on_all_cards(CONFIG, options, archive, tmp_path / "weights.zip")
+    options = RunOptions(
+        run_dir=str(tmp_path / "run"), save_every=4, sample_prompts="a photo of <zwx>", sample_steps=2, sample_every=4,
+        shard_base=shard_base,
+    )  # fmt: skip
+    config = replace(CONFIG, validation_share=0.2)
+    session.run_on_all_cards(config, options, archive, tmp_path / "weights.zip")
     said = capsys.readouterr().out
     assert "seed 0, 2 cards" in said
-    assert said.count("step 8/8 loss") == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000004", "step-000008"]
+    assert ("parts on several cards" in said) == (shard_base == "always")
+    assert said.count("step 8/8 loss") == said.count("step 8: loss on pictures held out") == 1
+    assert [path.name for path in checkpoints.saved(tmp_path / "run")] == ["step-000004", "step-000008"]
+    assert len(samples.saved(tmp_path / "run")) == 3
+    lines = list(journal.read(tmp_path / "run"))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert (tmp_path / "run" / report.FILE).is_file()
     with zipfile.ZipFile(tmp_path / "weights.zip") as packed:
         assert LORA_MEMBER in packed.namelist()
 
@@ -181,6 +192,34 @@ def test_a_cancel_ends_all(tmp_path, monkeypatch):
     with pytest.raises(Cancelled):
         cards.launch(["http.server", "0"], 2, ROOT)
     assert not processes_of_runs()
+
+
+def test_a_stop_of_the_one_that_started_them_reaches_all_and_keeps_what_was_learned(
+    archive, random_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(cards, "several", lambda: 2)
+    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=10)
+    session.run_on_all_cards(
+        replace(CONFIG, steps=20000), options, archive, tmp_path / "weights.zip",
+        stopped=lambda: bool(checkpoints.saved(tmp_path / "run")),
+    )  # fmt: skip
+    assert "as asked" in capsys.readouterr().out
+    assert zipfile.is_zipfile(tmp_path / "weights.zip")
+    assert not processes_of_runs()
+
+
+def test_a_token_of_the_hub_is_no_option_that_others_could_read(archive, tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        cards, "launch", lambda command, _count, _root, secrets, _stopped: launched.append((command, secrets))
+    )
+    options = RunOptions(hub_repo="me/it")
+    session.run_on_all_cards(CONFIG, options, archive, tmp_path / "weights.zip", hub_token="hf_secret")
+    ((command, secrets),) = launched
+    assert secrets == {"HF_TOKEN": "hf_secret"}
+    assert "hf_secret" not in " ".join(command)
 
 
 def test_alone_nothing_is_exchanged():

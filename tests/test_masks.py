@@ -134,7 +134,7 @@ def run(folder, random_model):
 
 def test_the_loss_is_weighted_by_the_mask(run):
     drawn = next(draws.MicroBatches(run.config, run.examples, run.schedule))
-    loss = objective.batch_loss(run, drawn)
+    loss = objective.picture_losses(run, drawn).mean()
     text = objective.batch_text(run, drawn.captions)
     error = (models.predict_velocity(run.transformer, drawn.noisy, drawn.sigma, text, drawn.size) - drawn.target) ** 2
     masked = drawn.names.index("a.png")

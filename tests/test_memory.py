@@ -76,25 +76,25 @@ def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, rando
     curves = []
     for fails_at in (None, 3):  # the probe is call 1; the first step's micro-batches are calls 2 to 4
         run = preparation.prepare(config, dataset, random_model, models.default_place())
-        loss_of, calls = objective.batch_loss, []
+        loss_of, calls = objective.picture_losses, []
 
-        def failing(run, drawn, loss_of=loss_of, calls=calls, fails_at=fails_at):
+        def failing(run, drawn, along, loss_of=loss_of, calls=calls, fails_at=fails_at):
             calls.append(drawn)
             if len(calls) == fails_at:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return loss_of(run, drawn)
+            return loss_of(run, drawn, along)
 
         with monkeypatch.context() as patch:
-            patch.setattr(objective, "batch_loss", failing)
+            patch.setattr(objective, "picture_losses", failing)
             curves.append([report.loss for report in training.train(run)])
     assert run.recomputed == 1
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_out_of_memory_in_the_optimizer_redoes_the_step(dataset, random_model, monkeypatch):
+def test_room_for_the_optimizer_is_tried_out_before_the_first_step(dataset, random_model, monkeypatch):
     """Its moments come into being at its first step, when the activations are gone but the gradients are there."""
     planned, crowded = (preparation.prepare(CONFIG, dataset, random_model, models.default_place()) for _ in range(2))
-    step, calls = crowded.optimizer.step, []
+    step, calls = crowded.optimizers.lora.step, []
 
     def failing():
         calls.append(1)
@@ -102,7 +102,7 @@ def test_out_of_memory_in_the_optimizer_redoes_the_step(dataset, random_model, m
             raise torch.OutOfMemoryError("CUDA out of memory")
         step()
 
-    monkeypatch.setattr(crowded.optimizer, "step", failing)
+    monkeypatch.setattr(crowded.optimizers.lora, "step", failing)
     curve = [report.loss for report in training.train(crowded)]
     assert crowded.recomputed == 1
     monkeypatch.setattr(memory, "blocks_to_recompute", lambda *_: 1)

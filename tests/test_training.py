@@ -31,7 +31,7 @@ def losses(run: preparation.Run) -> list[float]:
 
 def test_the_loss_of_a_batch_is_the_formula(prepare):
     run = prepare(replace(BASELINE, caption_dropout=0.0))
-    loss = objective.batch_loss(run, next(draws.MicroBatches(run.config, run.examples, run.schedule)))
+    loss = objective.picture_losses(run, next(draws.MicroBatches(run.config, run.examples, run.schedule))).mean()
 
     batch = next(draws.batches(run.examples, 3, 0))
     noise_generator, sigma_generator = (draws.generator_for(0, purpose) for purpose in ("noise", "sigma"))
