@@ -1,7 +1,8 @@
 """A long training that is killed every minute or so, against one that isn't: python -m benchmarks.soak --minutes 60
 
-Both train the small model with the token; the disturbed one keeps checkpoints, gets `kill -9` at random moments and is
-started again with the same command. Its weights must be the undisturbed run's, byte for byte.
+Both train the small model with the token, draw samples and measure on pictures held out, side by side on a core each.
+The disturbed one keeps checkpoints, gets `kill -9` at random moments and is started again with the same command. Its
+weights, its samples and its curves must be the undisturbed run's, byte for byte.
 """
 
 import argparse
@@ -16,24 +17,39 @@ import zipfile
 from pathlib import Path
 
 from examples import demo, shapes
+from lora_utils import journal, samples
 from lora_utils.bundle import LORA_MEMBER
 
-STEPS_PER_MINUTE = 1200  # of the small model on one core, about
-SAVE_EVERY = 50
+STEPS_PER_MINUTE = 300  # of four micro-batches of the small model on one core, about
+SAVE_EVERY, SAMPLE_EVERY = 50, 250
+WATCHED = (
+    f"--save_every={SAVE_EVERY}", f"--sample_every={SAMPLE_EVERY}", "--sample_steps=4", "--validation_share=0.2",
+    "--sample_prompts=a photo of <zwx> on a cyan background|a red circle", "--resume=auto", "--gradient_accumulation=4",
+)  # fmt: skip
 
 
-def start(folder: Path, steps: int, *given: str) -> subprocess.Popen[bytes]:
+def start(dataset: Path, folder: Path, steps: int) -> subprocess.Popen[bytes]:
     settings = {**demo.TRAINING, "steps": steps, "lr_scheduler": "constant"}
     options = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, bool)]
-    command = [sys.executable, "-m", "lora_utils", "train", str(folder / "dataset.zip"), *options, *given]
+    command = [sys.executable, "-m", "lora_utils", "train", str(dataset), *options, *WATCHED, f"--run_dir={folder}"]
+    command += [f"--output={folder / 'weights.zip'}", "--train_placeholder_token"]
     environment = {**os.environ, "BASE_MODEL": str(demo.MODEL), "OMP_NUM_THREADS": "1"}
-    with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen([*command, "--train_placeholder_token"], env=environment, stdout=log, stderr=log)
+    with folder.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def digest(path: Path) -> str:
-    with zipfile.ZipFile(path) as packed:
-        return hashlib.sha256(packed.read(LORA_MEMBER)).hexdigest()
+def results(folder: Path) -> dict[str, str]:
+    """Hashes of what a run has made: its LoRA, its sheets, its numbers."""
+    with zipfile.ZipFile(folder / "weights.zip") as packed:
+        made = {"weights": packed.read(LORA_MEMBER)}
+    made |= {f"{samples.FOLDER}/{path.name}": path.read_bytes() for path in samples.saved(folder)}
+    made[journal.FILE] = (folder / journal.FILE).read_bytes()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What no run should leave."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*.partial")]
 
 
 def main() -> int:
@@ -44,32 +60,33 @@ def main() -> int:
     arguments = parser.parse_args()
     steps, rng = max(2 * SAVE_EVERY, int(arguments.minutes * STEPS_PER_MINUTE)), random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        demo.write_dataset(folder / "dataset.zip", demo.OBJECT, shapes.Prompt(demo.TOKEN))
-        began = time.monotonic()
-        calm = start(folder, steps, f"--output={folder / 'calm.zip'}")
-        if calm.wait():
-            print((folder / "log.txt").read_text()[-2000:])
-            return 1
-        print(f"undisturbed: {steps} steps in {time.monotonic() - began:.0f} s", flush=True)
-        keeping = [f"--run_dir={folder / 'run'}", f"--save_every={SAVE_EVERY}", "--resume=auto"]
-        kills, began = 0, time.monotonic()
-        while not (folder / "killed.zip").exists():
-            process = start(folder, steps, f"--output={folder / 'killed.zip'}", *keeping)
-            try:
-                if process.wait(rng.expovariate(1 / arguments.kill_every_s) + 5):
-                    print((folder / "log.txt").read_text()[-2000:])
-                    return 1
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-        same = digest(folder / "calm.zip") == digest(folder / "killed.zip")
-        left = [path.name for path in (folder / "run").iterdir() if not path.name.startswith("step-")]
-        print(
-            f"killed {kills} times in {time.monotonic() - began:.0f} s: the weights are {'equal' if same else 'OTHERS'}"
-        )
-        return 0 if same and not left else 1
+        dataset, calm, killed = (Path(work) / name for name in ("dataset.zip", "calm", "killed"))
+        demo.write_dataset(dataset, demo.OBJECT, shapes.Prompt(demo.TOKEN))
+        for folder in (calm, killed):
+            folder.mkdir()
+        undisturbed, kills, began = start(dataset, calm, steps), 0, time.monotonic()
+        try:
+            while not (killed / "weights.zip").exists():
+                process = start(dataset, killed, steps)
+                try:
+                    if process.wait(rng.expovariate(1 / arguments.kill_every_s) + 5):
+                        print(killed.with_suffix(".log").read_text()[-2000:])
+                        return 1
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    kills += 1
+            print(f"{steps} steps, killed {kills} times, in {time.monotonic() - began:.0f} s", flush=True)
+            if undisturbed.wait():
+                print(calm.with_suffix(".log").read_text()[-2000:])
+                return 1
+        finally:
+            undisturbed.kill()
+        one, other, left = results(calm), results(killed), left_behind(killed)
+        apart = sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
+        print(f"undisturbed in {time.monotonic() - began:.0f} s; compared {len(one)} files, apart: {apart or 'none'}")
+        print(f"left behind: {left or 'nothing'}")
+        return 1 if apart or left else 0
 
 
 if __name__ == "__main__":
