@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import disable_progress_bars
 
 from lora_utils.bundle import META_MEMBER, Meta, unpack_weights
 from lora_utils.errors import UserError
@@ -28,8 +29,12 @@ def open_repository(repository: str, token: str | None, private: bool) -> None:
     """
     if not (token or get_token()):
         raise UserError(f"hub_repo {repository} needs hub_token, a token of the hub that may write there.")
+    api = HfApi(token=token)
     try:
-        HfApi(token=token).create_repo(repository, private=private, exist_ok=True)
+        who = api.whoami()
+        if who.get("auth", {}).get("accessToken", {}).get("role") == "read":  # one that is there would let it pass
+            raise UserError(f"hub_repo {repository} can't be written to with a token that may only read; give another.")
+        api.create_repo(repository, private=private, exist_ok=True)
     except _FAILURES as error:
         raise UserError(
             f"hub_repo {repository} can't be written to ({_first_line(error)}); check the name and that hub_token may "
@@ -51,6 +56,7 @@ def push(repository: str, token: str | None, weights: Path, sheets: Sequence[Pat
         files = {ARCHIVE_NAME: weights, LORA_NAME: lora, **pictures}
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(META_MEMBER, _json_of(meta))]
+        disable_progress_bars()  # of carriage returns, which are noise in a server's log
         try:
             done = HfApi(token=token).create_commit(
                 repository, operations, commit_message=f"A LoRA of {meta.training_steps} steps"
