@@ -65,7 +65,8 @@ def token_counts(captions: Iterable[str], config: TrainConfig, tokenizer: Qwen2T
 
 def describe(dataset: Dataset, config: TrainConfig, tokenizer: Qwen2Tokenizer | None) -> list[str]:
     """The report on a dataset, line by line."""
-    passes = config.steps * config.batch_size * config.gradient_accumulation / dataset.num_images
+    learned_from, _ = dataset.held_out(config.validation_share)
+    passes = config.steps * config.batch_size * config.gradient_accumulation / learned_from.num_images
     lines = [f"dataset: {dataset.num_images} pictures, each seen about {passes:.0f} times"]
     for size, count in sorted(Counter(example.size for example in dataset.examples).items()):
         lines.append(f"  bucket {size}: {count} pictures")

@@ -67,12 +67,19 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Ten pictures of a taught object, with captions of unequal length that hold `<zwx>`."""
-    folder = tmp_path_factory.mktemp("dataset")
-    demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
-    unpack(folder / "d.zip", folder / "pictures")
-    return read_dataset(folder / "pictures", TrainConfig(resolution="64", seed=0))
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of a taught object, with captions of unequal length that hold `<zwx>`, as a user sends them."""
+    path = tmp_path_factory.mktemp("archive") / "dataset.zip"
+    demo.write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same, read."""
+    folder = tmp_path_factory.mktemp("dataset") / "pictures"
+    unpack(archive, folder)
+    return read_dataset(folder, TrainConfig(resolution="64", seed=0))
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from examples.demo import write_dataset
-from examples.shapes import Prompt
 from lora_utils import cards, checkpoints, journal, report, samples, session
 from lora_utils.archive import unpack
 from lora_utils.bundle import LORA_MEMBER
@@ -30,13 +28,6 @@ CONFIG = TrainConfig(
     steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=0, train_placeholder_token=True,
     caption_dropout=0.3, class_word="square", preservation_weight=0.3, quantization="none",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "dataset.zip"
-    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
-    return path
 
 
 @pytest.fixture

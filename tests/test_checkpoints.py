@@ -13,8 +13,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.demo import write_dataset
-from examples.shapes import Prompt
 from lora_utils import checkpoints, models, preparation, session, training
 from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.config import RunOptions, TrainConfig
@@ -177,13 +175,6 @@ def test_checkpoints_need_a_folder():
 
 
 # --- going on from weights ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "dataset.zip"
-    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
-    return path
 
 
 @pytest.fixture

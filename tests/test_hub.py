@@ -14,8 +14,7 @@ import yaml
 from cog import Secret
 from PIL import Image, ImageChops
 
-from examples.demo import call, write_dataset
-from examples.shapes import Prompt
+from examples.demo import call
 from lora_utils import fetch, hub, samples, session
 from lora_utils.bundle import LORA_MEMBER, Meta
 from lora_utils.config import RunOptions, TrainConfig
@@ -28,13 +27,6 @@ from train import train
 TOKEN = "hf_" + "x" * 20
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "dataset.zip"
-    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
-    return path
-
-
 @pytest.fixture
 def train_and_push(archive, random_model, tmp_path):
     """`python -m lora_utils train` as a user runs it, against a hub on this machine."""
@@ -42,8 +34,8 @@ def train_and_push(archive, random_model, tmp_path):
     def run(url, token=TOKEN, *given):
         command = [sys.executable, "-m", "lora_utils", "train", str(archive), "--steps=4", "--rank=4",
                    "--resolution=64", "--train_placeholder_token", "--learning_rate=1e-2", "--seed=0",
-                   "--hub_repo=me/it", f"--run_dir={tmp_path / 'run'}", "--sample_prompts=a photo of <zwx>", "--sample_steps=1",
-                   *given]  # fmt: skip
+                   "--hub_repo=me/it", f"--run_dir={tmp_path / 'run'}", "--sample_prompts=a photo of <zwx>",
+                   "--sample_steps=1", *given]  # fmt: skip
         environment = {**os.environ, "BASE_MODEL": str(random_model), "PYTHONPATH": str(ROOT), "HF_ENDPOINT": url,
                        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token, "OMP_NUM_THREADS": "1",
                        "HF_HOME": str(tmp_path / "hub")}  # fmt: skip

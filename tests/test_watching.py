@@ -11,8 +11,7 @@ import torch
 from PIL import Image, ImageChops
 from tensorboardX.proto.event_pb2 import Event
 
-from examples.demo import call, write_dataset
-from examples.shapes import Prompt
+from examples.demo import call
 from lora_utils import checkpoints, draws, journal, models, preparation, report, samples, session, training, validation
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.errors import UserError
@@ -25,13 +24,6 @@ CONFIG = TrainConfig(
     quantization="none",
 )  # fmt: skip
 PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "dataset.zip"
-    write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
-    return path
 
 
 @pytest.fixture
