@@ -6,8 +6,9 @@ from typing import Any, Optional, cast
 from cog import BaseModel, Input, Path, Secret, current_scope
 
 from lora_utils import cards, session
-from lora_utils.config import RunOptions, TrainConfig, recipe_for
+from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.console import log_to_stdout, unexpected_errors_printed
+from lora_utils.recipes import recipe_for
 
 
 class TrainingOutput(BaseModel):

@@ -4,15 +4,15 @@ import argparse
 import shutil
 import signal
 import sys
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from lora_utils import cards, session
 from lora_utils.command_line import add_options
-from lora_utils.config import Recipe, RunOptions, SampleRequest, TrainConfig, recipe_for
+from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.console import log_to_stdout
 from lora_utils.errors import UserError
+from lora_utils.recipes import filled
 
 
 def train(given: dict[str, Any]) -> None:
@@ -29,17 +29,10 @@ def train(given: dict[str, Any]) -> None:
     data, output, init = given.pop("dataset"), given.pop("output"), given.pop("init_weights")
     options = RunOptions(**{name: given.pop(name) for name in RunOptions.__dataclass_fields__ if name in given})
     given.setdefault("seed", session.seed_for(options))
-    given |= asdict(
-        recipe_for(
-            given.get("goal", "none"),
-            given.get("optimizer", "adamw"),
-            *(given.get(field.name) for field in fields(Recipe)),
-        )
-    )
     if output.exists():
         raise UserError(f"{output} is there already; name another --output.")
     train_it = session.run_on_all_cards if cards.several() > 1 else session.run
-    train_it(TrainConfig(**given), options, data, output, init, stopped=lambda: bool(asked))
+    train_it(TrainConfig(**filled(given)), options, data, output, init, stopped=lambda: bool(asked))
     print(f"the weights are in {output}", flush=True)
 
 

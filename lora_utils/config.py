@@ -10,7 +10,9 @@ import secrets
 from dataclasses import dataclass, field
 
 from lora_utils import qwen
+from lora_utils.checks import choice, number, whole
 from lora_utils.errors import UserError
+from lora_utils.recipes import GOALS
 
 MAX_SEED = 2**32 - 1
 LR_SCHEDULERS = ("constant", "cosine", "linear")
@@ -28,29 +30,6 @@ PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
 def random_seed() -> int:
     """A seed for a caller who gave none; it is reported and can be given back."""
     return secrets.randbelow(MAX_SEED + 1)
-
-
-def _whole(name: str, value: object, least: int, most: int) -> int:
-    """`value` as an integer in a range; a JSON client's 20.0 is 20."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise UserError(f"{name} must be a whole number from {least} to {most}, got {value!r}.")
-    if not least <= value <= most:
-        raise UserError(f"{name} must be from {least} to {most}, got {value}.")
-    return int(value)
-
-
-def _number(name: str, value: object, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}.")
-    if not least <= value <= most:
-        raise UserError(f"{name} must be from {least:g} to {most:g}, got {value:g}.")
-    return float(value)
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-    return value
 
 
 def _resolutions(text: str) -> str:
@@ -80,42 +59,6 @@ def _token_names(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a goal chooses."""
-
-    steps: int
-    learning_rate: float
-    rank: int
-    lora_targets: str
-
-
-# Within what the field agrees on for Qwen-Image: 1000 steps and more at 1e-4 to 2e-4, rank 16 to 32. A likeness needs
-# many steps at a gentle rate; an object is learned sooner, and by less; a style lives in textures, which the MLPs make.
-GOALS = {
-    "none": Recipe(steps=1000, learning_rate=1e-4, rank=32, lora_targets="attention"),
-    "person": Recipe(steps=1500, learning_rate=1e-4, rank=32, lora_targets="attention_mlp"),
-    "object": Recipe(steps=1000, learning_rate=2e-4, rank=16, lora_targets="attention"),
-    "style": Recipe(steps=2000, learning_rate=1e-4, rank=32, lora_targets="attention_mlp"),
-}
-PRODIGY_RATE = 1.0  # it finds the rate itself; this multiplies it
-
-
-def recipe_for(
-    goal: str, optimizer: str, steps: int | None = None, learning_rate: float | None = None, rank: int | None = None,
-    lora_targets: str | None = None,
-) -> Recipe:  # fmt: skip
-    """What a caller gives, and the goal's choice where that is None. Raises UserError for an unknown goal."""
-    chosen = GOALS[_choice("goal", goal, tuple(GOALS))]
-    rate = PRODIGY_RATE if optimizer == "prodigy" else chosen.learning_rate
-    return Recipe(
-        chosen.steps if steps is None else steps,
-        rate if learning_rate is None else learning_rate,
-        chosen.rank if rank is None else rank,
-        lora_targets or chosen.lora_targets,
-    )
-
-
-@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """One training run. A run is a function of this, the pictures and the base model."""
 
@@ -124,13 +67,13 @@ class TrainConfig:
     placeholder_token: str = "<zwx>"  # or several, separated by commas
     placeholder_init_std: float = 1e-5  # of the fresh row; the median row of Qwen's matrix has an rms of about 1.5e-2
     placeholder_learning_rate: float | None = None  # None: a share of a usual row; 0 keeps the fresh row as drawn
-    rank: int = 32  # and alpha
-    steps: int = 1000  # optimizer steps, whatever the accumulation
-    learning_rate: float = 1e-4
+    rank: int = GOALS["none"].rank  # and alpha
+    steps: int = GOALS["none"].steps  # optimizer steps, whatever the accumulation
+    learning_rate: float = GOALS["none"].learning_rate
     batch_size: int = 1
     gradient_accumulation: int = 1  # micro-batches per optimizer step
     resolution: str = "512,768,1024"  # sides of squares with the buckets' area, in pixels
-    lora_targets: str = "attention"
+    lora_targets: str = GOALS["none"].lora_targets
     quantization: str = "auto"  # of the frozen transformer; in a run's own config what it came to
     default_caption: str = ""
     trigger_word: str = ""  # put in front of captions that lack it, and in the place of `[trigger]`
@@ -155,37 +98,37 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         checked = {
-            "goal": _choice("goal", self.goal, tuple(GOALS)),
-            "rank": _whole("rank", self.rank, 1, 256),
-            "steps": _whole("steps", self.steps, 1, 20000),
-            "learning_rate": _number("learning_rate", self.learning_rate, 1e-7, 1.0),
-            "batch_size": _whole("batch_size", self.batch_size, 1, 16),
-            "gradient_accumulation": _whole("gradient_accumulation", self.gradient_accumulation, 1, 64),
+            "goal": choice("goal", self.goal, tuple(GOALS)),
+            "rank": whole("rank", self.rank, 1, 256),
+            "steps": whole("steps", self.steps, 1, 20000),
+            "learning_rate": number("learning_rate", self.learning_rate, 1e-7, 1.0),
+            "batch_size": whole("batch_size", self.batch_size, 1, 16),
+            "gradient_accumulation": whole("gradient_accumulation", self.gradient_accumulation, 1, 64),
             "resolution": _resolutions(self.resolution),
-            "lora_targets": _choice("lora_targets", self.lora_targets, tuple(qwen.LORA_TARGETS)),
-            "quantization": _choice("quantization", self.quantization, QUANTIZATIONS),
-            "mask_from": _choice("mask_from", self.mask_from, MASK_SOURCES),
-            "mask_floor": _number("mask_floor", self.mask_floor, 0, 1),
-            "preservation_weight": _number("preservation_weight", self.preservation_weight, 0, 0.9),
-            "caption_dropout": _number("caption_dropout", self.caption_dropout, 0, 1),
-            "optimizer": _choice("optimizer", self.optimizer, OPTIMIZERS),
-            "weight_decay": _number("weight_decay", self.weight_decay, 0, 1),
-            "beta1": _number("beta1", self.beta1, 0, 0.999),
-            "beta2": _number("beta2", self.beta2, 0, 0.9999),
-            "max_grad_norm": _number("max_grad_norm", self.max_grad_norm, 0, 1000),
-            "ema_decay": _number("ema_decay", self.ema_decay, 0, 0.9999),
-            "lr_scheduler": _choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
-            "warmup_steps": _whole("warmup_steps", self.warmup_steps, 0, 20000),
-            "validation_share": _number("validation_share", self.validation_share, 0, 0.5),
-            "seed": _whole("seed", self.seed, 0, MAX_SEED),
+            "lora_targets": choice("lora_targets", self.lora_targets, tuple(qwen.LORA_TARGETS)),
+            "quantization": choice("quantization", self.quantization, QUANTIZATIONS),
+            "mask_from": choice("mask_from", self.mask_from, MASK_SOURCES),
+            "mask_floor": number("mask_floor", self.mask_floor, 0, 1),
+            "preservation_weight": number("preservation_weight", self.preservation_weight, 0, 0.9),
+            "caption_dropout": number("caption_dropout", self.caption_dropout, 0, 1),
+            "optimizer": choice("optimizer", self.optimizer, OPTIMIZERS),
+            "weight_decay": number("weight_decay", self.weight_decay, 0, 1),
+            "beta1": number("beta1", self.beta1, 0, 0.999),
+            "beta2": number("beta2", self.beta2, 0, 0.9999),
+            "max_grad_norm": number("max_grad_norm", self.max_grad_norm, 0, 1000),
+            "ema_decay": number("ema_decay", self.ema_decay, 0, 0.9999),
+            "lr_scheduler": choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
+            "warmup_steps": whole("warmup_steps", self.warmup_steps, 0, 20000),
+            "validation_share": number("validation_share", self.validation_share, 0, 0.5),
+            "seed": whole("seed", self.seed, 0, MAX_SEED),
             "default_caption": self.default_caption.strip(),
             "trigger_word": self.trigger_word.strip(),
             "class_word": self.class_word.strip(),
         }
         if self.train_placeholder_token:  # off: whatever stands in its fields is ignored
-            checked["placeholder_init_std"] = _number("placeholder_init_std", self.placeholder_init_std, 0, 0.1)
+            checked["placeholder_init_std"] = number("placeholder_init_std", self.placeholder_init_std, 0, 0.1)
             if self.placeholder_learning_rate is not None:
-                rate = _number("placeholder_learning_rate", self.placeholder_learning_rate, 0, 1)
+                rate = number("placeholder_learning_rate", self.placeholder_learning_rate, 0, 1)
                 checked["placeholder_learning_rate"] = rate
             checked["placeholder_token"] = _token_names(self.placeholder_token)
         for name, value in checked.items():
@@ -244,13 +187,13 @@ class RunOptions:
     def __post_init__(self) -> None:
         checked = {
             "run_dir": self.run_dir.strip(),
-            "save_every": _whole("save_every", self.save_every, 0, 20000),
-            "keep_checkpoints": _whole("keep_checkpoints", self.keep_checkpoints, 1, 1000),
-            "resume": _choice("resume", self.resume, RESUMES),
+            "save_every": whole("save_every", self.save_every, 0, 20000),
+            "keep_checkpoints": whole("keep_checkpoints", self.keep_checkpoints, 1, 1000),
+            "resume": choice("resume", self.resume, RESUMES),
             "sample_prompts": "\n".join(filter(None, map(str.strip, re.split(r"[\n|]", self.sample_prompts)))),
-            "sample_every": _whole("sample_every", self.sample_every, 0, 20000),
-            "sample_steps": _whole("sample_steps", self.sample_steps, 1, 100),
-            "shard_base": _choice("shard_base", self.shard_base, SHARDINGS),
+            "sample_every": whole("sample_every", self.sample_every, 0, 20000),
+            "sample_steps": whole("sample_steps", self.sample_steps, 1, 100),
+            "shard_base": choice("shard_base", self.shard_base, SHARDINGS),
             "hub_repo": self.hub_repo.strip(),
         }
         for name, value in checked.items():
@@ -295,20 +238,20 @@ class SampleRequest:
         if (self.width is None) != (self.height is None):
             raise UserError(f"width and height come together: got width={self.width}, height={self.height}.")
         checked = {
-            "steps": _whole("steps", self.steps, 1, 100),
-            "guidance": _number("guidance", self.guidance, 0, 10),
-            "width": None if self.width is None else _whole("width", self.width, 64, 2048),
-            "height": None if self.height is None else _whole("height", self.height, 64, 2048),
-            "aspect_ratio": _choice("aspect_ratio", self.aspect_ratio, tuple(qwen.OFFICIAL_SIZES_PX)),
-            "megapixels": None if self.megapixels is None else _number("megapixels", self.megapixels, 0.05, 4),
-            "strength": _number("strength", self.strength, 0, 1),
+            "steps": whole("steps", self.steps, 1, 100),
+            "guidance": number("guidance", self.guidance, 0, 10),
+            "width": None if self.width is None else whole("width", self.width, 64, 2048),
+            "height": None if self.height is None else whole("height", self.height, 64, 2048),
+            "aspect_ratio": choice("aspect_ratio", self.aspect_ratio, tuple(qwen.OFFICIAL_SIZES_PX)),
+            "megapixels": None if self.megapixels is None else number("megapixels", self.megapixels, 0.05, 4),
+            "strength": number("strength", self.strength, 0, 1),
             "extra_lora": self.extra_lora.strip(),
-            "extra_lora_scale": _number("extra_lora_scale", self.extra_lora_scale, -1, 3),
-            "num_outputs": _whole("num_outputs", self.num_outputs, 1, 4),
-            "lora_scale": _number("lora_scale", self.lora_scale, -1, 3),
-            "output_format": _choice("output_format", self.output_format, OUTPUT_FORMATS),
-            "output_quality": _whole("output_quality", self.output_quality, 1, 100),
-            "seed": _whole("seed", self.seed, 0, MAX_SEED),
+            "extra_lora_scale": number("extra_lora_scale", self.extra_lora_scale, -1, 3),
+            "num_outputs": whole("num_outputs", self.num_outputs, 1, 4),
+            "lora_scale": number("lora_scale", self.lora_scale, -1, 3),
+            "output_format": choice("output_format", self.output_format, OUTPUT_FORMATS),
+            "output_quality": whole("output_quality", self.output_quality, 1, 100),
+            "seed": whole("seed", self.seed, 0, MAX_SEED),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -19,6 +19,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset, first_of, refuse, survey
 from lora_utils.errors import UserError
 from lora_utils.placeholder import tokenize
+from lora_utils.recipes import filled
 
 ROWS_SHOWN = 20  # of the table
 
@@ -137,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     source = given.pop("dataset")
     try:
-        config, tokenizer = TrainConfig(**given), _tokenizer()
+        config, tokenizer = TrainConfig(**filled(given)), _tokenizer()
         with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as unpacked:
             folder = source if source.is_dir() else Path(unpacked)
             if folder is not source:

@@ -27,8 +27,9 @@ from lora_utils import (
 from lora_utils.archive import unpack
 from lora_utils.cards import agree
 from lora_utils.command_line import to_options
-from lora_utils.config import RunOptions, TrainConfig, random_seed, recipe_for
+from lora_utils.config import RunOptions, TrainConfig, random_seed
 from lora_utils.errors import UserError
+from lora_utils.recipes import recipe_for
 from lora_utils.watching import Watch
 
 AGREE_EVERY = 10  # steps, on several cards, from one question whether to stop to the next

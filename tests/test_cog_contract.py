@@ -10,7 +10,6 @@ import yaml
 from examples import cog_contract
 from lora_utils import qwen
 from lora_utils.config import (
-    GOALS,
     LR_SCHEDULERS,
     OPTIMIZERS,
     OUTPUT_FORMATS,
@@ -19,6 +18,7 @@ from lora_utils.config import (
     SampleRequest,
     TrainConfig,
 )
+from lora_utils.recipes import GOALS
 from tests.conftest import ROOT
 
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "predict")}
@@ -171,7 +171,7 @@ FLOORS = [
         "streaming",
     },
     {"flow", "sizes", "console", "command_line", "flops"},
-    {"config", "errors", "qwen"},
+    {"config", "recipes", "checks", "errors", "qwen"},
 ]
 SIDEWAYS = {  # within a floor, only these
     ("training", "preparation"),
@@ -226,6 +226,10 @@ SIDEWAYS = {  # within a floor, only these
     ("dataset", "captions"),
     ("dataset", "pictures"),
     ("config", "errors"),
+    ("config", "checks"),
+    ("config", "recipes"),
+    ("recipes", "checks"),
+    ("checks", "errors"),
     ("config", "qwen"),
 }
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.optim import AdamW
 
 from lora_utils import checkpoints, memory, models, plan, preparation, session, training
-from lora_utils.config import GOALS, OPTIMIZERS, TrainConfig, recipe_for
+from lora_utils.config import OPTIMIZERS, TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.optimizers import bytes_per_weight, new_optimizers
+from lora_utils.recipes import GOALS, filled, recipe_for
 from tests.test_checkpoints import same_result, steps
 
 CONFIG = TrainConfig(
@@ -165,6 +166,13 @@ def test_a_goal_chooses_what_is_left_open_and_nothing_else(goal):
     assert asdict(mine) == {**asdict(GOALS[goal]), "rank": 99}
     assert recipe_for(goal, "prodigy").learning_rate == 1.0
     assert recipe_for(goal, "prodigy", learning_rate=0.5).learning_rate == 0.5
+
+
+def test_the_command_line_fills_what_is_left_open():
+    assert filled({"goal": "style", "rank": 8, "seed": 1}) == {
+        "goal": "style", "seed": 1, **asdict(GOALS["style"]), "rank": 8,
+    }  # fmt: skip
+    assert filled({}) == asdict(GOALS["none"])
 
 
 def test_the_defaults_are_what_no_goal_chooses():

@@ -171,5 +171,7 @@ def test_files_that_readme_links_to_exist():
 @pytest.mark.parametrize(("name", "heading"), [("train", "Inputs of `train`"), ("predict", "Inputs of `predict`")])
 def test_readme_lists_every_input_and_no_other(name, heading):
     section = README.split(f"### {heading}")[1].split("\n### ")[0]
-    listed = {found for row in re.findall(r"^\| (`.*?) \|", section, re.M) for found in re.findall(r"`([a-z0-9_]+)`", row)}
+    listed = {
+        found for row in re.findall(r"^\| (`.*?) \|", section, re.M) for found in re.findall(r"`([a-z0-9_]+)`", row)
+    }
     assert listed == {item.name for item in cog_contract.inputs((ROOT / f"{name}.py").read_text())}
