@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_utils import cards, session
-from lora_utils.command_line import add_options
+from lora_utils.command_line import add_options, described
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.console import log_to_stdout
 from lora_utils.errors import UserError
 from lora_utils.recipes import filled
+
+ROOT = Path(__file__).parent.parent  # where Cog's entry points are
 
 
 def train(given: dict[str, Any]) -> None:
@@ -58,15 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     training.add_argument("dataset", type=Path, help="an archive or a folder of pictures and captions")
     training.add_argument("--output", type=Path, default=Path("weights.zip"), help="default weights.zip")
     training.add_argument("--init_weights", type=Path, help="a weights.zip or LoRA to go on learning from")
-    add_options(training, TrainConfig)
-    add_options(training, RunOptions)
+    add_options(training, TrainConfig, described(ROOT / "train.py"))
+    add_options(training, RunOptions, described(ROOT / "train.py"))
     training.set_defaults(run=train)
     sampling = commands.add_parser("sample", help="a prompt -> pictures", description="BASE_MODEL names the model.")
     sampling.add_argument("--output", type=Path, default=Path("pictures"), help="a folder, default pictures")
     sampling.add_argument("--replicate_weights", help="weights.zip, a LoRA, a URL or a hub repository")
     sampling.add_argument("--image", type=Path, help="a picture to start from")
     sampling.add_argument("--mask", type=Path, help="what of it is drawn anew: white")
-    add_options(sampling, SampleRequest)
+    add_options(sampling, SampleRequest, described(ROOT / "predict.py"))
     sampling.set_defaults(run=sample)
     given = vars(parser.parse_args(arguments))
     log_to_stdout()

@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer
 
 from lora_utils import fetch, fresh_token, models, qwen
 from lora_utils.archive import unpack
-from lora_utils.command_line import add_options
+from lora_utils.command_line import add_options, described
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset, first_of, refuse, survey
 from lora_utils.errors import UserError
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="What a training would find. The options are train's inputs.",
     )
     parser.add_argument("dataset", type=Path, help="an archive or a folder of pictures and captions")
-    add_options(parser, TrainConfig)
+    add_options(parser, TrainConfig, described(Path(__file__).parent.parent / "train.py"))
     given = vars(parser.parse_args(arguments))
     source = given.pop("dataset")
     try:

@@ -25,7 +25,8 @@ def main(model: Path, pictures: Path, given: str, shard_base: str) -> None:
         shard_base=shard_base,
     )  # fmt: skip
     frozen = [weight for weight in run.transformer.transformer_blocks.parameters() if not weight.requires_grad]
-    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in frozen)
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in frozen]
+    held = sum(part.untyped_storage().nbytes() for part in local)  # a view of the whole would keep all of it
     losses = [[float(loss) for loss in report.losses] for report in training.train(run)]
     lora = training.finish(run)
     tensors = [part for layer in lora.layers.values() for part in (layer.down, layer.up)] + list(lora.rows.values())
