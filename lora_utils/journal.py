@@ -7,6 +7,7 @@ the device only when they are written, many steps at once.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,20 @@ def _trackers(folder: Path, resumed_at: int) -> list[GeneralTracker]:
     ]
     if os.environ.get("WANDB_API_KEY"):
         trackers.append(WandBTracker(WANDB_PROJECT, dir=str(folder), config={"run_dir": str(folder)}))
-    for tracker in trackers:
-        tracker.start()
     return trackers
+
+
+def _start(tracker: GeneralTracker) -> None:
+    """Raises UserError for a key that wandb doesn't take."""
+    if not isinstance(tracker, WandBTracker):
+        tracker.start()
+        return
+    from wandb.errors import Error  # noqa: PLC0415 (wandb takes a second to import, and few use it)
+
+    try:
+        tracker.start()
+    except (Error, ValueError) as error:  # ValueError: a key of the wrong length
+        raise UserError(f"wandb doesn't begin a run with WANDB_API_KEY ({error}); correct it, or unset it.") from error
 
 
 class Journal:
@@ -79,7 +91,11 @@ class Journal:
         if self.folder is None:
             return
         self._write([line for line in read(self.folder) if line["step"] <= step] if step else [], "w")
-        self.trackers = _trackers(self.folder, step)
+        if step == 0:  # another run's
+            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+        for tracker in _trackers(self.folder, step):
+            _start(tracker)
+            self.trackers.append(tracker)
 
     def has_validation(self, step: int) -> bool:
         """Whether an earlier process has measured after this step."""
@@ -101,8 +117,8 @@ class Journal:
         self._track(step, {"validation/loss": validation.loss})
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
+        while self.trackers:
+            self.trackers.pop().finish()
 
     def _track(self, step: int, values: dict[str, float]) -> None:
         for tracker in self.trackers:

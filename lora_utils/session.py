@@ -64,9 +64,12 @@ def run(
         if init_weights is not None:
             preparation.start_from(begun.run, init_weights)
         go_on(begun.run, options)
-        begun.watch.open()
-        consume(begun.run, options, begun.watch, stopped)
-        begun.watch.close()
+        try:
+            begun.watch.open()
+            consume(begun.run, options, begun.watch, stopped)
+        finally:
+            begun.watch.close()
+        begun.watch.sum_up()
         if ranks.first:
             _write(begun, options, target)
             share(options, target, hub_token)

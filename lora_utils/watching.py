@@ -60,8 +60,11 @@ class Watch:
                 log.warning("no samples after step %d: %s", report.step, error)
 
     def close(self) -> None:
-        """Close the files, and know the mean loss of the last tenth of the steps."""
+        """Whatever has happened: nothing stays open in a server that lives on."""
         self.journal.close()
+
+    def sum_up(self) -> None:
+        """Know how long the steps took, and the mean loss of their last tenth."""
         seconds = self.run.seconds
         looked = seconds.get("probe", 0.0) + self.looked_s
         seconds["train"] = max(1e-3, self.progress.elapsed_s() - looked)

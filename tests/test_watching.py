@@ -329,6 +329,51 @@ def test_wandb_is_told_too_if_its_key_is_set(train, monkeypatch):
     assert told[-1] == "finished"
 
 
+def test_a_key_that_wandb_does_not_take_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "too short")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    kept = journal.Journal(tmp_path)
+    with pytest.raises(UserError, match=r"WANDB_API_KEY .*; correct it, or unset it"):
+        kept.open(0)
+    kept.close()
+
+
+@pytest.mark.parametrize("when", ["begin", "step"])
+def test_a_run_that_fails_leaves_no_tracker_open(when, train, monkeypatch):
+    """A server lives on, and its next run has trackers of its own."""
+    open_now = []
+
+    class Tracker:
+        def __init__(self, *_, **__):
+            pass
+
+        def start(self):
+            open_now.append(self)
+
+        def log(self, *_, **__):
+            raise KeyboardInterrupt
+
+        def finish(self):
+            open_now.remove(self)
+
+    def no_room(*_):
+        raise UserError("no room")
+
+    monkeypatch.setattr(journal, "TensorBoardTracker", Tracker)
+    if when == "begin":
+        monkeypatch.setattr(samples, "draw", no_room)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        train(sample_prompts="a red circle", sample_steps=1)
+    assert not open_now
+
+
+def test_a_new_run_in_an_old_ones_folder_leaves_no_curves_of_that(train):
+    train(config=replace(CONFIG, steps=9))
+    _, folder = train()
+    assert max(step for step, _, _ in events(folder)) == 8
+    assert max(line["step"] for line in journal.read(folder)) == 8
+
+
 def test_without_a_folder_nothing_is_kept(archive, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.chdir(tmp_path)
