@@ -122,10 +122,11 @@ def launch(
     command: Sequence[str], count: int, root: Path, secrets: Mapping[str, str] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:  # fmt: skip
-    """Run a Python module's command line in `count` processes, relay what they print, and end all when one ends badly.
+    """Run a command line of Python's modules below `root` in `count` processes, and relay what they print.
 
-    A cancel, or any other exception here, ends them too. `secrets` go into their environment; once `stopped` is true
-    they are asked to end by themselves, with SIGTERM. Raises UserError with the last words of the one that failed.
+    All are ended when one ends badly, by a cancel, or any other exception here. `secrets` go into their environment;
+    once `stopped` is true they are asked to end by themselves, with SIGTERM. Raises UserError with the last words of
+    the one that failed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -133,12 +134,14 @@ def launch(
     processes, said = [], [[] for _ in range(count)]
     try:
         for rank in range(count):
+            found_first = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
             environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                **os.environ, "PYTHONPATH": found_first,
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1", **(secrets or {}),
             }  # fmt: skip
             process = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=root, env=environment, stdout=subprocess.PIPE,
+                [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace",
             )  # fmt: skip
             processes.append(process)

@@ -8,11 +8,10 @@ the rounding of a modulation table.
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lora_utils import models, sampling
@@ -29,12 +28,7 @@ FOLDER = "samples"
 _LABEL_PX, _MARGIN_PX, _LEAST_SIDE_PX = 14, 8, 256
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt, and the same without the tokens where it holds some: both are drawn from one seed."""
-
-    named: SampleRequest
-    plain: SampleRequest | None
+Row = list[SampleRequest]  # of a sheet: a prompt and, where it holds a token, the same without it, from one seed
 
 
 def plain_prompt(prompt: str, config: TrainConfig) -> str:
@@ -46,31 +40,23 @@ def plain_prompt(prompt: str, config: TrainConfig) -> str:
     return re.sub(r"\s+", " ", prompt).strip(" ,") or " "
 
 
-def pairs_of(config: TrainConfig, options: RunOptions) -> list[Pair]:
+def rows_of(config: TrainConfig, options: RunOptions) -> list[Row]:
     """What is to be drawn, as predict's inputs, at the largest of the training's resolutions."""
-    side, pairs = max(config.resolutions_px), []
+    side, rows = max(config.resolutions_px), []
     for index, written in enumerate(options.prompts):
         prompt = trigger_written_out(written, config.trigger_word, config.tokens)
-        seeds = SampleRequest(prompt, seed=config.seed).seed_of(index)
-        drawn = [
-            SampleRequest(text, steps=options.sample_steps, width=side, height=side, seed=seeds)
-            for text in dict.fromkeys([prompt, plain_prompt(prompt, config)])
-        ]
-        named, plain = drawn[0], drawn[1] if len(drawn) > 1 else None
-        pairs.append(Pair(named, plain))
-    return pairs
+        first = SampleRequest(prompt, steps=options.sample_steps, width=side, height=side, seed=config.seed)
+        texts = dict.fromkeys([prompt, plain_prompt(prompt, config)])
+        rows.append([replace(first, prompt=text, seed=first.seed_of(index)) for text in texts])
+    return rows
 
 
-def requests_of(pairs: Sequence[Pair]) -> list[SampleRequest]:
-    return [request for pair in pairs for request in (pair.named, pair.plain) if request]
-
-
-def check_prompts(pairs: Sequence[Pair], config: TrainConfig, tokenizer: Any) -> None:
+def check_prompts(rows: Sequence[Row], config: TrainConfig, tokenizer: Any) -> None:
     """Raise UserError for a token that the run doesn't train."""
-    for pair in pairs:
-        if unknown := undefined_tokens(pair.named.prompt, tokenizer, dict.fromkeys(config.tokens, 0)):
+    for prompt in (row[0].prompt for row in rows):
+        if unknown := undefined_tokens(prompt, tokenizer, dict.fromkeys(config.tokens, 0)):
             trained = f"the run trains {', '.join(config.tokens)}" if config.tokens else "the run trains no token"
-            raise UserError(f"sample_prompts hold {unknown[0]!r}, and {trained}; correct {pair.named.prompt!r}.")
+            raise UserError(f"sample_prompts hold {unknown[0]!r}, and {trained}; correct {prompt!r}.")
 
 
 def stored(lora: LoraFile) -> LoraFile:
@@ -81,17 +67,27 @@ def stored(lora: LoraFile) -> LoraFile:
         return read_lora_file(path)
 
 
-def draw(run: Run, pairs: Sequence[Pair], model_folder: Path) -> list[list[Image.Image]]:
-    """A row of pictures for each pair. Nothing of the run is changed, nor is anything drawn that it draws.
+def draw(run: Run, rows: Sequence[Row], model_folder: Path) -> list[list[Image.Image]]:
+    """Rows of pictures. Nothing of the run is changed, nor is anything drawn that it draws.
 
     Raises UserError where there is no room for them beside the run.
     """
+    try:
+        return _draw(run, rows, model_folder)
+    except UserError as error:
+        raise UserError(f"{error} That is a sample: lower resolution, or leave sample_prompts empty.") from error
+    finally:
+        models.release_memory()
+
+
+def _draw(run: Run, rows: Sequence[Row], model_folder: Path) -> list[list[Image.Image]]:
     lora = place_lora(stored(learned(run)), run.transformer, run.place)
-    rows = tuple(lora.rows[token][0].to(row.device) for token, row in _rows(run))
-    placeholders = Placeholders(run.placeholders.tokens, run.placeholders.ids, rows)
-    prompts = sampling.Prompts(
-        {text: models.join_text([states]).on(run.place.device) for text, states in _texts(run, pairs).items()}
-    )
+    learned_rows = zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
+    placed = tuple(lora.rows[token][0].to(row.device) for token, row in learned_rows)
+    placeholders = Placeholders(run.placeholders.tokens, run.placeholders.ids, placed)
+    texts = {text for row in rows for request in row for text in (request.prompt, request.negative_prompt)}
+    fixed = {text: models.join_text([run.texts[text]]) for text in texts if text in run.texts}
+    prompts = sampling.Prompts({text: encoded.on(run.place.device) for text, encoded in fixed.items()})
     components = models.Components(
         run.tokenizer,
         run.schedule,
@@ -101,32 +97,17 @@ def draw(run: Run, pairs: Sequence[Pair], model_folder: Path) -> list[list[Image
         run.place,
         model_folder,
     )
-    drawn = []
+
+    def picture(request: SampleRequest) -> Image.Image:
+        size = picture_size(request.width, request.height, request.aspect_ratio)
+        return sampling.sample(components, request, size, placeholders, lambda *_: None, prompts=prompts)[0].pixels
+
     with without_lora(run.transformer), applied(run.transformer, [(lora, 1.0)]):
-        for pair in pairs:
-            row = []
-            for request in requests_of([pair]):
-                size = picture_size(request.width, request.height, request.aspect_ratio)
-                images = sampling.sample(components, request, size, placeholders, lambda *_: None, prompts=prompts)
-                row.append(images[0].pixels)
-            drawn.append(row)
-    del components
-    models.release_memory()
-    return drawn
+        return [[picture(request) for request in row] for row in rows]
 
 
-def _rows(run: Run) -> list[tuple[str, torch.Tensor]]:
-    return list(zip(run.placeholders.tokens, run.placeholders.rows, strict=True))
-
-
-def _texts(run: Run, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
-    """The states of the prompts that hold no token."""
-    texts = {text for request in requests_of(pairs) for text in (request.prompt, request.negative_prompt)}
-    return {text: run.texts[text] for text in texts if text in run.texts}
-
-
-def sheet(pairs: Sequence[Pair], drawn: Sequence[Sequence[Image.Image]], title: str) -> Image.Image:
-    """The pictures, a row for each pair, under their prompts; small ones are enlarged without smoothing."""
+def sheet(rows: Sequence[Row], drawn: Sequence[Sequence[Image.Image]], title: str) -> Image.Image:
+    """The pictures under their prompts; small ones are enlarged without smoothing."""
     font = ImageFont.load_default(_LABEL_PX)
     side = drawn[0][0].width * max(1, -(-_LEAST_SIDE_PX // drawn[0][0].width))
     line, columns = _LABEL_PX + 6, max(map(len, drawn))
@@ -134,9 +115,9 @@ def sheet(pairs: Sequence[Pair], drawn: Sequence[Sequence[Image.Image]], title: 
     canvas = Image.new("RGB", (columns * cell_width + _MARGIN_PX, len(drawn) * cell_height + line), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((_MARGIN_PX, 2), title, "black", font)
-    for row, (pair, images) in enumerate(zip(pairs, drawn, strict=True)):
-        for column, (request, image) in enumerate(zip(requests_of([pair]), images, strict=True)):
-            left, top = _MARGIN_PX + column * cell_width, line + row * cell_height
+    for index, (row, images) in enumerate(zip(rows, drawn, strict=True)):
+        for column, (request, image) in enumerate(zip(row, images, strict=True)):
+            left, top = _MARGIN_PX + column * cell_width, line + index * cell_height
             pen.text((left, top), _shortened(request.prompt, pen, font, side), "black", font)
             canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top + line))
     return canvas
@@ -150,9 +131,9 @@ def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width_px: int) ->
     return text[:count] + "..."
 
 
-def is_due(pairs: Sequence[Pair], every: int, step: int, steps: int) -> bool:
+def is_due(rows: Sequence[Row], every: int, step: int, steps: int) -> bool:
     """After `step` of `steps` steps: before the first, after the last, and every so many between."""
-    return bool(pairs) and (step in (0, steps) or (every > 0 and step % every == 0))
+    return bool(rows) and (step in (0, steps) or (every > 0 and step % every == 0))
 
 
 # --- sheets in a run's folder ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from lora_utils import (
@@ -57,7 +58,7 @@ def run(
         cards.silence(ranks)
         print(f"seed {config.seed}" + (f", {ranks.count} cards" if ranks.count > 1 else ""), flush=True)
         if options.run_dir:
-            Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+            _open_folder(options)
         if options.hub_repo and ranks.first:
             hub.open_repository(options.hub_repo, hub_token, options.hub_private)
         begun = _prepare(config, options, data, ranks)
@@ -109,17 +110,17 @@ def _prepare(config: TrainConfig, options: RunOptions, data: Path, ranks: cards.
             unpack(data, folder)
         base_model = fetch.base_model_name()
         tokenizer = models.load_tokenizer(fetch.fetch_model(base_model, ("tokenizer",)))
-        pairs = samples.pairs_of(config, options)
-        samples.check_prompts(pairs, config, tokenizer)
+        rows = samples.rows_of(config, options)
+        samples.check_prompts(rows, config, tokenizer)
         found = preflight.read_dataset(folder, config, tokenizer)
         described = preflight.describe(found, config, tokenizer)
         print("\n".join([*describe_goal(config), *described]), flush=True)
         model_folder = fetch.fetch_model(base_model)
         prepared = preparation.prepare(
-            config, found, model_folder, models.default_place(), ranks=ranks, samples=samples.requests_of(pairs),
+            config, found, model_folder, models.default_place(), ranks=ranks, samples=list(chain(*rows)),
             shard_base=options.shard_base,
         )  # fmt: skip
-    return _Begun(prepared, Watch(prepared, options, pairs, model_folder), found.num_images, described)
+    return _Begun(prepared, Watch(prepared, options, rows, model_folder), found.num_images, described)
 
 
 def _write(begun: _Begun, options: RunOptions, target: Path) -> None:
@@ -157,6 +158,17 @@ def describe_goal(config: TrainConfig) -> list[str]:
         for name, value in chosen.items()
     ]
     return [f"goal {config.goal}: {', '.join(parts)}"]
+
+
+def _open_folder(options: RunOptions) -> None:
+    """The run's folder. Raises UserError for one that another run may yet be gone on with from."""
+    folder = Path(options.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.resume == "never" and (found := checkpoints.saved(folder)):
+        raise UserError(
+            f"run_dir {folder} holds a run's checkpoints, the last of them {found[-1].name}; set resume to auto to go "
+            "on with it, name another folder, or remove them."
+        )
 
 
 def seed_for(options: RunOptions) -> int:

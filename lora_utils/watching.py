@@ -18,7 +18,7 @@ from lora_utils.console import Progress
 from lora_utils.errors import UserError
 from lora_utils.journal import Journal
 from lora_utils.preparation import Run
-from lora_utils.samples import Pair
+from lora_utils.samples import Row
 from lora_utils.training import StepReport
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Watch:
     """Over a run from where it is. On several cards all look, so that they stay in step, and the first one tells."""
 
-    def __init__(self, run: Run, options: RunOptions, pairs: Sequence[Pair], model_folder: Path):
-        self.run, self.options, self.pairs, self.model_folder = run, options, pairs, model_folder
+    def __init__(self, run: Run, options: RunOptions, rows: Sequence[Row], model_folder: Path):
+        self.run, self.options, self.rows, self.model_folder = run, options, rows, model_folder
         self.folder = Path(options.run_dir) if options.run_dir and run.ranks.first else None
         self.journal = Journal(self.folder)
         self.progress = Progress(run.config.steps)
@@ -45,7 +45,11 @@ class Watch:
             samples.forget_after(self.folder, self.run.step)
         self.journal.open(self.run.step)
         drawn = self.folder is not None and samples.path_of(self.folder, self.run.step).is_file()
-        self._look(self.run.step, *agree(self.run.ranks, (self.journal.has_validation(self.run.step), drawn)))
+        validated, drawn = agree(self.run.ranks, (self.journal.has_validation(self.run.step), drawn))
+        if not validated:
+            self._validate(self.run.step)
+        if not drawn:
+            self._sample(self.run.step)
         self.progress, self.looked_s = Progress(self.run.config.steps), 0.0
 
     def after(self, report: StepReport, stopped: bool) -> None:
@@ -54,9 +58,10 @@ class Watch:
         if self.progress.is_due(report.step) or stopped:
             self._tell(report)
         if not stopped:
+            self._validate(report.step)
             try:
-                self._look(report.step)
-            except UserError as error:  # a run isn't lost for its samples
+                self._sample(report.step)
+            except (UserError, OSError) as error:  # a run isn't lost for its samples
                 log.warning("no samples after step %d: %s", report.step, error)
 
     def close(self) -> None:
@@ -89,21 +94,25 @@ class Watch:
         self.journal.steps(self.reports[self.noted :])
         self.noted = len(self.reports)
 
-    def _look(self, step: int, validated: bool = False, sampled: bool = False) -> None:
-        if validation.is_due(self.run, step) and not validated:
-            began = time.monotonic()
-            self.note()
-            found = validation.validate(self.run)
-            self.journal.validation(step, found)
-            print(f"step {step}: loss on pictures held out {found.loss:.4f}", flush=True)
-            self._took("validate", began)
-        if samples.is_due(self.pairs, self.options.sample_every, step, self.run.config.steps) and not sampled:
-            began = time.monotonic()
-            drawn = samples.draw(self.run, self.pairs, self.model_folder)
-            if self.folder:
-                path = samples.save(self.folder, step, samples.sheet(self.pairs, drawn, f"after step {step}"))
-                print(f"samples {path}", flush=True)
-            self._took("samples", began)
+    def _validate(self, step: int) -> None:
+        if not validation.is_due(self.run, step):
+            return
+        began = time.monotonic()
+        self.note()
+        found = validation.validate(self.run)
+        self.journal.validation(step, found)
+        print(f"step {step}: loss on pictures held out {found.loss:.4f}", flush=True)
+        self._took("validate", began)
+
+    def _sample(self, step: int) -> None:
+        if not samples.is_due(self.rows, self.options.sample_every, step, self.run.config.steps):
+            return
+        began = time.monotonic()
+        drawn = samples.draw(self.run, self.rows, self.model_folder)
+        if self.folder:
+            path = samples.save(self.folder, step, samples.sheet(self.rows, drawn, f"after step {step}"))
+            print(f"samples {path}", flush=True)
+        self._took("samples", began)
 
     def _took(self, what: str, began: float) -> None:
         took = time.monotonic() - began

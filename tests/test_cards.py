@@ -83,12 +83,13 @@ def test_a_run_on_all_cards_writes_one_file_and_relays_what_is_said(
     shard_base, archive, random_model, tmp_path, monkeypatch, capsys
 ):
     """With samples and a loss on pictures held out, for which processes that share a base out must keep in step."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cards, "several", lambda: 2)
     options = RunOptions(
-        run_dir=str(tmp_path / "run"), save_every=4, sample_prompts="a photo of <zwx>", sample_steps=2, sample_every=4,
+        run_dir="run", save_every=4, sample_prompts="a photo of <zwx>", sample_steps=2, sample_every=4,
         shard_base=shard_base,
     )  # fmt: skip
     config = replace(CONFIG, validation_share=0.2)

@@ -174,6 +174,16 @@ def test_checkpoints_need_a_folder():
             RunOptions(**given)
 
 
+def test_a_new_run_does_not_begin_in_a_folder_with_anothers_checkpoints(archive, random_model, tmp_path, monkeypatch):
+    """Its own would be the older ones of the two, and be removed."""
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=6)
+    session.run(CONFIG, options, archive, tmp_path / "weights.zip")
+    with pytest.raises(UserError, match="holds a run's checkpoints, the last of them step-000012; set resume to auto"):
+        session.run(CONFIG, options, archive, tmp_path / "again.zip")
+    assert len(checkpoints.saved(tmp_path / "run")) == 2
+
+
 # --- going on from weights ------------------------------------------------------------------------------------------
 
 

@@ -116,17 +116,14 @@ def test_a_run_that_goes_on_draws_the_rest(train, tmp_path):
     ],
 )
 def test_a_prompt_with_a_token_is_drawn_without_it_too(prompt, config, expected):
-    pairs = samples.pairs_of(config, RunOptions(run_dir="x", sample_prompts=prompt))
-    requests = samples.requests_of(pairs)
-    assert [request.prompt for request in requests] == expected
-    assert {request.seed for request in requests} == {config.seed}, "from the same noise"
+    (row,) = samples.rows_of(config, RunOptions(run_dir="x", sample_prompts=prompt))
+    assert [request.prompt for request in row] == expected
+    assert {request.seed for request in row} == {config.seed}, "from the same noise"
 
 
 def test_several_prompts_have_seeds_of_their_own():
-    pairs = samples.pairs_of(
-        replace(CONFIG, resolution="64,128"), RunOptions(run_dir="x", sample_prompts=" a | b\n\nc")
-    )
-    assert [(pair.named.prompt, pair.named.seed, pair.named.width) for pair in pairs] == [
+    rows = samples.rows_of(replace(CONFIG, resolution="64,128"), RunOptions("x", sample_prompts=" a | b\n\nc"))
+    assert [(request.prompt, request.seed, request.width) for (request,) in rows] == [
         ("a", 3, 128), ("b", 4, 128), ("c", 5, 128),
     ]  # fmt: skip
 
@@ -415,8 +412,8 @@ def test_a_chart_shows_a_curve_from_its_first_step_to_its_last():
 
 
 def test_requests_are_predicts_own():
-    (pair,) = samples.pairs_of(CONFIG, RunOptions(run_dir="x", sample_prompts="a"))
-    assert pair.named == SampleRequest("a", steps=20, width=64, height=64, seed=3)
+    ((request,),) = samples.rows_of(CONFIG, RunOptions(run_dir="x", sample_prompts="a"))
+    assert request == SampleRequest("a", steps=20, width=64, height=64, seed=3)
 
 
 def test_the_metrics_are_json(train):
