@@ -48,6 +48,9 @@ class Ranks:
         return list(values[self.rank :: self.count])
 
 
+ALONE = Ranks()
+
+
 def join() -> Ranks:
     """Meet the other processes, if whoever started this one says that there are any (as `accelerate launch` does)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

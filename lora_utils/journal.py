@@ -90,7 +90,8 @@ class Journal:
         """Begin behind this step: what an earlier process wrote of later ones goes."""
         if self.folder is None:
             return
-        self._write([line for line in read(self.folder) if line["step"] <= step] if step else [], "w")
+        kept = [line for line in read(self.folder) if line["step"] <= step] if step else []
+        self._write(kept, "w")
         if step == 0:  # another run's
             shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         for tracker in _trackers(self.folder, step):
@@ -127,9 +128,12 @@ class Journal:
     def _write(self, lines: Sequence[dict[str, Any]], mode: str) -> None:
         if self.folder is None:
             return
+        path = self.folder / FILE
+        written = path if mode == "a" else path.with_suffix(".partial")  # what was there is whole until the new is
         try:
-            with (self.folder / FILE).open(mode) as file:
+            with written.open(mode) as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+            written.replace(path)
         except OSError as error:
             raise UserError(f"{self.folder / FILE} can't be written ({error.strerror}); free some room.") from error
 

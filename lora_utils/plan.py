@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from lora_utils import flops, memory, modulation, qwen
-from lora_utils.cards import Ranks, least
+from lora_utils.cards import ALONE, Ranks, least
 from lora_utils.config import QUANTIZATIONS, TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.optimizers import bytes_per_weight
@@ -229,7 +229,7 @@ def sharded_bytes(whole: float, blocks: int, cards: int) -> float:
 
 def demand_of(
     config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int, timesteps: Tensor | None,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> Demand:  # fmt: skip
     """Of a run whose largest batch has so many tokens, and which shows the transformer these timesteps (None: any).
 

@@ -24,7 +24,7 @@ from lora_utils.autocaption import write_captions
 from lora_utils.bundle import unpack_weights
 from lora_utils.caching import CachedExample, cache_examples, encode_captions, find_captions
 from lora_utils.captions import preserved_caption
-from lora_utils.cards import Ranks, agree, first_goes_first
+from lora_utils.cards import ALONE, Ranks, agree, first_goes_first
 from lora_utils.config import SampleRequest, TrainConfig
 from lora_utils.dataset import Dataset, first_of, refuse
 from lora_utils.draws import EMPTY_CAPTION, VALIDATION_SIGMAS, MicroBatches, Sized, generator_for, run_timesteps
@@ -37,8 +37,6 @@ from lora_utils.sizes import picture_size
 from lora_utils.store import open_store
 
 log = logging.getLogger(__name__)
-
-ALONE = Ranks()
 
 PROBE_SIGMA = 0.5  # of the step that tries the memory plan out, before the first of the run's own
 

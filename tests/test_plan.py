@@ -97,7 +97,33 @@ def test_a_larger_picture_needs_more():
     assert plan.choose("auto", demand(32e9, 1024), live_text=False).quantization == "fp8"
 
 
+def of_several(cards, free):
+    shared = plan.sharded_bytes(TRANSFORMER["none"], 60, cards)
+    return replace(demand(free), transformer={**TRANSFORMER, plan.SHARDED: shared})
+
+
+def test_several_small_cards_share_out_what_one_would_round():
+    assert plan.choose("auto", of_several(2, 24e9), False, shard_base="auto") == plan.Plan("none", True, sharded=True)
+    assert plan.choose("auto", of_several(2, 24e9), False, shard_base="never").quantization == "fp8"
+    assert plan.choose("auto", of_several(4, 16e9), False, shard_base="auto").sharded
+    assert plan.choose("auto", of_several(2, 16e9), False, shard_base="auto").quantization == "nf4"
+    assert not plan.choose("auto", of_several(2, 80e9), False, shard_base="auto").sharded, "it fits on one"
+    assert not plan.choose("auto", demand(80e9), False, shard_base="always").sharded, "there is only one"
+
+
+def test_sharding_is_had_by_asking_and_rounding_excludes_it():
+    assert plan.choose("none", of_several(2, 80e9), False, shard_base="always").sharded
+    assert plan.choose("none", of_several(2, 24e9), False, shard_base="auto").sharded
+    assert plan.choose("fp8", of_several(2, 24e9), False, shard_base="auto") == plan.Plan("fp8", True)
+    with pytest.raises(UserError, match="set quantization to auto, not fp8"):
+        plan.choose("fp8", of_several(2, 24e9), False, shard_base="always")
+
+
 def test_what_is_chosen_is_said_with_the_reason():
+    several = of_several(2, 24e9)
+    told = " ".join(plan.describe(plan.choose("auto", several, False, shard_base="auto"), "auto", several))
+    assert "the transformer in parts on several cards takes 14.5" in told
+    assert "quantised" not in told
     told = " ".join(plan.describe(plan.choose("auto", demand(24e9), True), "auto", demand(24e9)))
     assert "24 GB free" in told
     assert "a table of 506 timesteps stands in for the modulations" in told
