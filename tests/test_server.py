@@ -153,6 +153,8 @@ def test_a_failed_training_tells_the_client_why_and_the_server_stays_ready(given
         ({"rank": 0}, "0 is less than the minimum of 1"),
         ({"steps": "many"}, "steps"),
         ({"lora_targets": "everything"}, "lora_targets"),
+        ({"goal": "dog"}, "goal"),
+        ({"optimizer": "lion"}, "optimizer"),
         ({"seed": None}, "seed"),
     ],
 )
@@ -193,6 +195,23 @@ def test_the_hubs_token_is_in_no_log_and_no_reply(predictor):
     assert reply.json()["status"] == "failed"
     assert "hf_verysecret" not in reply.text
     assert "hf_verysecret" not in predictor.log.read_text()
+
+
+def test_the_hubs_token_of_a_training_is_in_none_either(trainer, dataset):
+    given = {"dataset": data_uri(dataset), **SHORT, "hub_repo": "me/it", "hub_token": "hf_verysecret"}
+    reply = trainer.post("/trainings", given)
+    assert "hub_repo me/it can't be written to" in reply.json()["error"]  # there is no network
+    assert "hf_verysecret" not in reply.text
+    assert "hf_verysecret" not in trainer.log.read_text()
+
+
+def test_a_goal_fills_what_is_left_out_and_a_folder_keeps_what_is_seen(trainer, dataset, tmp_path):
+    given = {"dataset": data_uri(dataset), "goal": "object", "steps": 2, "resolution": "64", "optimizer": "adafactor",
+             "run_dir": str(tmp_path), "sample_prompts": "a red circle", "sample_steps": 1}  # fmt: skip
+    reply = trainer.post("/trainings", given).json()
+    assert reply["status"] == "succeeded", reply
+    assert "goal object: steps 2 (yours; the goal's is 1000), learning_rate 0.0002, rank 16" in reply["logs"]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.html", "samples", "tensorboard"}
 
 
 def test_width_without_height_is_refused(predictor):
