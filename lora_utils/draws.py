@@ -21,7 +21,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.sizes import Size
 
 # Levels of noise that pictures held out are measured at: evenly spaced, whatever the resolution.
-VALIDATION_SIGMAS = tuple((index + 0.5) / 8 for index in range(8))
+VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 EMPTY_CAPTION = " "  # what a dropped caption becomes: the sampler's default negative prompt
 
 

@@ -92,7 +92,7 @@ class Optimizers:
     def rate(self) -> float:
         """The LoRA's at the last step. Prodigy's is the one that it has found."""
         group = self.lora.param_groups[0]
-        return group["lr"] * group.get("d", 1.0)
+        return group["lr"] * (group["d"] if isinstance(self.lora, Prodigy) else 1.0)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from lora_utils.draws import VALIDATION_SIGMAS, Drawn, generator_for, loss_weigh
 from lora_utils.objective import picture_losses
 from lora_utils.preparation import Run
 
-TIMES_A_RUN = 20
+TIMES_A_RUN = 10  # with four levels and the smallest sizes a few percent of a run's time for ten pictures
 
 
 @dataclass(frozen=True, slots=True)

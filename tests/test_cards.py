@@ -23,6 +23,7 @@ from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
 from tests.cog_server import free_port
 from tests.conftest import ROOT
+from tests.test_checkpoints import lora_of
 
 CONFIG = TrainConfig(
     steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=0, train_placeholder_token=True,
@@ -186,20 +187,24 @@ def test_a_cancel_ends_all(tmp_path, monkeypatch):
     assert not processes_of_runs()
 
 
-def test_a_stop_of_the_one_that_started_them_reaches_all_and_keeps_what_was_learned(
+def test_a_stop_of_the_one_that_started_them_reaches_all_and_the_run_can_be_gone_on_with(
     archive, random_model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(cards, "several", lambda: 2)
-    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=10)
-    session.run_on_all_cards(
-        replace(CONFIG, steps=20000), options, archive, tmp_path / "weights.zip",
-        stopped=lambda: bool(checkpoints.saved(tmp_path / "run")),
-    )  # fmt: skip
-    assert "as asked" in capsys.readouterr().out
-    assert zipfile.is_zipfile(tmp_path / "weights.zip")
+    config, options = replace(CONFIG, steps=60), RunOptions(run_dir=str(tmp_path / "run"), save_every=10, resume="auto")
+
+    def has_saved():
+        return bool(checkpoints.saved(tmp_path / "run"))
+
+    session.run_on_all_cards(config, options, archive, tmp_path / "early.zip", stopped=has_saved)
+    assert "of 60, as asked" in capsys.readouterr().out
     assert not processes_of_runs()
+    assert 10 <= lora_of(tmp_path / "early.zip")[1]["training_steps"] < 60
+    session.run_on_all_cards(config, options, archive, tmp_path / "late.zip")
+    session.run_on_all_cards(config, RunOptions(), archive, tmp_path / "whole.zip")
+    assert lora_of(tmp_path / "late.zip")[0] == lora_of(tmp_path / "whole.zip")[0]
 
 
 def test_a_token_of_the_hub_is_no_option_that_others_could_read(archive, tmp_path, monkeypatch):

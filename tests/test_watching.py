@@ -16,6 +16,7 @@ from lora_utils import checkpoints, draws, journal, models, preparation, report,
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.report import chart
+from lora_utils.sizes import Size
 from predict import Predictor
 from tests.test_checkpoints import lora_of
 
@@ -232,6 +233,14 @@ def test_one_picture_alone_cannot_be_held_out(dataset):
     learned, held_out = replace(dataset, examples=dataset.examples[:2]).held_out(0.5)
     assert (learned.num_images, held_out.num_images) == (1, 1)
     assert dataset.held_out(0.0)[0].examples == dataset.examples
+
+
+def test_pictures_held_out_are_measured_in_their_smallest_size(dataset):
+    sizes = [Size(96, 96), Size(64, 64), Size(128, 128)]
+    several = replace(dataset, examples=[replace(e, size=size) for e in dataset.examples for size in sizes])
+    learned, held_out = several.held_out(0.2)
+    assert [example.size for example in held_out.examples] == [Size(64, 64)] * 2
+    assert len(learned.examples) == 3 * 8
 
 
 def test_a_token_that_only_stands_on_pictures_held_out_is_refused(dataset, random_model):

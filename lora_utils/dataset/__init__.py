@@ -73,7 +73,8 @@ class Dataset:
     def held_out(self, share: float) -> tuple["Dataset", "Dataset"]:
         """Split into pictures to learn from and a share to measure on: the same ones for the same names.
 
-        At least one of each, unless the share is 0. Raises UserError for a single picture.
+        What is measured on stands in its smallest size alone, which is enough to compare by and costs least. At least
+        one picture of each, unless the share is 0. Raises UserError for a single picture.
         """
         pictures = list(self.captions_by_picture)
         if share and len(pictures) == 1:
@@ -84,6 +85,9 @@ class Dataset:
         parts = []
         for wanted in (False, True):
             own = [example for example in self.examples if (example.image_path in chosen) == wanted]
+            if wanted:
+                least = {e.image_path: e.size for e in sorted(own, key=lambda e: e.size.tokens, reverse=True)}
+                own = [example for example in own if example.size == least[example.image_path]]
             parts.append(replace(self, examples=own, num_images=len({example.image_path for example in own})))
         return parts[0], parts[1]
 
