@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars
 
 from lora_utils.bundle import META_MEMBER, Meta, unpack_weights
+from lora_utils.config import HUB_REPO_PATTERN
 from lora_utils.errors import UserError
 from lora_utils.fetch import WEIGHT_NAMES
 
@@ -79,7 +80,8 @@ def _first_line(error: Exception) -> str:
 
 def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
     """README.md as the hub reads it: what its search needs in front, and then what a person wants to know."""
-    base = meta.base_model if meta.base_model and not Path(meta.base_model).is_absolute() else None
+    named = meta.base_model or ""
+    base = named if HUB_REPO_PATTERN.fullmatch(named) and not Path(named).is_dir() else None
     tokens = [described["token"] for described in meta.placeholders]
     trigger = tokens[0] if tokens else meta.config.get("trigger_word") or None
     header = [

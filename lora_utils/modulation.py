@@ -23,6 +23,7 @@ from lora_utils import qwen
 from lora_utils.streaming import fill, upload
 
 STREAMS = ("img_mod", "txt_mod")
+_AT_ONCE = 64  # timesteps: always so many, for a product of another shape may round a row another way
 _NAME = re.compile(r"transformer_blocks\.(\d+)\.(img_mod|txt_mod)\.1\.(weight|bias)")
 
 
@@ -100,18 +101,20 @@ def build_table(
     known = timesteps.float().unique()  # ascending
     embedder = cast(Any, transformer.time_text_embed)
     like = next(embedder.parameters())
-    temb = F.silu(embedder(known.to(like), like))  # [S, D]
-    blocks, width = len(transformer.transformer_blocks), temb.shape[1]
-    rows = torch.empty(len(known), blocks, len(STREAMS), 6 * width, dtype=temb.dtype)
+    filled = F.pad(known, (0, -len(known) % _AT_ONCE))
+    tembs = [F.silu(embedder(part.to(like), like)) for part in filled.split(_AT_ONCE)]  # [_AT_ONCE, D] each
+    blocks, width = len(transformer.transformer_blocks), tembs[0].shape[1]
+    rows = torch.empty(len(known), blocks, len(STREAMS), 6 * width, dtype=like.dtype)
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in weights:
         block, stream, part = cast(re.Match, _NAME.fullmatch(name)).groups()
         layer = halves.setdefault((block, stream), {})
         layer[part] = tensor
         if len(layer) == 2:
-            rows[:, int(block), STREAMS.index(stream)] = F.linear(temb, layer["weight"], layer["bias"]).cpu()
+            outputs = torch.cat([F.linear(temb, layer["weight"], layer["bias"]) for temb in tembs])  # [>= S, 6 D]
+            rows[:, int(block), STREAMS.index(stream)] = outputs[: len(known)].cpu()
             del halves[block, stream]
-    return ModulationTable(known, rows, temb.device)
+    return ModulationTable(known, rows, like.device)
 
 
 def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTable) -> None:

@@ -59,9 +59,7 @@ def run(
         print(f"seed {config.seed}" + (f", {ranks.count} cards" if ranks.count > 1 else ""), flush=True)
         if options.run_dir:
             _open_folder(options)
-        if options.hub_repo and ranks.first:
-            hub.open_repository(options.hub_repo, hub_token, options.hub_private)
-        begun = _prepare(config, options, data, ranks)
+        begun = _prepare(config, options, data, ranks, hub_token)
         if init_weights is not None:
             preparation.start_from(begun.run, init_weights)
         go_on(begun.run, options)
@@ -103,7 +101,10 @@ class _Begun:
     described: list[str]  # lines of the report on the data
 
 
-def _prepare(config: TrainConfig, options: RunOptions, data: Path, ranks: cards.Ranks) -> _Begun:
+def _prepare(
+    config: TrainConfig, options: RunOptions, data: Path, ranks: cards.Ranks, hub_token: str | None
+) -> _Begun:  # fmt: skip
+    """What can be refused is, from the data to the hub's token, before a model is fetched or loaded."""
     with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as unpacked:
         folder = data if data.is_dir() else Path(unpacked)
         if folder is not data:
@@ -115,6 +116,8 @@ def _prepare(config: TrainConfig, options: RunOptions, data: Path, ranks: cards.
         found = preflight.read_dataset(folder, config, tokenizer)
         described = preflight.describe(found, config, tokenizer)
         print("\n".join([*describe_goal(config), *described]), flush=True)
+        if options.hub_repo and ranks.first:
+            hub.open_repository(options.hub_repo, hub_token, options.hub_private)
         model_folder = fetch.fetch_model(base_model)
         prepared = preparation.prepare(
             config, found, model_folder, models.default_place(), ranks=ranks, samples=list(chain(*rows)),

@@ -51,6 +51,20 @@ def test_an_unknown_timestep_is_refused_and_not_rounded(random_model):
             velocity(tabled, torch.tensor([unknown]), models.Text(torch.zeros(1, 5, 128), None))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_bit_for_bit_whatever_else_the_table_holds(dtype, random_model):
+    """Else a run would learn something else for the samples that are drawn on the way."""
+    place = models.Place(torch.device("cpu"), dtype)
+    velocities = []
+    for others in ([], [0.2], torch.linspace(0.01, 0.99, 98).tolist()):
+        times = flow.model_time(torch.tensor([0.5, *others]), dtype)
+        tabled = models.load_transformer(random_model, place, times)
+        with torch.no_grad():
+            velocities.append(velocity(tabled, torch.tensor([0.5]), models.Text(torch.ones(1, 5, 128).to(dtype), None)))
+    assert torch.equal(velocities[0], velocities[1])
+    assert torch.equal(velocities[0], velocities[2])
+
+
 def test_a_table_larger_than_the_weights_is_not_used(random_model):
     assert modulation.pays(506, 3072), "bf16 leaves 506 of the 1000 steps apart: the real model always has a table"
     many = torch.linspace(0, 1, 129)
