@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _POLL_S = 0.05
+_PATIENCE = timedelta(hours=24)  # while the first process encodes thousands of pictures; NCCL's own are ten minutes
 ERROR_MARK = "error: "  # in front of what a command says was wrong
 
 
@@ -55,7 +57,7 @@ def join() -> Ranks:
     """Meet the other processes, if whoever started this one says that there are any (as `accelerate launch` does)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     return Ranks(state.process_index, state.num_processes)
 
 
