@@ -75,9 +75,8 @@ def save(run: Run, folder: Path, keep: int) -> Path:
         try:
             partial.mkdir(parents=True)
             save_file(tensors, partial / _STATE)
-            (partial / _SETTINGS).write_text(
-                json.dumps({"step": run.step, "settings": _settings(run), "optimizer": numbers}, indent=2) + "\n"
-            )
+            told = {"step": run.step, "compiled": run.compiled, "settings": _settings(run), "optimizer": numbers}
+            (partial / _SETTINGS).write_text(json.dumps(told, indent=2) + "\n")
             for path in (partial / _STATE, partial / _SETTINGS, partial):
                 _sync(path)
             if target.exists():  # the same step of a run before this one
@@ -147,6 +146,7 @@ def restore(run: Run, checkpoint: Path) -> None:
             "run_dir."
         )
     run.step = run.resumed_at = written["step"]
+    run.compiled = written["compiled"]  # compiled blocks round another way
     with torch.no_grad():
         for index, parameter in enumerate(_learned(run)):
             parameter.copy_(tensors[f"learned.{index}"])

@@ -34,6 +34,9 @@ SHARDED = "sharded"
 # 60 s and made the true width's step faster by some tenth, the small model's by a third.
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
 COMPILED_GAIN = 0.1  # of a step's time
+# FLOP/s of a device that the choice is made for. A measured speed would differ from one start of a run to the next, and
+# compiled blocks round otherwise: a run that goes on wouldn't be the one that was never stopped.
+NOMINAL_SPEED = {"cuda": 4e14, "cpu": 1e11}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +255,14 @@ def demand_of(
 
 
 def estimated_seconds(
-    config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, image_tokens: int, text_tokens: int
+    config: TrainConfig, folder: Path, device: torch.device, image_tokens: int, text_tokens: int
 ) -> float:
-    """Of a run whose steps are all of the largest size, at two thirds of the speed of a plain matrix product."""
+    """Of a run whose steps are all of the largest size, at two thirds of the device's nominal speed.
+
+    It follows from what is trained alone: the same at every start of the same run.
+    """
     size = json.loads((folder / "transformer" / "config.json").read_text())
     width = size["num_attention_heads"] * size["attention_head_dim"]
     shape = flops.Shape(size["num_layers"], width, qwen.PACKED_CHANNELS, size["joint_attention_dim"])
     step = config.batch_size * flops.training_flops(shape, image_tokens, text_tokens, 0)
-    return 1.5 * config.steps * config.gradient_accumulation * step / flops.measured_peak(device, dtype, seconds=0.05)
+    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED.get(device.type, 1e11)

@@ -150,6 +150,16 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes(prepare, tmp_path)
     assert not half.exists()
 
 
+def test_a_run_goes_on_with_the_blocks_that_it_had(prepare, tmp_path):
+    run = prepare()
+    steps(run, 2)
+    run.compiled = True
+    path = checkpoints.save(run, tmp_path, keep=1)
+    other = prepare()
+    checkpoints.restore(other, path)
+    assert other.compiled
+
+
 def test_a_damaged_checkpoint_is_named(prepare, tmp_path):
     run = prepare()
     steps(run, 1)

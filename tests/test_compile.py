@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from lora_utils import blocks, fitting, models, plan, preparation, training
+from lora_utils import blocks, fitting, flops, models, plan, preparation, training
 from lora_utils.config import TrainConfig
 from tests.test_plan import demand
 
@@ -78,6 +78,13 @@ def test_without_a_compiler_a_run_goes_on(dataset, random_model, monkeypatch, tm
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(steps_done_and_compiled, random_model, dataset).result() == (2, False)
+
+
+def test_whether_a_run_is_compiled_does_not_hang_on_how_busy_the_machine_is(dataset, random_model, monkeypatch):
+    """Or a run that goes on, or the same run again, would round otherwise now and then."""
+    monkeypatch.setattr(flops, "measured_peak", lambda *_, **__: pytest.fail("measured"))
+    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+    assert not run.compiled
 
 
 def test_only_a_run_long_enough_to_win_it_back_is_compiled():
