@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from lora_utils import checkpoints, memory, models, plan, preparation, session, training
+from lora_utils import checkpoints, models, plan, preparation, session, training
 from lora_utils.config import OPTIMIZERS, TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.optimizers import bytes_per_weight, new_optimizers
@@ -100,7 +100,6 @@ def test_the_plan_counts_the_optimizer():
         for name in OPTIMIZERS
     }
     assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["adamw"] < sizes["prodigy"]
-    assert isinstance(plan.step_size(CONFIG, transformer, 4224, 2), memory.StepSize)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -2,6 +2,7 @@
 changes nothing."""
 
 import json
+import logging
 import re
 import struct
 from dataclasses import replace
@@ -138,6 +139,7 @@ def test_prompts_that_cannot_be_drawn_are_refused_before_anything_is_loaded(trai
 
 
 def test_a_sample_that_fails_ends_a_run_at_its_start_and_not_later(train, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
     calls, draw = [], samples.draw
 
     def failing(at):
@@ -156,6 +158,7 @@ def test_a_sample_that_fails_ends_a_run_at_its_start_and_not_later(train, monkey
     monkeypatch.setattr(samples, "draw", failing(2))
     weights, folder = train("later", sample_prompts="a red circle", sample_every=4, sample_steps=1)
     assert weights.is_file()
+    assert "no samples after step 4: a picture of 64x64 doesn't fit" in caplog.text
     assert names(folder) == ["step-000000.png", "step-000008.png"]
 
 
