@@ -26,6 +26,7 @@ from lora_utils.preparation import Run
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 _STATE, _SETTINGS = "state.safetensors", "settings.json"
+_SHOWN = 16  # digits of a hash, enough to tell two apart
 
 
 def _learned(run: Run) -> list[torch.nn.Parameter | Tensor]:
@@ -48,9 +49,12 @@ def _named(tensors: dict[str, Tensor], whose: str) -> dict[str, Tensor]:
 
 def _settings(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    data = sorted((example.key, example.caption, str(example.size)) for example in run.examples)
+    data = [(example.key, example.caption, str(example.size)) for example in run.examples]  # in the order of the draws
     return {
         **asdict(run.config),
+        "base model": run.base[:_SHOWN],
+        "init_weights": run.started_from[:_SHOWN],
+        "cards": run.ranks.count,
         "pictures and captions": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
         "device": run.place.device.type,
         "dtype": str(run.place.dtype),

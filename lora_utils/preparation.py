@@ -34,7 +34,7 @@ from lora_utils.optimizers import Optimizers, new_optimizers
 from lora_utils.placeholder import Placeholders, no_placeholders
 from lora_utils.preflight import caption_problems
 from lora_utils.sizes import picture_size
-from lora_utils.store import open_store
+from lora_utils.store import fingerprint, key_of, open_store
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class Run:
     captions: list[str] = field(default_factory=list)  # one a picture
     preserved: dict[str, str] = field(default_factory=dict)  # captions with the class word in place of what is taught
     ranks: Ranks = ALONE
+    base: str = ""  # fingerprint of the model
+    started_from: str = ""  # SHA-256 of the LoRA file, if it didn't start fresh
     held_out: list[CachedExample] = field(default_factory=list)  # to measure on
     step: int = 0  # optimizer steps taken
     resumed_at: int = 0  # of these, the ones that an earlier process took
@@ -126,9 +128,10 @@ def prepare(
     row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
     optimizers = new_optimizers(config, lora, placeholders.rows, row_rate)
     first_rows = tuple(row.detach().clone() for row in placeholders.rows)
+    base = key_of(**{part: fingerprint(model_folder / part) for part in ("transformer", "text_encoder", "vae")})
     run = Run(
         config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizers,
-        first_rows, dataset.captions, preserved, ranks, compiled=plan.compiled,
+        first_rows, dataset.captions, preserved, ranks, base, compiled=plan.compiled,
         held_out=cached[len(dataset.examples) :],
     )  # fmt: skip
     describing = {"describe": described - began} if config.autocaption else {}
@@ -229,4 +232,5 @@ def start_from(run: Run, path: Path) -> None:
             with torch.no_grad():
                 row.copy_(lora.rows[token].view(-1))
     run.first_rows = tuple(row.detach().clone() for row in run.placeholders.rows)
+    run.started_from = lora.sha256
     log.info("going on from %s: %d layers, %d rows", path.name, len(lora.layers), len(lora.rows))

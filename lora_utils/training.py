@@ -169,7 +169,9 @@ def finish(run: Run) -> LoraFile:
 
 def describe_speed(run: Run) -> list[str]:
     """The run's last lines: how fast it was against what the device can do, its peak of memory, where the time went."""
-    device, steps, seconds = run.place.device, max(1, run.step - run.resumed_at), run.seconds["train"]
+    device, steps, seconds = run.place.device, run.step - run.resumed_at, run.seconds["train"]
+    if steps == 0:
+        return [f"no step was left: all {run.step} were taken before"]
     done, peak = run.flops / seconds, flops.measured_peak(device, run.place.dtype)
     spent = ", ".join(f"{name} {taken:.1f} s" for name, taken in run.seconds.items())
     held = "of the card's memory" if device.type == "cuda" else "of memory"

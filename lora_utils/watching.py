@@ -6,8 +6,9 @@ is watched learns what it would have learned unseen.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from lora_utils.cards import agree
 from lora_utils.config import RunOptions
 from lora_utils.console import Progress
 from lora_utils.errors import UserError
-from lora_utils.journal import Journal
+from lora_utils.journal import Journal, numbers_of, read
 from lora_utils.preparation import Run
 from lora_utils.samples import Row
 from lora_utils.training import StepReport
@@ -69,14 +70,15 @@ class Watch:
         self.journal.close()
 
     def sum_up(self) -> None:
-        """Know how long the steps took, and the mean loss of their last tenth."""
+        """Know how long the steps took, and the mean loss of the run's last tenth, whichever process took its steps."""
         seconds = self.run.seconds
         looked = seconds.get("probe", 0.0) + self.looked_s
         seconds["train"] = max(1e-3, self.progress.elapsed_s() - looked)
-        last = self.reports[-max(1, len(self.reports) // 10) :]
-        self.final_loss = mean_of([report.taught for report in last])
-        if self.final_loss is None and self.reports:
-            self.final_loss = self.reports[-1].loss
+        first = self.run.step - max(1, self.run.step // 10) + 1
+        if self.folder:
+            self.final_loss = mean_loss(line for line in read(self.folder) if line["step"] >= first)
+        else:
+            self.final_loss = mean_loss(numbers_of(report) for report in self.reports if report.step >= first)
 
     def _tell(self, report: StepReport) -> None:
         new, self.told = self.reports[self.told :], len(self.reports)
@@ -125,6 +127,15 @@ def described_losses(reports: Sequence[StepReport]) -> str:
     taught, kept = mean_of([report.taught for report in reports]), mean_of([report.kept for report in reports])
     parts = ["loss -" if taught is None else f"loss {taught:.4f}", "" if kept is None else f"class {kept:.4f}"]
     return " ".join(filter(None, parts))
+
+
+def mean_loss(steps: Iterable[Mapping[str, Any]]) -> float | None:
+    """Of steps as the journal has them: of those that taught, else of those that held the class."""
+    lines = [line for line in steps if "loss" in line]  # others are of validations
+    for name in ("loss", "class_loss"):
+        if found := [line[name] for line in lines if line[name] is not None]:
+            return sum(found) / len(found)
+    return None
 
 
 def mean_of(losses: Sequence[torch.Tensor]) -> float | None:

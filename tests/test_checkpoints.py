@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_utils import checkpoints, models, preparation, session, training
 from lora_utils.bundle import LORA_MEMBER, META_MEMBER
+from lora_utils.cards import Ranks
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
 from tests.conftest import ROOT
@@ -78,14 +81,15 @@ def test_a_baseline_run_goes_on_too_and_through_several_checkpoints(prepare, tmp
     assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000012"]
 
 
-def test_a_run_that_was_at_its_end_is_written_again(archive, random_model, tmp_path, monkeypatch):
+def test_a_run_that_was_at_its_end_is_written_again(archive, random_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     options = RunOptions(run_dir=str(tmp_path / "run"), save_every=4, resume="auto")
     paths = [session.run(CONFIG, options, archive, tmp_path / f"{name}.zip") for name in ("first", "again")]
     first, again = (lora_of(path) for path in paths)
     assert first[0] == again[0]
-    assert again[1]["training_steps"] == CONFIG.steps
-    assert again[1]["final_loss"] is None
+    assert again[1] == first[1]
+    assert "no step was left: all 12 were taken before" in capsys.readouterr().out
+    assert first[1]["training_steps"] == CONFIG.steps
 
 
 def test_without_a_seed_the_same_command_goes_on_with_the_runs_own(archive, random_model, tmp_path, monkeypatch):
@@ -111,6 +115,41 @@ def test_other_settings_or_data_are_refused_by_name(prepare, tmp_path):
     other.examples[0] = replace(other.examples[0], caption="another <zwx>")
     with pytest.raises(UserError, match="pictures and captions"):
         checkpoints.restore(other, path)
+    other = prepare()
+    other.examples.reverse()
+    with pytest.raises(UserError, match="pictures and captions"):
+        checkpoints.restore(other, path)
+    other = prepare()
+    other.ranks = Ranks(0, 2)
+    with pytest.raises(UserError, match="cards: 1 there, 2 here"):
+        checkpoints.restore(other, path)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_another_base_model_is_refused(part, prepare, dataset, random_model, tmp_path):
+    run = prepare()
+    steps(run, 1)
+    path = checkpoints.save(run, tmp_path / "run", keep=1)
+    changed = shutil.copytree(random_model, tmp_path / "model")
+    (file,) = (changed / part).glob("*.safetensors")
+    weights = load_file(file)
+    next(value for name, value in weights.items() if name.endswith("proj.weight"))[0, 0] += 1
+    save_file(weights, file)
+    other = preparation.prepare(CONFIG, dataset, changed, models.default_place())
+    with pytest.raises(UserError, match=r"base model: '[0-9a-f]{16}' there"):
+        checkpoints.restore(other, path)
+
+
+def test_other_weights_to_start_from_are_refused(trained, prepare, tmp_path):
+    run = prepare()
+    preparation.start_from(run, trained)
+    steps(run, 1)
+    path = checkpoints.save(run, tmp_path / "run", keep=1)
+    with pytest.raises(UserError, match=r"init_weights: '[0-9a-f]{16}' there, '' here"):
+        checkpoints.restore(prepare(), path)
+    same = prepare()
+    preparation.start_from(same, trained)
+    checkpoints.restore(same, path)
 
 
 def test_the_last_ones_are_kept(prepare, tmp_path):
@@ -259,8 +298,10 @@ def start(archive, folder, model, *given):
 
 
 def lora_of(path):
+    """The LoRA file's bytes, and all that meta.json says but when it was written."""
     with zipfile.ZipFile(path) as packed:
-        return packed.read(LORA_MEMBER), json.loads(packed.read(META_MEMBER))
+        meta = json.loads(packed.read(META_MEMBER))
+        return packed.read(LORA_MEMBER), {name: value for name, value in meta.items() if name != "created"}
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +330,7 @@ def test_a_run_that_is_killed_at_random_and_resumed_writes_the_same_file(archive
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert "going on from" in said
-    assert lora_of(tmp_path / "weights.zip")[0] == undisturbed[0]
+    assert lora_of(tmp_path / "weights.zip") == undisturbed
 
 
 def _last(folder):
@@ -316,4 +357,4 @@ def test_a_stop_writes_a_checkpoint_and_usable_weights_and_says_where(
     process = start(archive, tmp_path, random_model, *keeping)
     said = process.communicate(timeout=120)[0]
     assert f"after step {meta['training_steps']}" in said
-    assert lora_of(tmp_path / "weights.zip")[0] == undisturbed[0]
+    assert lora_of(tmp_path / "weights.zip") == undisturbed
