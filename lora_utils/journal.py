@@ -7,12 +7,15 @@ the device only when they are written, many steps at once.
 import json
 import logging
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+import numpy as np
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from PIL import Image
 
 from lora_utils.errors import UserError
 from lora_utils.training import StepReport
@@ -20,7 +23,8 @@ from lora_utils.validation import Validation
 
 log = logging.getLogger(__name__)
 
-FILE, TENSORBOARD, WANDB_PROJECT = "metrics.jsonl", "tensorboard", "qwen-image-lora"
+FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+WANDB_PROJECT, WANDB_ID = "qwen-image-lora", "wandb-id"
 BANDS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # of sigma
 
 
@@ -57,16 +61,25 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _trackers(folder: Path, resumed_at: int) -> list[GeneralTracker]:
-    trackers: list[GeneralTracker] = [
+def _trackers(folder: Path, settings: Mapping[str, Any], resumed_at: int) -> list[TensorBoardTracker | WandBTracker]:
+    trackers: list[TensorBoardTracker | WandBTracker] = [
         TensorBoardTracker(TENSORBOARD, folder, **({"purge_step": resumed_at + 1} if resumed_at else {}))
     ]
     if os.environ.get("WANDB_API_KEY"):
-        trackers.append(WandBTracker(WANDB_PROJECT, dir=str(folder), config={"run_dir": str(folder)}))
+        config, run_id = {"run_dir": str(folder), **settings}, _wandb_id(folder, resumed_at)
+        trackers.append(WandBTracker(WANDB_PROJECT, dir=str(folder), id=run_id, resume="allow", config=config))
     return trackers
 
 
-def _start(tracker: GeneralTracker) -> None:
+def _wandb_id(folder: Path, resumed_at: int) -> str:
+    """The run's there: a process that goes on adds to the curves of the one before."""
+    path = folder / WANDB_ID
+    if not (resumed_at and path.is_file()):
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()
+
+
+def _start(tracker: TensorBoardTracker | WandBTracker) -> None:
     """Raises UserError for a key that wandb doesn't take."""
     if not isinstance(tracker, WandBTracker):
         tracker.start()
@@ -82,9 +95,9 @@ def _start(tracker: GeneralTracker) -> None:
 class Journal:
     """Open from a run's first step here to its last. Without a folder it writes nothing."""
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-        self.trackers: list[GeneralTracker] = []
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]):
+        self.folder, self.settings = folder, settings  # the run's, which wandb shows beside its curves
+        self.trackers: list[TensorBoardTracker | WandBTracker] = []
 
     def open(self, step: int) -> None:
         """Begin behind this step: what an earlier process wrote of later ones goes."""
@@ -94,7 +107,7 @@ class Journal:
         self._write(kept, "w")
         if step == 0:  # another run's
             shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
-        for tracker in _trackers(self.folder, step):
+        for tracker in _trackers(self.folder, self.settings, step):
             _start(tracker)
             self.trackers.append(tracker)
 
@@ -116,6 +129,14 @@ class Journal:
             return
         self._write([{"step": step, "validation": validation.loss, "by_sigma": list(validation.by_sigma)}], "a")
         self._track(step, {"validation/loss": validation.loss})
+
+    def samples(self, step: int, sheet: Image.Image) -> None:
+        """Show the trackers what is drawn after a step. All steps up to it must have been written."""
+        for tracker in self.trackers:
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"samples": [sheet]}, step=step)
 
     def close(self) -> None:
         while self.trackers:

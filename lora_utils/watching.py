@@ -7,6 +7,7 @@ is watched learns what it would have learned unseen.
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Watch:
     def __init__(self, run: Run, options: RunOptions, rows: Sequence[Row], model_folder: Path):
         self.run, self.options, self.rows, self.model_folder = run, options, rows, model_folder
         self.folder = Path(options.run_dir) if options.run_dir and run.ranks.first else None
-        self.journal = Journal(self.folder)
+        self.journal = Journal(self.folder, asdict(run.config))
         self.progress = Progress(run.config.steps)
         self.began_at = 0  # the step
         self.reports: list[StepReport] = []
@@ -112,7 +113,10 @@ class Watch:
         began = time.monotonic()
         drawn = samples.draw(self.run, self.rows, self.model_folder)
         if self.folder:
-            path = samples.save(self.folder, step, samples.sheet(self.rows, drawn, f"after step {step}"))
+            sheet = samples.sheet(self.rows, drawn, f"after step {step}")
+            path = samples.save(self.folder, step, sheet)
+            self.note()
+            self.journal.samples(step, sheet)
             print(f"samples {path}", flush=True)
         self._took("samples", began)
 

@@ -1,14 +1,16 @@
 """What is seen of a training on its way: samples, the loss on pictures held out, curves, the report; and that looking
 changes nothing."""
 
+import io
 import json
 import logging
 import re
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+import wandb
 from PIL import Image, ImageChops
 from tensorboardX.proto.event_pb2 import Event
 
@@ -289,7 +291,7 @@ def test_a_run_that_goes_on_continues_its_metrics(train, tmp_path):
     assert one == other
 
 
-def events(folder):
+def events(folder, kind="simple_value"):
     """(step, name, value) of TensorBoard's file: records of a length, its checksum, an event and its checksum."""
     found = []
     for path in sorted((folder / journal.TENSORBOARD).rglob("events*")):
@@ -297,7 +299,8 @@ def events(folder):
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            values = [value for value in event.summary.value if value.WhichOneof("value") == kind]
+            found += [(event.step, value.tag, getattr(value, kind)) for value in values]
             at += 16 + length
     return found
 
@@ -312,36 +315,81 @@ def test_tensorboard_has_the_curves(train):
     assert any(name.startswith("sigma/") for _, name, _ in found)
 
 
-def test_wandb_is_told_too_if_its_key_is_set(train, monkeypatch):
-    told = []
+def test_tensorboard_has_the_samples(train):
+    _, folder = train(sample_prompts="a red circle", sample_every=4, sample_steps=1)
+    shown = events(folder, kind="image")
+    assert [(step, name) for step, name, _ in shown] == [(0, "samples"), (4, "samples"), (8, "samples")]
+    for (_, _, image), path in zip(shown, samples.saved(folder), strict=True):
+        with Image.open(io.BytesIO(image.encoded_image_string)) as seen, Image.open(path) as saved:
+            assert ImageChops.difference(seen.convert("RGB"), saved.convert("RGB")).getbbox() is None
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What accelerate's trackers for wandb are told, each of them."""
+    made = []
 
     class Tracker:
-        def __init__(self, project, **_):
-            told.append(project)
+        def __init__(self, project, **settings):
+            made.append(self)
+            self.project, self.settings, self.losses, self.shown, self.finished = project, settings, {}, [], False
 
         def start(self):
             pass
 
         def log(self, values, step):
-            told.append((step, values["train/loss"]))
+            assert step > max(self.losses, default=0)  # wandb drops what comes late
+            self.losses[step] = values["train/loss"]
+
+        def log_images(self, values, step):
+            assert step >= max(self.losses, default=0)
+            self.shown.append((step, len(values["samples"])))
 
         def finish(self):
-            told.append("finished")
+            self.finished = True
 
     monkeypatch.setattr(journal, "WandBTracker", Tracker)
+    return made
+
+
+def test_wandb_is_told_too_if_its_key_is_set(train, told, monkeypatch):
     train("without")
     assert told == []
     monkeypatch.setattr(session.fetch.os, "environ", {**session.fetch.os.environ, "WANDB_API_KEY": "k" * 40})
-    train("with")
-    assert told[0] == "qwen-image-lora"
-    assert [step for step, _ in told[1:-1]] == list(range(1, 9))
-    assert told[-1] == "finished"
+    _, folder = train("with", sample_prompts="a red circle", sample_every=4, sample_steps=1)
+    (tracker,) = told
+    assert tracker.project == "qwen-image-lora"
+    assert tracker.settings["config"] == {"run_dir": str(folder), **asdict(CONFIG)}
+    assert list(tracker.losses) == list(range(1, 9))
+    assert tracker.shown == [(0, 1), (4, 1), (8, 1)]
+    assert tracker.finished
+
+
+@pytest.fixture
+def train_with_wandb(train, monkeypatch):
+    """The real one, which needs no network when it is told so."""
+    for name, value in {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    yield train
+    wandb.teardown()  # it would remember
+
+
+def test_a_run_that_goes_on_adds_to_its_curves_in_wandb(train_with_wandb):
+    config, drawn = replace(CONFIG, steps=4), {"sample_prompts": "a red circle", "sample_steps": 1}
+    train_with_wandb(config=config, save_every=2, stopped=iter([False, True]).__next__)
+    _, folder = train_with_wandb(config=config, resume="auto", **drawn)
+    run_id = (folder / journal.WANDB_ID).read_text()
+    assert len(list(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))) == 2
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    (shown,) = folder.glob("wandb/offline-run-*/files/media/images/samples_4_*.png")
+    with Image.open(shown) as seen, Image.open(folder / "samples" / "step-000004.png") as saved:
+        assert ImageChops.difference(seen.convert("RGB"), saved.convert("RGB")).getbbox() is None
 
 
 def test_a_key_that_wandb_does_not_take_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "too short")
     monkeypatch.setenv("WANDB_MODE", "online")
-    kept = journal.Journal(tmp_path)
+    kept = journal.Journal(tmp_path, {})
     with pytest.raises(UserError, match=r"WANDB_API_KEY .*; correct it, or unset it"):
         kept.open(0)
     kept.close()
@@ -361,6 +409,9 @@ def test_a_run_that_fails_leaves_no_tracker_open(when, train, monkeypatch):
 
         def log(self, *_, **__):
             raise KeyboardInterrupt
+
+        def log_images(self, *_, **__):
+            pass
 
         def finish(self):
             open_now.remove(self)
