@@ -113,16 +113,22 @@ def compute_block(
 
 
 Compute = Callable[..., tuple[Tensor, Tensor]]  # what `compute_block` does
+# Code is made for each of: a size of 1 or equal to another, a mask or none, and which of the inputs have a gradient.
+# Beyond torch's own 8 of them the rest would run uncompiled, in the middle of a run.
+_KINDS = 64
 
 
-def compiled_block() -> Compute:
-    """`compute_block` compiled at its first calls, once for all blocks and shapes.
+def compiled_block(backend: str = "inductor") -> Compute:
+    """`compute_block` compiled at its first calls, for training alone, once for all blocks and for each kind of shape.
 
     Raises torch._dynamo.exc.TorchDynamoException when it can't be, there or in the first backward pass.
     """
-    compiled = cast(Compute, torch.compile(compute_block, dynamic=True))
+    torch._dynamo.config.recompile_limit = max(_KINDS, torch._dynamo.config.recompile_limit)
+    compiled = cast(Compute, torch.compile(compute_block, dynamic=True, backend=backend))
 
     def compute(*given: Any) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():  # a validation: too few forwards to compile more kinds for
+            return compute_block(*given)
         return compiled(*given[:-1], torch.view_as_real(given[-1]))
 
     return compute

@@ -30,13 +30,11 @@ log = logging.getLogger(__name__)
 AUTO = ("none", "fp8", "nf4")
 SHARDED = "sharded"
 
-# On the careful side, for no card has measured them yet (`benchmarks.train --compiled` will). On a CPU compiling took
-# 60 s and made the true width's step faster by some tenth, the small model's by a third.
+# On the careful side, for no card has measured them yet (`benchmarks.train --compiled` will).
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
 COMPILED_GAIN = 0.1  # of a step's time
-# FLOP/s of a device that the choice is made for. A measured speed would differ from one start of a run to the next, and
-# compiled blocks round otherwise: a run that goes on wouldn't be the one that was never stopped.
-NOMINAL_SPEED = {"cuda": 4e14, "cpu": 1e11}
+# FLOP/s of a card that the choice is made for. A measured speed would differ from one start of a run to the next.
+NOMINAL_SPEED = 4e14
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +76,18 @@ def schemes_for(asked: str, shard_base: str, several: bool) -> tuple[str, ...]:
     return {"auto": ("none", SHARDED, *AUTO[1:]), "none": ("none", SHARDED)}.get(asked, (asked,))
 
 
-def choose(asked: str, demand: Demand, live_text: bool, run_s: float = 0.0, shard_base: str = "never") -> Plan:
+def choose(asked: str, demand: Demand, live_text: bool, compiled_s: float = 0.0, shard_base: str = "never") -> Plan:
     """The first that fits, of ever smaller ones. Raises UserError if none does.
 
     `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
-    it has no room on the card, it runs on the host.
+    it has no room on the card, it runs on the host. `compiled_s`: seconds of the run that compiling would shorten.
     """
     schemes = schemes_for(asked, shard_base, SHARDED in demand.transformer)
     for stays in (True, False) if live_text else (False,):
         for scheme in schemes:
             if demand.needed(scheme, stays) <= demand.free:
                 alone = demand.text_encoder + memory.SPARE_BYTES <= demand.free
-                compiled = scheme == "none" and run_s * COMPILED_GAIN > COMPILE_S
+                compiled = scheme == "none" and compiled_s * COMPILED_GAIN > COMPILE_S
                 whole = "none" if scheme == SHARDED else scheme
                 return Plan(whole, stays if live_text else alone, compiled, scheme == SHARDED)
     least = demand.needed(schemes[-1], False)
@@ -254,15 +252,18 @@ def demand_of(
     )
 
 
-def estimated_seconds(
+def compiled_seconds(
     config: TrainConfig, folder: Path, device: torch.device, image_tokens: int, text_tokens: int
 ) -> float:
-    """Of a run whose steps are all of the largest size, at two thirds of the device's nominal speed.
+    """Of a run's time, what may be compiled: all of it on a card, at two thirds of the nominal speed; none on a CPU.
 
-    It follows from what is trained alone: the same at every start of the same run.
+    There a run that goes on is the one that was never stopped, bit for bit, and compiled it wouldn't be: the code that
+    the compiler makes for a shape, and how that rounds, hang on the shapes that the process has seen before.
     """
+    if device.type != "cuda":
+        return 0.0
     size = json.loads((folder / "transformer" / "config.json").read_text())
     width = size["num_attention_heads"] * size["attention_head_dim"]
     shape = flops.Shape(size["num_layers"], width, qwen.PACKED_CHANNELS, size["joint_attention_dim"])
     step = config.batch_size * flops.training_flops(shape, image_tokens, text_tokens, 0)
-    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED.get(device.type, 1e11)
+    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED

@@ -181,7 +181,7 @@ def make_plan(
     text_tokens = max(len(models.prompt_ids(tokenizer, caption, no_placeholders())) for caption in dict.fromkeys(shown))
     tokens = config.batch_size * (image_tokens + text_tokens)
     demand = plans.demand_of(config, model_folder, place.device, place.dtype, tokens, timesteps, ranks)
-    seconds = plans.estimated_seconds(config, model_folder, place.device, image_tokens, text_tokens)
+    seconds = plans.compiled_seconds(config, model_folder, place.device, image_tokens, text_tokens)
     plan = plans.choose(config.quantization, demand, bool(config.tokens), seconds, shard_base)
     for line in plans.describe(plan, config.quantization, demand):
         log.info(line)

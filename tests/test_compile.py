@@ -3,13 +3,14 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from lora_utils import blocks, fitting, flops, models, plan, preparation, training
+from lora_utils import blocks, fitting, models, plan, preparation, training
 from lora_utils.config import TrainConfig
 from tests.test_plan import demand
 
@@ -80,17 +81,45 @@ def test_without_a_compiler_a_run_goes_on(dataset, random_model, monkeypatch, tm
         assert pool.submit(steps_done_and_compiled, random_model, dataset).result() == (2, False)
 
 
-def test_whether_a_run_is_compiled_does_not_hang_on_how_busy_the_machine_is(dataset, random_model, monkeypatch):
-    """Or a run that goes on, or the same run again, would round otherwise now and then."""
-    monkeypatch.setattr(flops, "measured_peak", lambda *_, **__: pytest.fail("measured"))
-    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+def test_on_a_cpu_no_run_is_compiled(dataset, random_model):
+    """However long: one that goes on wouldn't be the one that was never stopped, bit for bit."""
+    run = preparation.prepare(replace(CONFIG, steps=20000), dataset, random_model, models.default_place())
     assert not run.compiled
 
 
-def test_only_a_run_long_enough_to_win_it_back_is_compiled():
+def test_on_a_card_only_a_run_long_enough_to_win_it_back_is_compiled(random_model):
     def compiled(**given):
         return plan.choose("auto", demand(80e9), live_text=False, **given).compiled
 
-    assert not compiled(run_s=plan.COMPILE_S)
-    assert compiled(run_s=1.01 * plan.COMPILE_S / plan.COMPILED_GAIN)
-    assert not plan.choose("nf4", demand(80e9), live_text=False, run_s=1e6).compiled
+    assert not compiled(compiled_s=plan.COMPILE_S)
+    assert compiled(compiled_s=1.01 * plan.COMPILE_S / plan.COMPILED_GAIN)
+    assert not plan.choose("nf4", demand(80e9), live_text=False, compiled_s=1e6).compiled
+    card = torch.device("cuda")
+    once, twice = (
+        plan.compiled_seconds(replace(CONFIG, steps=steps), random_model, card, 64, 8) for steps in (100, 200)
+    )
+    assert twice == pytest.approx(2 * once)
+    assert once > 0
+
+
+def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_model, monkeypatch):
+    """Past torch's own limit it would silently run uncompiled. The graphs are run as they are, which is quick."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's, and restored in the end
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+    compute = blocks.compiled_block(backend="eager")
+    block, project = run.transformer.transformer_blocks[0], blocks.project_each
+    width, rope = run.transformer.inner_dim, run.transformer.pos_embed
+    kinds = product((1, 2, 3), (1, 2, 3, 7), (16, 64), (False, True), ((False, False), (False, True), (True, True)))
+    counters.clear()
+    for batch, text_tokens, image_tokens, masked, (image_learns, text_learns) in kinds:
+        image = torch.randn(batch, image_tokens, width, requires_grad=image_learns)
+        text = torch.randn(batch, text_tokens, width, requires_grad=text_learns)
+        mask = torch.ones(batch, text_tokens, dtype=torch.bool) if masked else None
+        side = round(image_tokens**0.5)
+        table = rope([[(1, side, side)]] * batch, text_tokens, image.device)
+        given = (block, project, image, text, mask, torch.randn(batch, 6 * width), torch.randn(batch, 6 * width), table)
+        for one, other in zip(compute(*given), blocks.compute_block(*given), strict=True):
+            torch.testing.assert_close(one, other)
+    assert 8 < counters["stats"]["unique_graphs"] <= blocks._KINDS
