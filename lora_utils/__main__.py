@@ -11,6 +11,7 @@ from lora_utils import cards, session
 from lora_utils.command_line import add_options, described
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.console import log_to_stdout
+from lora_utils.disk import refusals_named
 from lora_utils.errors import UserError
 from lora_utils.recipes import filled
 
@@ -43,13 +44,15 @@ def sample(given: dict[str, Any]) -> None:
 
     output, files = given.pop("output"), {name: given.pop(name) for name in ("image", "mask", "replicate_weights")}
     request = SampleRequest(**given)
+    with refusals_named(f"the folder {output} can't be made", "name another --output."):
+        output.mkdir(parents=True, exist_ok=True)
     predictor = Predictor()
     predictor.setup()
     loras = predictor.load(request, files["replicate_weights"] or "", None)
     images, size = predictor.draw(request, loras, files["image"], files["mask"])
-    output.mkdir(parents=True, exist_ok=True)
     for path in predictor.save(images, request, loras, size):
-        print(f"wrote {shutil.copy(path, output)}")
+        with refusals_named(f"{path.name} can't be written to {output}", "free some room."):
+            print(f"wrote {shutil.copy(path, output)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

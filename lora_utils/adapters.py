@@ -102,21 +102,19 @@ def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 def set_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[str, LowRank]) -> None:
-    """Let the trainable LoRA be this one. Raises UserError where layers or ranks differ, with what to set."""
+    """Let the trainable LoRA be this one, of its rank. Raises UserError where its layers are others."""
     own = _trainable_layers(transformer)
     missing, unknown = sorted(set(own) - set(layers)), sorted(set(layers) - set(own))
     if missing or unknown:
         raise UserError(
-            f"this LoRA has {len(layers)} layers and lora_targets adapts {len(own)}; without a place here: "
+            f"init_weights has {len(layers)} layers and lora_targets adapts {len(own)}; without a place here: "
             f"{_listed(unknown)}; not in the file: {_listed(missing)}. Choose the lora_targets it was trained with."
         )
     for name, layer in own.items():
         down, up = _weights(layer)
         given = layers[name].with_alpha_of_rank()
-        if given.rank != len(down):
-            raise UserError(f"this LoRA is of rank {given.rank}, and rank is {len(down)}; set rank={given.rank}.")
         if given.down.shape != down.shape or given.up.shape != up.shape:
-            raise UserError(f"layer {name!r} of this LoRA is of another shape than the model's; it is another model's.")
+            raise UserError(f"layer {name!r} of init_weights is of another shape than the model's; it is another's.")
         with torch.no_grad():
             down.copy_(given.down)
             up.copy_(given.up)

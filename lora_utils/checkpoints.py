@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_utils.disk import refusals_named
 from lora_utils.draws import MicroBatches
 from lora_utils.errors import UserError
 from lora_utils.preparation import Run
@@ -73,7 +72,10 @@ def save(run: Run, folder: Path, keep: int) -> Path:
         raise UserError(f"the weights aren't finite after step {run.step}, and aren't saved; lower learning_rate.")
     target = folder / f"{_PREFIX}{run.step:06d}"
     partial = target.with_name(target.name + _PARTIAL)
-    with _disk_errors_named(folder):
+    remedy = "free some room, lower keep_checkpoints or name another run_dir."
+    if older := saved(folder):
+        remedy += f" {older[-1].name} is whole: resume=auto goes on from it."
+    with refusals_named(f"the checkpoint in {folder} can't be written", remedy):
         for left in folder.glob(f"{_PREFIX}*{_PARTIAL}"):  # by a process that was killed
             shutil.rmtree(left)
         try:
@@ -102,18 +104,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors_named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"the checkpoint in {folder} can't be written ({why}); free some room, lower keep_checkpoints or name "
-            "another run_dir. The last checkpoint is whole: resume=auto goes on from it."
-        ) from error
 
 
 def saved(folder: Path) -> list[Path]:

@@ -9,7 +9,8 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from PIL import Image
 
+from lora_utils.disk import refusals_named
 from lora_utils.errors import UserError
 from lora_utils.training import StepReport
 from lora_utils.validation import Validation
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 WANDB_PROJECT, WANDB_ID = "qwen-image-lora", "wandb-id"
+_QUEUE = 10**6  # of TensorBoard's thread: once that has died, of a full disk, a queue that fills up waits for ever
+Tracker = TensorBoardTracker | WandBTracker
 BANDS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # of sigma
 
 
@@ -61,10 +65,9 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _trackers(folder: Path, settings: Mapping[str, Any], resumed_at: int) -> list[TensorBoardTracker | WandBTracker]:
-    trackers: list[TensorBoardTracker | WandBTracker] = [
-        TensorBoardTracker(TENSORBOARD, folder, **({"purge_step": resumed_at + 1} if resumed_at else {}))
-    ]
+def _trackers(folder: Path, settings: Mapping[str, Any], resumed_at: int) -> list[Tracker]:
+    going_on = {"purge_step": resumed_at + 1} if resumed_at else {}
+    trackers: list[Tracker] = [TensorBoardTracker(TENSORBOARD, folder, max_queue=_QUEUE, **going_on)]
     if os.environ.get("WANDB_API_KEY"):
         config, run_id = {"run_dir": str(folder), **settings}, _wandb_id(folder, resumed_at)
         trackers.append(WandBTracker(WANDB_PROJECT, dir=str(folder), id=run_id, resume="allow", config=config))
@@ -79,10 +82,11 @@ def _wandb_id(folder: Path, resumed_at: int) -> str:
     return path.read_text()
 
 
-def _start(tracker: TensorBoardTracker | WandBTracker) -> None:
-    """Raises UserError for a key that wandb doesn't take."""
+def _start(tracker: Tracker) -> None:
+    """Raises UserError for a full disk, or a key that wandb doesn't take."""
     if not isinstance(tracker, WandBTracker):
-        tracker.start()
+        with refusals_named("TensorBoard's curves can't be written", "free some room."):
+            tracker.start()
         return
     from wandb.errors import Error  # noqa: PLC0415 (wandb takes a second to import, and few use it)
 
@@ -97,7 +101,7 @@ class Journal:
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]):
         self.folder, self.settings = folder, settings  # the run's, which wandb shows beside its curves
-        self.trackers: list[TensorBoardTracker | WandBTracker] = []
+        self.trackers: list[Tracker] = []
 
     def open(self, step: int) -> None:
         """Begin behind this step: what an earlier process wrote of later ones goes."""
@@ -132,31 +136,43 @@ class Journal:
 
     def samples(self, step: int, sheet: Image.Image) -> None:
         """Show the trackers what is drawn after a step. All steps up to it must have been written."""
-        for tracker in self.trackers:
+
+        def show(tracker: Tracker) -> None:
             if isinstance(tracker, TensorBoardTracker):
                 tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
             else:
                 tracker.log_images({"samples": [sheet]}, step=step)
 
+        self._tell(show)
+
     def close(self) -> None:
-        while self.trackers:
-            self.trackers.pop().finish()
+        """Whatever has happened: nothing stays open in a server that lives on."""
+        self._tell(lambda tracker: tracker.finish())
+        self.trackers.clear()
 
     def _track(self, step: int, values: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(values, step=step)
+        self._tell(lambda tracker: tracker.log(values, step=step))
+
+    def _tell(self, something: Callable[[Tracker], None]) -> None:
+        """To every tracker. One that fails is told no more, whatever its error: a run isn't lost for its curves."""
+        for tracker in tuple(self.trackers):
+            try:
+                something(tracker)
+            except Exception as error:
+                log.warning("%s is told no more: %s", tracker.name, error)
+                self.trackers.remove(tracker)
+                with suppress(Exception):
+                    tracker.finish()
 
     def _write(self, lines: Sequence[dict[str, Any]], mode: str) -> None:
         if self.folder is None:
             return
         path = self.folder / FILE
         written = path if mode == "a" else path.with_suffix(".partial")  # what was there is whole until the new is
-        try:
+        with refusals_named(f"{path} can't be written", "free some room."):
             with written.open(mode) as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             written.replace(path)
-        except OSError as error:
-            raise UserError(f"{self.folder / FILE} can't be written ({error.strerror}); free some room.") from error
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:

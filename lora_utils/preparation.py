@@ -211,26 +211,35 @@ def learned(run: Run) -> LoraFile:
         return LoraFile(trained_lora(run.transformer), rows)
 
 
-def start_from(run: Run, path: Path) -> None:
-    """Let a run go on learning from a LoRA of any layout, and from the rows of its tokens.
+def read_start(path: Path, config: TrainConfig) -> LoraFile:
+    """A LoRA of any layout to go on learning from, before a model is there.
 
-    Raises UserError where layers, ranks or tokens don't fit, with what to set.
+    Raises UserError where its rank or tokens aren't the run's, with what to set.
     """
     with tempfile.TemporaryDirectory() as folder:
         lora_path, _ = unpack_weights(path, Path(folder))
         lora = read_lora_file(lora_path, path.name)
-    if unused := [token for token in lora.rows if token not in run.placeholders.tokens]:
+    if others := sorted({layer.rank for layer in lora.layers.values()} - {config.rank}):
+        raise UserError(
+            f"init_weights {path.name} is of rank {others[-1]}, and rank is {config.rank}; set rank={others[-1]}."
+        )
+    if unused := [token for token in lora.rows if token not in config.tokens]:
         raise UserError(
             f"init_weights {path.name} has learned {', '.join(unused)}; set train_placeholder_token and name them in "
             "placeholder_token, or their rows would be lost."
         )
+    return lora
+
+
+def start_from(run: Run, lora: LoraFile) -> None:
+    """Let a run go on learning from this LoRA and the rows of its tokens. Raises UserError for another model's."""
     set_trainable_lora(run.transformer, lora.layers)
     for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True):
         if token in lora.rows:
             if lora.rows[token].numel() != row.numel():
-                raise UserError(f"init_weights {path.name}: the row of {token} is of another width than the model's.")
+                raise UserError(f"the row of {token} in init_weights is of another width than the model's.")
             with torch.no_grad():
                 row.copy_(lora.rows[token].view(-1))
     run.first_rows = tuple(row.detach().clone() for row in run.placeholders.rows)
     run.started_from = lora.sha256
-    log.info("going on from %s: %d layers, %d rows", path.name, len(lora.layers), len(lora.rows))
+    log.info("going on from init_weights: %d layers, %d rows", len(lora.layers), len(lora.rows))

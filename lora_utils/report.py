@@ -17,6 +17,7 @@ from PIL import Image
 
 from lora_utils import journal, samples
 from lora_utils.config import TrainConfig
+from lora_utils.disk import refusals_named
 
 FILE = "report.html"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 760, 240, 64, 28, 12
@@ -136,7 +137,10 @@ def _pre(lines: Sequence[str]) -> str:
 
 
 def write(folder: Path, told: Told) -> Path:
-    """Into the run's folder, in place of an older one. -> its path"""
+    """Into the run's folder, in place of an older one. -> its path
+
+    Raises UserError for a full disk.
+    """
     sheets = samples.saved(folder)
     sections = {
         "Curves": "".join(_curves(list(journal.read(folder)))),
@@ -153,6 +157,10 @@ def write(folder: Path, told: Told) -> Path:
     )
     path = folder / FILE
     partial = path.with_suffix(".partial")
-    partial.write_text(page)
-    partial.replace(path)
+    with refusals_named(f"{path} can't be written", "free some room."):
+        try:
+            partial.write_text(page)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     return path

@@ -3,6 +3,7 @@
 Owns the order of the work, its lines, checkpoints and the stop in between; must not know Cog.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -29,9 +30,12 @@ from lora_utils.archive import unpack
 from lora_utils.cards import agree
 from lora_utils.command_line import to_options
 from lora_utils.config import RunOptions, TrainConfig, random_seed
+from lora_utils.disk import refusals_named
 from lora_utils.errors import UserError
 from lora_utils.recipes import recipe_for
 from lora_utils.watching import Watch
+
+log = logging.getLogger(__name__)
 
 AGREE_EVERY = 10  # steps, on several cards, from one question whether to stop to the next
 
@@ -57,11 +61,11 @@ def run(
     try:
         cards.silence(ranks)
         print(f"seed {config.seed}" + (f", {ranks.count} cards" if ranks.count > 1 else ""), flush=True)
-        if options.run_dir:
-            _open_folder(options)
+        _open_folders(options, target)
+        start = None if init_weights is None else preparation.read_start(init_weights, config)
         begun = _prepare(config, options, data, ranks, hub_token)
-        if init_weights is not None:
-            preparation.start_from(begun.run, init_weights)
+        if start is not None:
+            preparation.start_from(begun.run, start)
         go_on(begun.run, options)
         try:
             begun.watch.open()
@@ -137,7 +141,10 @@ def _write(begun: _Begun, options: RunOptions, target: Path) -> None:
     print(f"wrote {target.name}, {target.stat().st_size / 1e6:.1f} MB", flush=True)
     if options.run_dir:
         told = report.Told(base_model, run.config, begun.described, timings)
-        print(f"wrote {report.write(Path(options.run_dir), told)}", flush=True)
+        try:
+            print(f"wrote {report.write(Path(options.run_dir), told)}", flush=True)
+        except UserError as error:  # the weights are there
+            log.warning("%s", error)
 
 
 def share(options: RunOptions, weights_path: Path, hub_token: str | None) -> None:
@@ -163,10 +170,17 @@ def describe_goal(config: TrainConfig) -> list[str]:
     return [f"goal {config.goal}: {', '.join(parts)}"]
 
 
-def _open_folder(options: RunOptions) -> None:
-    """The run's folder. Raises UserError for one that another run may yet be gone on with from."""
+def _open_folders(options: RunOptions, target: Path) -> None:
+    """Where things will go. Raises UserError where nothing can, or another run may yet be gone on with."""
+    with refusals_named(f"{target.name} can't be written to {target.parent}", "name another folder."):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent):  # as it will be written: found now, not after hours
+            pass
+    if not options.run_dir:
+        return
     folder = Path(options.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with refusals_named(f"run_dir {folder} can't be made", "name another."):
+        folder.mkdir(parents=True, exist_ok=True)
     if options.resume == "never" and (found := checkpoints.saved(folder)):
         raise UserError(
             f"run_dir {folder} holds a run's checkpoints, the last of them {found[-1].name}; set resume to auto to go "
@@ -200,8 +214,13 @@ def consume(prepared: preparation.Run, options: RunOptions, watch: Watch, stoppe
         due = options.save_every and taken.step % options.save_every == 0
         if options.run_dir and ranks.first and (due or stop):
             watch.note()
-            kept = checkpoints.save(prepared, Path(options.run_dir), options.keep_checkpoints)
-            print(f"checkpoint {kept}", flush=True)
+            try:
+                kept = checkpoints.save(prepared, Path(options.run_dir), options.keep_checkpoints)
+                print(f"checkpoint {kept}", flush=True)
+            except UserError as error:
+                if not stop and taken.step < steps:
+                    raise
+                log.warning("%s", error)  # the weights themselves may yet find room
         if stop:
             print(f"stopped after step {taken.step} of {steps}, as asked", flush=True)
             break

@@ -63,11 +63,11 @@ class Watch:
             self._validate(report.step)
             try:
                 self._sample(report.step)
-            except (UserError, OSError) as error:  # a run isn't lost for its samples
+            except UserError as error:  # a run isn't lost for its samples
                 log.warning("no samples after step %d: %s", report.step, error)
 
     def close(self) -> None:
-        """Whatever has happened: nothing stays open in a server that lives on."""
+        """Look no more, whatever has happened."""
         self.journal.close()
 
     def sum_up(self) -> None:

@@ -19,6 +19,7 @@ from lora_utils import modulation
 from lora_utils.adapters import place_lora
 from lora_utils.bundle import Meta, unpack_weights, write_weights
 from lora_utils.config import TrainConfig
+from lora_utils.disk import refusals_named
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LoraFile, file_sha256, read_lora_file, row_sha256, write_lora_file
 from lora_utils.models import Components, restore_modulations
@@ -147,7 +148,10 @@ def save_weights(
     target: Path, lora: LoraFile, config: TrainConfig, base_model: str, num_images: int, final_loss: float | None,
     placeholders: list[dict[str, Any]], steps: int | None = None,
 ) -> None:  # fmt: skip
-    """Write `weights.zip` with the LoRA, its rows and a meta.json that says how they were made."""
+    """Write `weights.zip` with the LoRA, its rows and a meta.json that says how they were made.
+
+    Raises UserError where the disk is full.
+    """
     meta = Meta(
         base_model=base_model,
         train_placeholder_token=config.train_placeholder_token,
@@ -168,7 +172,11 @@ def save_weights(
         versions=versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    remedy = "free some room. If save_every kept checkpoints, resume=auto writes it from the last one."
+    with (
+        refusals_named(f"{target} can't be written", remedy),
+        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+    ):
         lora_path = Path(folder) / "lora_weights.safetensors"
         write_lora_file(lora_path, lora)
         write_weights(target, lora_path, meta)

@@ -1,21 +1,22 @@
 """Checkpoints: a run that goes on is the run that was never stopped, and a kill leaves the last one whole."""
 
-import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_utils import checkpoints, models, preparation, session, training
+from lora_utils import checkpoints, models, preparation, session, training, weights
 from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.cards import Ranks
 from lora_utils.config import RunOptions, TrainConfig
@@ -142,13 +143,13 @@ def test_another_base_model_is_refused(part, prepare, dataset, random_model, tmp
 
 def test_other_weights_to_start_from_are_refused(trained, prepare, tmp_path):
     run = prepare()
-    preparation.start_from(run, trained)
+    preparation.start_from(run, preparation.read_start(trained, CONFIG))
     steps(run, 1)
     path = checkpoints.save(run, tmp_path / "run", keep=1)
     with pytest.raises(UserError, match=r"init_weights: '[0-9a-f]{16}' there, '' here"):
         checkpoints.restore(prepare(), path)
     same = prepare()
-    preparation.start_from(same, trained)
+    preparation.start_from(same, preparation.read_start(trained, CONFIG))
     checkpoints.restore(same, path)
 
 
@@ -161,21 +162,80 @@ def test_the_last_ones_are_kept(prepare, tmp_path):
     assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000004", "step-000005", "step-000006"]
 
 
-def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_is_whole(prepare, tmp_path, monkeypatch):
+@contextmanager
+def files_end_at(size_bytes):
+    """The system refuses to write beyond it, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_is_whole(prepare, tmp_path):
     run = prepare()
     steps(run, 2)
+    with files_end_at(1000), pytest.raises(UserError, match=r"can't be written \(.*\); free some room.*run_dir\.$"):
+        checkpoints.save(run, tmp_path, keep=1)
     whole = checkpoints.save(run, tmp_path, keep=1)
-
-    def full(_tensors, path):
-        path.write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
     run.step += 1
-    with pytest.raises(UserError, match=r"can't be written \(No space left on device\); free some room"):
+    message = r"can't be written \(.*File too large.*\); free some room.*step-000002 is whole: resume=auto goes on"
+    with files_end_at(1000), pytest.raises(UserError, match=message):
         checkpoints.save(run, tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
     checkpoints.restore(prepare(), whole)
+
+
+def test_a_checkpoint_that_fails_ends_the_run_but_not_after_its_last_step(
+    archive, random_model, tmp_path, monkeypatch, caplog
+):
+    """What has been learned is worth more than the place to go on from."""
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+
+    def refused(*_):
+        raise UserError("no room")
+
+    monkeypatch.setattr(checkpoints, "save", refused)
+    for save_every, target in ((4, tmp_path / "early.zip"), (CONFIG.steps, tmp_path / "late.zip")):
+        options = RunOptions(run_dir=str(tmp_path / "run"), save_every=save_every)
+        with pytest.raises(UserError, match="no room") if save_every == 4 else nullcontext():
+            session.run(CONFIG, options, archive, target)
+    assert "no room" in caplog.text
+    assert not (tmp_path / "early.zip").exists()
+    assert lora_of(tmp_path / "late.zip")[1]["training_steps"] == CONFIG.steps
+
+
+@pytest.fixture
+def no_model(random_model, monkeypatch):
+    """The model is there, and mustn't be loaded: what is refused is refused before."""
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    for part in ("load_transformer", "load_text_encoder"):
+        monkeypatch.setattr(models, part, lambda *_, **__: pytest.fail("loaded"))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_places_that_nothing_can_be_written_to_are_refused_before_the_training(archive, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    with pytest.raises(UserError, match=r"weights.zip can't be written to .*file \(File exists\); name another folder"):
+        session.run(CONFIG, RunOptions(), archive, file / "weights.zip")
+    with pytest.raises(UserError, match=r"run_dir .*file can't be made \(File exists\); name another"):
+        session.run(CONFIG, RunOptions(run_dir=str(file)), archive, tmp_path / "weights.zip")
+
+
+def test_the_outputs_folder_is_made(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    path = session.run(replace(CONFIG, steps=1, warmup_steps=0), RunOptions(), archive, tmp_path / "a/b/weights.zip")
+    assert [found.name for found in path.parent.iterdir()] == ["weights.zip"]
+
+
+def test_weights_that_find_no_room_are_a_clear_error_and_leave_nothing(prepare, tmp_path):
+    run = prepare()
+    steps(run)
+    with files_end_at(1000), pytest.raises(UserError, match=r"weights.zip can't be written \(.*\); free some room"):
+        weights.save_weights(tmp_path / "weights.zip", training.finish(run), CONFIG, "base", 1, None, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes(prepare, tmp_path):
@@ -246,14 +306,14 @@ def trained(archive, random_model, tmp_path, monkeypatch):
 def test_a_run_that_starts_from_weights_starts_where_they_are(trained, prepare):
     run = prepare()
     fresh = [weight.clone() for weight in run.lora]
-    preparation.start_from(run, trained)
+    preparation.start_from(run, preparation.read_start(trained, CONFIG))
     with zipfile.ZipFile(trained) as packed:
         names = packed.namelist()
     assert LORA_MEMBER in names
     assert not all(torch.equal(weight, old) for weight, old in zip(run.lora, fresh, strict=True))
     start = training.finish(replace_first_rows(run))
     other = prepare()
-    preparation.start_from(other, trained)
+    preparation.start_from(other, preparation.read_start(trained, CONFIG))
     assert all(torch.equal(layer.up, training.finish(replace_first_rows(other)).layers[n].up)
                for n, layer in start.layers.items())  # fmt: skip
     assert len(steps(run)) == CONFIG.steps
@@ -265,22 +325,25 @@ def replace_first_rows(run):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("other", "message"),
     [
-        (replace(CONFIG, rank=8), "of rank 4, and rank is 8; set rank=4"),
-        (replace(CONFIG, lora_targets="attention_mlp"), "Choose the lora_targets it was trained with"),
-        (
-            replace(CONFIG, train_placeholder_token=False, class_word=""),
-            "has learned <zwx>; set train_placeholder_token",
-        ),
-        (replace(CONFIG, placeholder_token="<abc>"), "has learned <zwx>; set train_placeholder_token"),
+        ({"rank": 8}, "init_weights trained.zip is of rank 4, and rank is 8; set rank=4"),
+        ({"train_placeholder_token": False, "class_word": ""}, "has learned <zwx>; set train_placeholder_token"),
+        ({"placeholder_token": "<abc>"}, "has learned <zwx>; set train_placeholder_token"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_with_what_to_set(config, message, trained, random_model, dataset):
-    examples = [replace(e, caption=e.caption.replace("<zwx>", config.placeholder_token)) for e in dataset.examples]
-    run = preparation.prepare(config, replace(dataset, examples=examples), random_model, models.default_place())
+def test_weights_that_do_not_fit_are_refused_with_what_to_set(other, message, trained, no_model, archive, tmp_path):
     with pytest.raises(UserError, match=message):
-        preparation.start_from(run, trained)
+        session.run(replace(CONFIG, **other), RunOptions(), archive, tmp_path / "weights.zip", trained)
+
+
+def test_weights_of_other_layers_are_refused_too(trained, prepare):
+    run = prepare(replace(CONFIG, lora_targets="attention_mlp"))
+    with pytest.raises(
+        UserError,
+        match=r"init_weights has 16 layers and lora_targets adapts 24.*Choose the lora_targets it was trained with",
+    ):
+        preparation.start_from(run, preparation.read_start(trained, run.config))
 
 
 # --- as a user runs it ----------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ FLOORS = [
         "store",
         "streaming",
     },
-    {"flow", "sizes", "console", "command_line", "flops"},
+    {"flow", "sizes", "console", "command_line", "disk", "flops"},
     {"config", "recipes", "checks", "errors", "qwen"},
 ]
 SIDEWAYS = {  # within a floor, only these

@@ -52,3 +52,12 @@ def test_settings_written_as_options_are_read_as_the_same(settings):
     parser = argparse.ArgumentParser()
     add_options(parser, type(settings), {})
     assert type(settings)(**vars(parser.parse_args(to_options(settings)))) == settings
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_folder_that_takes_no_pictures_is_refused_before_any_is_drawn(inside, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert main.main(["sample", "--prompt", "a fox", "--output", str(tmp_path / "file" / inside)]) == 1
+    assert re.fullmatch(
+        r"error: the folder .*file.* can't be made \(.*\); name another --output.\n", capsys.readouterr().err
+    )

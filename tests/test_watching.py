@@ -395,36 +395,59 @@ def test_a_key_that_wandb_does_not_take_is_a_clear_error(tmp_path, monkeypatch):
     kept.close()
 
 
+class Tracker:
+    """Counts those that are open."""
+
+    name, open_now = "tensorboard", 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def start(self):
+        Tracker.open_now += 1
+
+    def log(self, *_, **__):
+        raise self.error
+
+    def log_images(self, *_, **__):
+        pass
+
+    def finish(self):
+        Tracker.open_now -= 1
+
+
 @pytest.mark.parametrize("when", ["begin", "step"])
 def test_a_run_that_fails_leaves_no_tracker_open(when, train, monkeypatch):
     """A server lives on, and its next run has trackers of its own."""
-    open_now = []
-
-    class Tracker:
-        def __init__(self, *_, **__):
-            pass
-
-        def start(self):
-            open_now.append(self)
-
-        def log(self, *_, **__):
-            raise KeyboardInterrupt
-
-        def log_images(self, *_, **__):
-            pass
-
-        def finish(self):
-            open_now.remove(self)
 
     def no_room(*_):
         raise UserError("no room")
 
     monkeypatch.setattr(journal, "TensorBoardTracker", Tracker)
+    monkeypatch.setattr(Tracker, "error", KeyboardInterrupt(), raising=False)
     if when == "begin":
         monkeypatch.setattr(samples, "draw", no_room)
     with pytest.raises((UserError, KeyboardInterrupt)):
         train(sample_prompts="a red circle", sample_steps=1)
-    assert not open_now
+    assert Tracker.open_now == 0
+
+
+def test_a_tracker_that_fails_costs_its_curves_alone(train, monkeypatch, caplog):
+    monkeypatch.setattr(journal, "TensorBoardTracker", Tracker)
+    monkeypatch.setattr(Tracker, "error", OSError(28, "No space left on device"), raising=False)
+    weights, folder = train()
+    assert caplog.text.count("tensorboard is told no more: [Errno 28] No space left on device") == 1
+    assert Tracker.open_now == 0
+    assert [line["step"] for line in journal.read(folder)] == list(range(1, 9))
+    assert weights.is_file()
+
+
+def test_a_report_that_cannot_be_written_does_not_lose_the_weights(train, tmp_path, caplog):
+    (tmp_path / "run" / report.FILE).mkdir(parents=True)
+    weights, folder = train()
+    assert weights.is_file()
+    assert "report.html can't be written (Is a directory)" in caplog.text
+    assert list(folder.glob("*.partial")) == []
 
 
 def test_a_new_run_in_an_old_ones_folder_leaves_no_curves_of_that(train):
