@@ -7,6 +7,7 @@ weights, its samples and its curves must be the undisturbed run's, byte for byte
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -18,30 +19,32 @@ from pathlib import Path
 
 from examples import demo, shapes
 from lora_utils import journal, samples
-from lora_utils.bundle import LORA_MEMBER
+from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 
 STEPS_PER_MINUTE = 300  # of four micro-batches of the small model on one core, about
-SAVE_EVERY, SAMPLE_EVERY = 50, 250
-WATCHED = (
-    f"--save_every={SAVE_EVERY}", f"--sample_every={SAMPLE_EVERY}", "--sample_steps=4", "--validation_share=0.2",
-    "--sample_prompts=a photo of <zwx> on a cyan background|a red circle", "--resume=auto", "--gradient_accumulation=4",
-)  # fmt: skip
+WATCHED = {
+    "sample_steps": 4, "validation_share": 0.2, "sample_prompts": "a photo of <zwx> on a cyan background|a red circle",
+    "resume": "auto", "gradient_accumulation": 4,
+}  # fmt: skip
 
 
-def start(dataset: Path, folder: Path, steps: int) -> subprocess.Popen[bytes]:
-    settings = {**demo.TRAINING, "steps": steps, "lr_scheduler": "constant"}
+def start(dataset: Path, folder: Path, steps: int, save_every: int) -> subprocess.Popen[bytes]:
+    keeping = {"save_every": save_every, "sample_every": 5 * save_every, "run_dir": folder}
+    settings = {**demo.TRAINING, **WATCHED, **keeping, "steps": steps, "lr_scheduler": "constant"}
     options = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, bool)]
-    command = [sys.executable, "-m", "lora_utils", "train", str(dataset), *options, *WATCHED, f"--run_dir={folder}"]
-    command += [f"--output={folder / 'weights.zip'}", "--train_placeholder_token"]
+    command = [sys.executable, "-m", "lora_utils", "train", str(dataset), *options, "--train_placeholder_token"]
+    command.append(f"--output={folder / 'weights.zip'}")
     environment = {**os.environ, "BASE_MODEL": str(demo.MODEL), "OMP_NUM_THREADS": "1"}
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Hashes of what a run has made: its LoRA, its sheets, its numbers."""
+    """Hashes of what a run has made: its LoRA and what meta.json says of it, its sheets, its numbers."""
     with zipfile.ZipFile(folder / "weights.zip") as packed:
-        made = {"weights": packed.read(LORA_MEMBER)}
+        made = {LORA_MEMBER: packed.read(LORA_MEMBER)}
+        meta = {**json.loads(packed.read(META_MEMBER)), "created": "at another time"}
+    made[META_MEMBER] = json.dumps(meta).encode()
     made |= {f"{samples.FOLDER}/{path.name}": path.read_bytes() for path in samples.saved(folder)}
     made[journal.FILE] = (folder / journal.FILE).read_bytes()
     return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
@@ -52,22 +55,25 @@ def left_behind(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*.partial")]
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
+    """-> 0 where the two runs have made the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, about, for each of the two runs")
     parser.add_argument("--kill_every_s", type=float, default=60.0, help="on average")
+    parser.add_argument("--save_every", type=int, default=50, help="steps; samples are drawn a fifth as often")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    arguments = parser.parse_args()
-    steps, rng = max(2 * SAVE_EVERY, int(arguments.minutes * STEPS_PER_MINUTE)), random.Random(arguments.seed)
+    arguments = parser.parse_args(given)
+    steps, save_every = int(arguments.minutes * STEPS_PER_MINUTE), arguments.save_every
+    rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as work:
         dataset, calm, killed = (Path(work) / name for name in ("dataset.zip", "calm", "killed"))
         demo.write_dataset(dataset, demo.OBJECT, shapes.Prompt(demo.TOKEN))
         for folder in (calm, killed):
             folder.mkdir()
-        undisturbed, kills, began = start(dataset, calm, steps), 0, time.monotonic()
+        undisturbed, kills, began = start(dataset, calm, steps, save_every), 0, time.monotonic()
         try:
             while not (killed / "weights.zip").exists():
-                process = start(dataset, killed, steps)
+                process = start(dataset, killed, steps, save_every)
                 try:
                     if process.wait(rng.expovariate(1 / arguments.kill_every_s) + 5):
                         print(killed.with_suffix(".log").read_text()[-2000:])

@@ -111,14 +111,13 @@ def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_mod
     compute = blocks.compiled_block(backend="eager")
     block, project = run.transformer.transformer_blocks[0], blocks.project_each
     width, rope = run.transformer.inner_dim, run.transformer.pos_embed
-    kinds = product((1, 2, 3), (1, 2, 3, 7), (16, 64), (False, True), ((False, False), (False, True), (True, True)))
+    kinds = product((1, 2), (1, 2, 3), (False, True), ((False, False), (False, True), (True, True)))
     counters.clear()
-    for batch, text_tokens, image_tokens, masked, (image_learns, text_learns) in kinds:
-        image = torch.randn(batch, image_tokens, width, requires_grad=image_learns)
+    for batch, text_tokens, masked, (image_learns, text_learns) in kinds:
+        image = torch.randn(batch, 16, width, requires_grad=image_learns)
         text = torch.randn(batch, text_tokens, width, requires_grad=text_learns)
         mask = torch.ones(batch, text_tokens, dtype=torch.bool) if masked else None
-        side = round(image_tokens**0.5)
-        table = rope([[(1, side, side)]] * batch, text_tokens, image.device)
+        table = rope([[(1, 4, 4)]] * batch, text_tokens, image.device)
         given = (block, project, image, text, mask, torch.randn(batch, 6 * width), torch.randn(batch, 6 * width), table)
         for one, other in zip(compute(*given), blocks.compute_block(*given), strict=True):
             torch.testing.assert_close(one, other)
