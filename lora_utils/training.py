@@ -160,11 +160,15 @@ def train(run: Run) -> Iterator[StepReport]:
 
 
 def finish(run: Run) -> LoraFile:
-    """What has been learned. Raises RuntimeError for a row that hasn't moved."""
+    """What has been learned. Raises UserError for weights that are no numbers, RuntimeError for a row at its start."""
     for token, row, first in zip(run.placeholders.tokens, run.placeholders.rows, run.first_rows, strict=True):
         if row.requires_grad and torch.equal(row, first):
             raise RuntimeError(f"the row of {token} hasn't moved in {run.step} steps")
-    return learned(run)
+    lora = learned(run)
+    parts = [part for layer in lora.layers.values() for part in (layer.down, layer.up)]
+    if not all(part.isfinite().all() for part in (*parts, *lora.rows.values())):  # the last step's loss doesn't know
+        raise UserError(f"the weights aren't finite after step {run.step}; lower learning_rate.")
+    return lora
 
 
 def describe_speed(run: Run) -> list[str]:

@@ -275,6 +275,8 @@ def test_weights_that_are_no_numbers_are_not_saved(prepare, tmp_path):
     with pytest.raises(UserError, match="aren't finite after step 1"):
         checkpoints.save(run, tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="aren't finite after step 1; lower learning_rate"):
+        training.finish(run)
 
 
 def test_checkpoints_need_a_folder():
