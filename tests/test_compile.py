@@ -102,11 +102,10 @@ def test_on_a_card_only_a_run_long_enough_to_win_it_back_is_compiled(random_mode
     assert once > 0
 
 
-def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_model, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)  # torch's own limit
+def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_model):
     """Past torch's own limit it would silently run uncompiled. The graphs are run as they are, which is quick."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's, and restored in the end
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
     compute = blocks.compiled_block(backend="eager")
     block, project = run.transformer.transformer_blocks[0], blocks.project_each
