@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_utils.archive import Budget, damage_reported, members
+from lora_utils.disk import whole
 from lora_utils.errors import UserError
 
 LORA_MEMBER = "lora/lora_weights.safetensors"
@@ -72,18 +73,10 @@ class Meta:
 
 
 def write_weights(target: Path, lora_path: Path, meta: Meta) -> None:
-    """Write `weights.zip`: the LoRA file and its meta.json, stored uncompressed, for safetensors don't compress.
-
-    Written beside `target` and renamed, so that a file of that name is always whole.
-    """
-    partial = target.with_suffix(".partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            archive.write(lora_path, LORA_MEMBER)
-            archive.writestr(META_MEMBER, meta.to_json())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write `weights.zip`: the LoRA file and its meta.json, stored uncompressed, for safetensors don't compress."""
+    with whole(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        archive.write(lora_path, LORA_MEMBER)
+        archive.writestr(META_MEMBER, meta.to_json())
 
 
 def unpack_weights(weights: Path, folder: Path) -> tuple[Path, Meta | None]:

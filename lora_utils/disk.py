@@ -1,7 +1,8 @@
-"""What a disk refuses, said clearly: full, read-only, not there. Must not know what was to be written."""
+"""Writing to a disk: whole or not at all, and what it refuses said clearly. Must not know what is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -16,3 +17,14 @@ def refusals_named(what: str, remedy: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{what} ({why}); {remedy}") from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `path`: a file of that name is whole, or as it was."""
+    partial = path.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from PIL import Image
 
-from lora_utils.disk import refusals_named
+from lora_utils.disk import refusals_named, whole
 from lora_utils.errors import UserError
 from lora_utils.training import StepReport
 from lora_utils.validation import Validation
@@ -83,10 +83,9 @@ def _wandb_id(folder: Path, resumed_at: int) -> str:
 
 
 def _start(tracker: Tracker) -> None:
-    """Raises UserError for a full disk, or a key that wandb doesn't take."""
+    """Raises UserError for a key that wandb doesn't take."""
     if not isinstance(tracker, WandBTracker):
-        with refusals_named("TensorBoard's curves can't be written", "free some room."):
-            tracker.start()
+        tracker.start()
         return
     from wandb.errors import Error  # noqa: PLC0415 (wandb takes a second to import, and few use it)
 
@@ -111,9 +110,10 @@ class Journal:
         self._write(kept, "w")
         if step == 0:  # another run's
             shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
-        for tracker in _trackers(self.folder, self.settings, step):
-            _start(tracker)
-            self.trackers.append(tracker)
+        with refusals_named(f"curves can't be written to {self.folder}", "free some room, or name another run_dir."):
+            for tracker in _trackers(self.folder, self.settings, step):
+                _start(tracker)
+                self.trackers.append(tracker)
 
     def has_validation(self, step: int) -> bool:
         """Whether an earlier process has measured after this step."""
@@ -168,11 +168,13 @@ class Journal:
         if self.folder is None:
             return
         path = self.folder / FILE
-        written = path if mode == "a" else path.with_suffix(".partial")  # what was there is whole until the new is
-        with refusals_named(f"{path} can't be written", "free some room."):
-            with written.open(mode) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-            written.replace(path)
+        place = nullcontext(path) if mode == "a" else whole(path)
+        with (
+            refusals_named(f"{path} can't be written", "free some room."),
+            place as written,
+            written.open(mode) as file,
+        ):
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:

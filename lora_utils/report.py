@@ -17,7 +17,7 @@ from PIL import Image
 
 from lora_utils import journal, samples
 from lora_utils.config import TrainConfig
-from lora_utils.disk import refusals_named
+from lora_utils.disk import refusals_named, whole
 
 FILE = "report.html"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 760, 240, 64, 28, 12
@@ -156,11 +156,6 @@ def write(folder: Path, told: Told) -> Path:
         f"<h1>LoRA of {html.escape(told.base_model)}</h1><p>{made}</p>{body}</html>\n"
     )
     path = folder / FILE
-    partial = path.with_suffix(".partial")
-    with refusals_named(f"{path} can't be written", "free some room."):
-        try:
-            partial.write_text(page)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with refusals_named(f"{path} can't be written", "free some room."), whole(path) as partial:
+        partial.write_text(page)
     return path

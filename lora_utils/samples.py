@@ -18,7 +18,7 @@ from lora_utils import models, sampling
 from lora_utils.adapters import applied, place_lora, without_lora
 from lora_utils.captions import preserved_caption, trigger_written_out
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
-from lora_utils.disk import refusals_named
+from lora_utils.disk import refusals_named, whole
 from lora_utils.errors import UserError
 from lora_utils.lora_file import LoraFile, read_lora_file, write_lora_file
 from lora_utils.placeholder import Placeholders, undefined_tokens
@@ -147,14 +147,10 @@ def path_of(folder: Path, step: int) -> Path:
 def save(folder: Path, step: int, drawn: Image.Image) -> Path:
     """Whole or not there. Raises UserError for a full disk."""
     path = path_of(folder, step)
-    partial = path.with_suffix(".partial")
     with refusals_named(f"{path} can't be written", "free some room."):
         path.parent.mkdir(exist_ok=True)
-        try:
+        with whole(path) as partial:
             drawn.save(partial, "png")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     return path
 
 

@@ -442,6 +442,15 @@ def test_a_tracker_that_fails_costs_its_curves_alone(train, monkeypatch, caplog)
     assert weights.is_file()
 
 
+def test_curves_that_find_no_place_are_refused_before_the_first_step(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / journal.TENSORBOARD).write_text("not a folder")
+    with pytest.raises(
+        UserError, match=r"curves can't be written to .*run \(.*\); free some room, or name another run_dir"
+    ):
+        train()
+
+
 def test_a_report_that_cannot_be_written_does_not_lose_the_weights(train, tmp_path, caplog):
     (tmp_path / "run" / report.FILE).mkdir(parents=True)
     weights, folder = train()
