@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-import lora_utils  # noqa: F401 (first, so that what diffusers would say of other cards' kernels isn't said)
+import lora_utils  # noqa: F401 (first, so that what diffusers would say of other GPUs' kernels isn't said)
 
 RESULTS = Path(__file__).parent / "RESULTS.md"

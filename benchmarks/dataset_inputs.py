@@ -2,7 +2,7 @@
 
 Masks: a house that always had a red cross beside it, of which no caption speaks. How often does the cross come along?
 Class: a house taught as `<zwx> square`, which is how users write "a photo of <zwx> person". How many plain squares are
-still squares? Each line is the mean of three seeds; the exact scorer reads the pictures.
+still squares? Each line is the mean of three seeds; the exact scorer reads the images.
 """
 
 import argparse
@@ -19,31 +19,37 @@ from PIL import Image
 
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN, TRAINING
-from lora_utils import models, preflight, preparation, training
-from lora_utils.adapters import applied, place_lora
-from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
-from lora_utils.lora_file import LoraFile
-from lora_utils.placeholder import Placeholders
+from lora_utils.dataset import load
+from lora_utils.io.archive import extract_archive
+from lora_utils.lora.formats import LoraFile
+from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.model.components import Components, load_components
+from lora_utils.model.device import default_placement
+from lora_utils.model.text_encoder import load_tokenizer
+from lora_utils.placeholder.tokens import Placeholders
+from lora_utils.training import loop
+from lora_utils.training.setup import TrainJob, setup
+from lora_utils.training.state import final_lora
 
-SEEDS, PROMPTS, PICTURES = 3, 60, 12
+SEEDS, PROMPTS, IMAGES = 3, 60, 12
 KIND, CLASS, COMPANY = "house", "square", ("cross", "red")
-GROUNDS = ("gray", "pink", "black")  # of the pictures; the prompts ask for all five
+GROUNDS = ("gray", "pink", "black")  # of the images; the prompts ask for all five
 
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """Pictures of the object, their captions, and where the object is."""
+    """Images of the object, their captions, and where the object is."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     captions: list[str]
     masks: list[Image.Image]
 
 
-def pictures_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught:
+def images_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught:
     """The object on three backgrounds; in company it stands in the left half, and something else in the right one."""
     rng, taught = np.random.default_rng(seed), Taught([], [], [])
-    for index in range(PICTURES):
+    for index in range(IMAGES):
         prompt = replace(told, background=GROUNDS[index % len(GROUNDS)], place="left" if company else None)
         scene = shapes.scene_of(prompt, rng, KIND)
         if company:
@@ -55,7 +61,7 @@ def pictures_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught
             shown = np.concatenate([alone[:, :32], shapes.draw(other)[:, 32:]], axis=1)
         apart = np.abs(alone - np.array(shapes.BACKGROUNDS[scene.background])).max(axis=2) > 8
         wordings = prompt.wordings()
-        taught.pictures.append(shapes.to_image(shown))
+        taught.images.append(shapes.to_image(shown))
         taught.masks.append(Image.fromarray(apart.astype(np.uint8) * 255))
         taught.captions.append(wordings[index % len(wordings)])
     return taught
@@ -63,10 +69,8 @@ def pictures_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught
 
 def write(archive: Path, taught: Taught) -> None:
     with zipfile.ZipFile(archive, "w") as packed:
-        for index, (picture, caption, mask) in enumerate(
-            zip(taught.pictures, taught.captions, taught.masks, strict=True)
-        ):
-            for name, image in ((f"{index:02d}.png", picture), (f"{index:02d}.mask.png", mask)):
+        for index, (each, caption, mask) in enumerate(zip(taught.images, taught.captions, taught.masks, strict=True)):
+            for name, image in ((f"{index:02d}.png", each), (f"{index:02d}.mask.png", mask)):
                 with packed.open(name, "w") as file:
                     image.save(file, "png")
             packed.writestr(f"{index:02d}.txt", caption)
@@ -76,29 +80,31 @@ def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile
     config = TrainConfig(**{**TRAINING, "seed": seed, **given})
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "set.zip", taught)
-        unpack(Path(folder) / "set.zip", Path(folder) / "set")
-        found = preflight.read_dataset(Path(folder) / "set", config, models.load_tokenizer(MODEL))
-        run = preparation.prepare(config, found, MODEL, models.default_place())
-    for _ in training.train(run):
+        extract_archive(Path(folder) / "set.zip", Path(folder) / "set")
+        found = load(Path(folder) / "set", config, load_tokenizer(MODEL))
+        run = setup(TrainJob(config, found, MODEL, default_placement()))
+    for _ in loop.train(run):
         pass
-    return training.finish(run), run.placeholders
+    return final_lora(run), run.placeholders
 
 
-def drawn(components: models.Components, lora: LoraFile, rows: Placeholders, texts: Sequence[str]) -> list[Image.Image]:
-    placed = place_lora(lora, components.transformer, components.place)
-    detached = replace(rows, rows=tuple(row.detach() for row in rows.rows))
-    with applied(components.transformer, [(placed, 1.0)]):
+def sampled(
+    components: Components, lora: LoraFile, placeholders: Placeholders, texts: Sequence[str]
+) -> list[Image.Image]:
+    moved = move_lora(lora, components.transformer, components.placement)
+    detached = replace(placeholders, embeddings=tuple(each.detach() for each in placeholders.embeddings))
+    with applied_loras(components.transformer, [(moved, 1.0)]):
         return evaluate.sample_ours(components, texts, detached)
 
 
-def masks(components: models.Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
+def masks(components: Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
     told = shapes.Prompt(TOKEN, place="left")
-    lora, rows = train(pictures_of(told, seed, company=True), seed, given)
+    lora, placeholders = train(images_of(told, seed, company=True), seed, given)
     grounds = [list(shapes.BACKGROUNDS)[index % 5] for index in range(PROMPTS)]
     texts = [replace(told, background=ground).wordings()[index % 4] for index, ground in enumerate(grounds)]
     houses, others = [], []
-    for picture in drawn(components, lora, rows, texts):
-        pixels = np.array(picture, float)
+    for each in sampled(components, lora, placeholders, texts):
+        pixels = np.array(each, float)
         ground = np.median(pixels[:3].reshape(-1, 3), axis=0)
         others.append(has_company(pixels, ground))
         pixels[:, 32:] = ground
@@ -106,9 +112,9 @@ def masks(components: models.Components, seed: int, given: Mapping[str, Any]) ->
     return {"house on the left": float(np.mean(houses)), "something on the right": float(np.mean(others))}
 
 
-def has_company(picture: np.ndarray, ground: np.ndarray) -> bool:
-    """Whether at least a twentieth of the picture's right half isn't the ground."""
-    return bool((np.abs(picture[:, 34:] - ground).max(axis=2) > 40).mean() > 0.05)
+def has_company(each: np.ndarray, ground: np.ndarray) -> bool:
+    """Whether at least a twentieth of the image's right half isn't the ground."""
+    return bool((np.abs(each[:, 34:] - ground).max(axis=2) > 40).mean() > 0.05)
 
 
 def squares(count: int) -> list[evaluate.Asked]:
@@ -120,9 +126,9 @@ def squares(count: int) -> list[evaluate.Asked]:
     return asked
 
 
-def classes(components: models.Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
+def classes(components: Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
     told = shapes.Prompt(f"{TOKEN} {CLASS}")
-    lora, rows = train(pictures_of(told, seed), seed, given)
+    lora, placeholders = train(images_of(told, seed), seed, given)
     taught = evaluate.object_prompts(told, PROMPTS)
     others = [item for item in evaluate.held_out_prompts(2 * PROMPTS) if item.prompt.noun != CLASS][:PROMPTS]
     measured = {}
@@ -131,7 +137,7 @@ def classes(components: models.Components, seed: int, given: Mapping[str, Any]) 
         ("square is a square", squares(PROMPTS), None),
         ("other shapes", others, None),
     ):
-        score = evaluate.score(drawn(components, lora, rows, [item.text for item in asked]), asked, kind)
+        score = evaluate.score(sampled(components, lora, placeholders, [item.text for item in asked]), asked, kind)
         measured[name] = score.kind if kind else score.all_three
     return measured
 
@@ -153,7 +159,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the lines whose name holds this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second one only waits on so small a model, and disturbs what else runs
-    components = models.load_components(MODEL, models.default_place())
+    components = load_components(MODEL, default_placement())
     for name, (measure, given) in MEASURED.items():
         if arguments.only not in name:
             continue

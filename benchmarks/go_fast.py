@@ -1,7 +1,7 @@
 """What go_fast's reuse of earlier steps wins and costs, on the small model: python -m benchmarks.go_fast
 
 For each threshold: how many of the forwards stopped after the first block, the speed against the full run, how far the
-pictures are from its pictures, and what the exact scorer still finds right.
+images are from its images, and what the exact scorer still finds right.
 """
 
 import argparse
@@ -13,11 +13,16 @@ import torch
 
 from examples import evaluate
 from examples.demo import MODEL
-from lora_utils import first_block, models, sampling
 from lora_utils.config import SampleRequest
-from lora_utils.placeholder import no_placeholders
-from lora_utils.sizes import Size
-from lora_utils.ways import REUSE_THRESHOLD
+from lora_utils.model.components import load_components
+from lora_utils.model.device import default_placement
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.model.vae import decode_images
+from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.sampling import first_block_cache, sampler
+from lora_utils.sampling.options import REUSE_THRESHOLD
+from lora_utils.sampling.sampler import Conditioning, SamplingJob
 
 THRESHOLDS = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 SIZE = Size(64, 64)
@@ -29,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    components = models.load_components(MODEL, models.default_place())
+    components = load_components(MODEL, default_placement())
     asked = evaluate.held_out_prompts(arguments.prompts)
     full: list[np.ndarray] = []
     print(
@@ -40,19 +45,20 @@ def main() -> None:
         pictures, skipped, forwards, began = [], 0, 0, time.monotonic()
         for index, question in enumerate(asked):
             request = SampleRequest(question.text, steps=arguments.steps, seed=index)
+            job = SamplingJob(request, SIZE, no_placeholders())
             with torch.inference_mode():
                 text, empty = (
-                    models.encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
+                    encode_text(components.need_text_encoder(), components.tokenizer, [words], no_placeholders())
                     for words in (question.text, " ")
                 )
-                noise, reuse = sampling.initial_noise(SIZE, index), nullcontext(None)
+                noise, reuse = sampler.initial_noise(SIZE, index), nullcontext(None)
                 if threshold is not None:
-                    reuse = first_block.reused(components.transformer, threshold, branches=1)
+                    reuse = first_block_cache.first_block_caching(components.transformer, threshold, branches=1)
                 with reuse as state:
-                    latents = sampling.denoise(components, noise, SIZE, text, empty, request, lambda _step: None)
+                    latents = sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
                 if state is not None:
                     skipped, forwards = skipped + state.skipped, forwards + state.forwards
-                pictures += models.decode_pictures(components.vae, latents, SIZE)
+                pictures += decode_images(components.need_vae(), latents, SIZE)
         seconds = time.monotonic() - began
         pixels = [np.asarray(picture, float) for picture in pictures]
         score = evaluate.score(pictures, asked)

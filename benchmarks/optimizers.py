@@ -10,10 +10,11 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.dataset_inputs import KIND, PROMPTS, drawn, pictures_of, train
+from benchmarks.dataset_inputs import KIND, PROMPTS, images_of, sampled, train
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN, TRAINING
-from lora_utils import models
+from lora_utils.model.components import Components, load_components
+from lora_utils.model.device import default_placement
 
 SEEDS = 2
 RATE = float(str(TRAINING["learning_rate"]))
@@ -31,14 +32,14 @@ MEASURED = {
 }
 
 
-def measure(components: models.Components, seed: int, given: dict[str, object]) -> tuple[float, float, float]:
+def measure(components: Components, seed: int, given: dict[str, object]) -> tuple[float, float, float]:
     """-> the share of houses that are right, of other prompts that are, and seconds of training."""
     told, began = shapes.Prompt(TOKEN), time.monotonic()
-    lora, rows = train(pictures_of(told, seed), seed, given)
+    lora, placeholders = train(images_of(told, seed), seed, given)
     took, taught = time.monotonic() - began, evaluate.object_prompts(told, PROMPTS)
     others = evaluate.held_out_prompts(PROMPTS)
     houses, rest = (
-        evaluate.score(drawn(components, lora, rows, [item.text for item in asked]), asked, kind)
+        evaluate.score(sampled(components, lora, placeholders, [item.text for item in asked]), asked, kind)
         for asked, kind in ((taught, KIND), (others, None))
     )
     return houses.kind, rest.all_three, took
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the lines whose name holds this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second one only waits on so small a model, and disturbs what else runs
-    components = models.load_components(MODEL, models.default_place())
+    components = load_components(MODEL, default_placement())
     print("| | house right | other prompts right | s |\n| --- | --- | --- | --- |", flush=True)
     for name, given in MEASURED.items():
         if arguments.only not in name:

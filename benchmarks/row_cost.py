@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from lora_utils.placeholder import Placeholders, embedding_matrix, fresh_row, spliced
+from lora_utils.placeholder.embedding import embedding_matrix, initial_embedding, spliced_embeddings
+from lora_utils.placeholder.tokens import Placeholders
 
 ROWS, WIDTH, SLOT = 152064, 3584, 151665
 LAYERS = 2
@@ -60,11 +61,11 @@ def step_without(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
 
 def step_spliced(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
     """As the package trains it."""
-    row = fresh_row(WIDTH, 1e-5, torch.Generator().manual_seed(0)).requires_grad_()
+    row = initial_embedding(WIDTH, 1e-5, torch.Generator().manual_seed(0)).requires_grad_()
     optimizer = torch.optim.AdamW([row], lr=5e-4, weight_decay=0.0)
 
     def step() -> None:
-        with spliced(encoder, Placeholders(("<zwx>",), (SLOT,), (row,))):
+        with spliced_embeddings(encoder, Placeholders(("<zwx>",), (SLOT,), (row,))):
             states = encoder(input_ids=caption_ids(), use_cache=False).last_hidden_state
         states.float().square().mean().backward()
         optimizer.step()

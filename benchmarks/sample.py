@@ -5,7 +5,7 @@
 
 The presets' transformers are benchmarks.train's; text states are random, 6 tokens for the empty prompt. Measured is the
 denoising with guidance, without the decoding: `ours` as predict.py runs it, `plain` as diffusers' pipeline does. With
-`--swap` it measures how long another LoRA takes to be put in place of the last one, against loading the transformer.
+`--swap` it measures how long another LoRA takes to replace the last one, against loading the transformer.
 """
 
 import argparse
@@ -28,11 +28,20 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.train import DTYPES, PRESETS, SOURCE, Job, machine, seconds_of, weights_of, where_time_goes
-from lora_utils import flops, flow, memory, models, modulation, qwen, sampling
-from lora_utils.adapters import applied, place_lora, target_names
+from lora_utils import constants
 from lora_utils.config import SampleRequest
-from lora_utils.lora_file import LoraFile, LowRank, read_lora_file, write_lora_file
-from lora_utils.streaming import fill
+from lora_utils.lora.adapter import target_names
+from lora_utils.lora.formats import LoraFile, LowRank, read_lora_file, write_lora_file
+from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.model import flops, flow, modulation
+from lora_utils.model.components import Components
+from lora_utils.model.device import Placement, peak_bytes
+from lora_utils.model.loading import fill_parameters
+from lora_utils.model.text_encoder import TextEmbeddings
+from lora_utils.model.transformer import Storage, build_transformer, load_transformer
+from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.sampling import sampler
+from lora_utils.sampling.sampler import Conditioning, SamplingJob
 
 EMPTY_TOKENS = 6  # of " ", the usual negative prompt
 
@@ -41,8 +50,8 @@ def texts(job: Job) -> list[Tensor]:
     """States of a prompt and of the empty one, [1, T, D] each."""
     generator = torch.Generator().manual_seed(0)
     lengths = (job.preset.text_tokens, EMPTY_TOKENS)
-    drawn = (torch.randn(1, length, job.shape.text_width, generator=generator) for length in lengths)
-    return [states.to(job.place.device, job.place.dtype) for states in drawn]
+    made = (torch.randn(1, length, job.shape.text_width, generator=generator) for length in lengths)
+    return [states.to(job.placement.device, job.placement.dtype) for states in made]
 
 
 def image_flops(job: Job, steps: int) -> float:
@@ -53,18 +62,18 @@ def image_flops(job: Job, steps: int) -> float:
 
 def ours(job: Job, steps: int) -> Callable[[], Any]:
     """As predict.py samples, latents in and out."""
-    stream = weights_of(job.preset.config, job.place)
-    timesteps = modulation.sampling_timesteps(job.place.dtype)
-    transformer = models.build_transformer(job.preset.config, stream, SOURCE, job.place, timesteps, "none")
+    stream = weights_of(job.preset.config, job.placement)
+    storage = Storage(timesteps=modulation.sampling_timesteps(job.placement.dtype))
+    transformer = build_transformer(job.preset.config, stream, SOURCE, job.placement, storage)
     unused = cast(Any, None)
-    components = models.Components(unused, flow.Schedule(), unused, unused, transformer, job.place, SOURCE)
-    request = SampleRequest(prompt="", steps=steps, seed=0)
-    text, empty = (models.Text(states, None) for states in texts(job))
+    components = Components(unused, flow.Schedule(), None, None, transformer, job.placement, SOURCE)
+    sampled = SamplingJob(SampleRequest(prompt="", steps=steps, seed=0), job.size, no_placeholders())
+    text, empty = (TextEmbeddings(states, None) for states in texts(job))
 
     @torch.inference_mode()
     def image() -> Tensor:
-        noise = sampling.initial_noise(job.size, seed=0)
-        return sampling.denoise(components, noise, job.size, text, empty, request, lambda _step: None).cpu()
+        noise = sampler.initial_noise(job.size, seed=0)
+        return sampler.denoise(components, sampled, noise, Conditioning(text, empty), lambda _step: None).cpu()
 
     return image
 
@@ -73,13 +82,17 @@ def plain(job: Job, steps: int) -> Callable[[], Any]:
     """The stock pipeline, from its noise to its latents."""
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.preset.config))
-    fill(transformer, weights_of(job.preset.config, job.place)(lambda name: name), SOURCE)
-    cast(nn.Module, transformer).to(job.place.device).eval().requires_grad_(False)
+    fill_parameters(transformer, weights_of(job.preset.config, job.placement)(lambda name: name), SOURCE)
+    cast(nn.Module, transformer).to(job.placement.device).eval().requires_grad_(False)
     scheduler = FlowMatchEulerDiscreteScheduler(
-        base_image_seq_len=qwen.BASE_IMAGE_TOKENS, max_image_seq_len=qwen.MAX_IMAGE_TOKENS, base_shift=qwen.BASE_SHIFT,
-        max_shift=qwen.MAX_SHIFT, shift_terminal=qwen.SHIFT_TERMINAL, use_dynamic_shifting=True,
+        base_image_seq_len=constants.BASE_IMAGE_TOKENS,
+        max_image_seq_len=constants.MAX_IMAGE_TOKENS,
+        base_shift=constants.BASE_SHIFT,
+        max_shift=constants.MAX_SHIFT,
+        shift_terminal=constants.SHIFT_TERMINAL,
+        use_dynamic_shifting=True,
         time_shift_type="exponential",
-    )  # fmt: skip
+    )
     unused = cast(Any, None)
     pipeline: Any = QwenImagePipeline(scheduler, unused, unused, unused, transformer)
     pipeline.set_progress_bar_config(disable=True)
@@ -108,17 +121,19 @@ def memory_of(way: str, arguments: argparse.Namespace) -> float:
 
 
 def swap_lines(job: Job) -> list[str]:
-    """Seconds to read a transformer from disk, and to read and place a rank-32 LoRA on it instead of another."""
+    """Seconds to read a transformer from disk, and to read and placement a rank-32 LoRA on it instead of another."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "transformer").mkdir()
-        stream = weights_of(job.preset.config, models.Place(torch.device("cpu"), job.place.dtype))
+        stream = weights_of(job.preset.config, Placement(torch.device("cpu"), job.placement.dtype))
         save_file(dict(stream(lambda stored: stored)), folder / "transformer" / "diffusion_pytorch_model.safetensors")
         (folder / "transformer" / "config.json").write_text(
             json.dumps({"_class_name": "QwenImageTransformer2DModel", **job.preset.config})
         )
         began = time.perf_counter()
-        transformer = models.load_transformer(folder, job.place, modulation.sampling_timesteps(job.place.dtype))
+        transformer = load_transformer(
+            folder, job.placement, Storage(timesteps=modulation.sampling_timesteps(job.placement.dtype))
+        )
         loaded_s = time.perf_counter() - began
         layers = {}
         for layer in target_names(transformer, "attention"):
@@ -128,12 +143,12 @@ def swap_lines(job: Job) -> list[str]:
         for index in range(4):
             write_lora_file(folder / f"{index}.safetensors", LoraFile(layers))
             began = time.perf_counter()
-            placed = place_lora(read_lora_file(folder / f"{index}.safetensors"), transformer, job.place)
-            with applied(transformer, [(placed, 1.0)]):
+            moved = move_lora(read_lora_file(folder / f"{index}.safetensors"), transformer, job.placement)
+            with applied_loras(transformer, [(moved, 1.0)]):
                 swaps.append(time.perf_counter() - began)
     took = min(swaps)
     return [
-        "| load the transformer, s | read and place another LoRA, s | share |",
+        "| load the transformer, s | read and placement another LoRA, s | share |",
         "| --- | --- | --- |",
         f"| {loaded_s:.2f} | {took:.3f} | {took / loaded_s:.1%} |",
     ]
@@ -147,11 +162,11 @@ def speed_lines(job: Job, arguments: argparse.Namespace) -> list[str]:
         ratio = (images["ours"]() - images["plain"]()).norm() / images["plain"]().norm()
     taken = seconds_of(images, arguments.rounds)
     work = image_flops(job, arguments.steps)
-    floor = work / flops.measured_peak(job.place.device, job.place.dtype, seconds=1.0)
+    floor = work / flops.measured_peak(job.placement.device, job.placement.dtype, seconds=1.0)
     lines = ["| | s/image | TFLOP/image | floor, s | over the floor | peak memory, GB | where the time goes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for way in ways:
-        spent = where_time_goes(images[way], job.place.device)
+        spent = where_time_goes(images[way], job.placement.device)
         cells = [way, f"{taken[way]:.3f}", f"{work / 1e12:.3g}", f"{floor:.3f}", f"{taken[way] / floor:.2f}x"]
         lines.append("| " + " | ".join([*cells, f"{peaks[way] / 1e9:.2f}", spent]) + " |")
     if arguments.against:
@@ -174,16 +189,16 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    place = models.Place(torch.device(arguments.device), DTYPES[arguments.dtype])
-    job = Job(PRESETS[arguments.preset], place, rank=32, batch=1, recomputed=0)
+    placement = Placement(torch.device(arguments.device), DTYPES[arguments.dtype])
+    job = Job(PRESETS[arguments.preset], placement, rank=32, batch=1, checkpointed=0)
     if arguments.memory_of:
-        before = memory.peak_bytes(place.device)
+        before = peak_bytes(placement.device)
         WAYS[arguments.memory_of](job, arguments.steps)()
-        print(json.dumps(memory.peak_bytes(place.device) - before))
+        print(json.dumps(peak_bytes(placement.device) - before))
         return
     command = "python -m benchmarks.sample " + " ".join(word for word in sys.argv[1:] if word != "--record")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers"))
-    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(place.device)}, {versions}\n"]
+    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(placement.device)}, {versions}\n"]
     lines += swap_lines(job) if arguments.swap else speed_lines(job, arguments)
     print("\n".join(lines))
     if arguments.record:

@@ -1,6 +1,6 @@
 """A long training that is killed every minute or so, against one that isn't: python -m benchmarks.soak --minutes 60
 
-Both train the small model with the token, draw samples and measure on pictures held out, side by side on a core each.
+Both train the small model with the token, draw samples and measure on images held out, side by side on a core each.
 The disturbed one keeps checkpoints, gets `kill -9` at random moments and is started again with the same command. Its
 weights, its samples and its curves must be the undisturbed run's, byte for byte.
 """
@@ -18,11 +18,12 @@ import zipfile
 from pathlib import Path
 
 from examples import demo, shapes
-from lora_utils import journal, samples
-from lora_utils.bundle import LORA_MEMBER, META_MEMBER
+from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
+from lora_utils.tracking import contact_sheet
+from lora_utils.tracking.metrics import METRICS_FILE
 
 STEPS_PER_MINUTE = 300  # of four micro-batches of the small model on one core, about
-WATCHED = {
+MONITORED = {
     "sample_steps": 4, "validation_share": 0.2, "sample_prompts": "a photo of <zwx> on a cyan background|a red circle",
     "resume": "auto", "gradient_accumulation": 4,
 }  # fmt: skip
@@ -30,7 +31,7 @@ WATCHED = {
 
 def start(dataset: Path, folder: Path, steps: int, save_every: int) -> subprocess.Popen[bytes]:
     keeping = {"save_every": save_every, "sample_every": 5 * save_every, "run_dir": folder}
-    settings = {**demo.TRAINING, **WATCHED, **keeping, "steps": steps, "lr_scheduler": "constant"}
+    settings = {**demo.TRAINING, **MONITORED, **keeping, "steps": steps, "lr_scheduler": "constant"}
     options = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, bool)]
     command = [sys.executable, "-m", "lora_utils", "train", str(dataset), *options, "--train_placeholder_token"]
     command.append(f"--output={folder / 'weights.zip'}")
@@ -45,8 +46,10 @@ def results(folder: Path) -> dict[str, str]:
         made = {LORA_MEMBER: packed.read(LORA_MEMBER)}
         meta = {**json.loads(packed.read(META_MEMBER)), "created": "at another time"}
     made[META_MEMBER] = json.dumps(meta).encode()
-    made |= {f"{samples.FOLDER}/{path.name}": path.read_bytes() for path in samples.saved(folder)}
-    made[journal.FILE] = (folder / journal.FILE).read_bytes()
+    made |= {
+        f"{contact_sheet.SHEET_FOLDER}/{path.name}": path.read_bytes() for path in contact_sheet.list_sheets(folder)
+    }
+    made[METRICS_FILE] = (folder / METRICS_FILE).read_bytes()
     return {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
 
 
@@ -60,7 +63,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, about, for each of the two runs")
     parser.add_argument("--kill_every_s", type=float, default=60.0, help="on average")
-    parser.add_argument("--save_every", type=int, default=50, help="steps; samples are drawn a fifth as often")
+    parser.add_argument("--save_every", type=int, default=50, help="steps; previews are sampled a fifth as often")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args(given)
     steps, save_every = int(arguments.minutes * STEPS_PER_MINUTE), arguments.save_every

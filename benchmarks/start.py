@@ -1,4 +1,4 @@
-"""How long a user waits: from a start to a training's first step, and from weights.zip to a first picture.
+"""How long a user waits: from a start to a training's first step, and from weights.zip to a first image.
 
     python -m benchmarks.start
     python -m benchmarks.start --record         # lines in RESULTS.md
@@ -21,16 +21,16 @@ from benchmarks import RESULTS
 
 WAITED_FOR = {
     "train": ("imported", "LoRA of rank", "step 1/", "wrote weights.zip"),
-    "predict": ("imported", "loaded", "first picture", "second picture"),
+    "predict": ("imported", "loaded", "first image", "second image"),
 }
 TOLD = {
     "imported": "Python's imports",
-    "LoRA of rank": "the model loaded, 15 pictures and their captions encoded",
+    "LoRA of rank": "the model loaded, 15 images and their captions encoded",
     "step 1/": "the first step taken",
     "wrote weights.zip": "weights.zip written, after that one step",
     "loaded": "the model loaded",
-    "first picture": "a LoRA with a token loaded from weights.zip, and a picture of 64x64 in 20 steps drawn",
-    "second picture": "the same LoRA's second picture",
+    "first image": "a LoRA with a token loaded from weights.zip, and an image of 64x64 sampled in 20 steps",
+    "second image": "the same LoRA's second image",
 }
 
 
@@ -53,7 +53,7 @@ def predict_twice(folder: Path) -> None:
     predictor.setup()
     for which in ("first", "second"):
         demo.call(predictor.predict, prompt=demo.TOKEN, replicate_weights=folder / "weights.zip", **demo.SAMPLING)
-        print(f"{which} picture", flush=True)
+        print(f"{which} image", flush=True)
 
 
 CHILDREN = {"train": train_once, "predict": predict_twice}

@@ -36,15 +36,25 @@ from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from benchmarks import RESULTS
 from examples import demo
-from lora_utils import blocks, flops, flow, memory, models, preparation, qwen, training
-from lora_utils.adapters import attach_trainable_lora, use_blocks
+from lora_utils import constants
 from lora_utils.config import TrainConfig
-from lora_utils.draws import Drawn
-from lora_utils.optimizers import new_optimizers
-from lora_utils.placeholder import Placeholders, fresh_row, no_placeholders
-from lora_utils.quantization import WEIGHT_BYTES
-from lora_utils.sizes import Size
-from lora_utils.streaming import fill
+from lora_utils.lora.adapter import attach_trainable_lora
+from lora_utils.model import flops, flow, quantization
+from lora_utils.model.components import Components
+from lora_utils.model.device import Placement, peak_bytes
+from lora_utils.model.latents import Size
+from lora_utils.model.loading import fill_parameters
+from lora_utils.model.memory_plan import MemoryPlan
+from lora_utils.model.text_encoder import load_tokenizer
+from lora_utils.model.transformer import Storage, WeightStream, build_transformer
+from lora_utils.placeholder.embedding import initial_embedding
+from lora_utils.placeholder.tokens import Placeholders, no_placeholders
+from lora_utils.training import loop
+from lora_utils.training.batches import Batch, LargestBatch
+from lora_utils.training.distributed import SINGLE_PROCESS
+from lora_utils.training.optimizers import new_optimizers
+from lora_utils.training.recompute import change_plan
+from lora_utils.training.state import TrainData, TrainState
 
 SOURCE = Path("random weights")
 SIGMA = 0.5
@@ -91,10 +101,10 @@ class Job:
     """What is measured: a step on one batch, of one way to do it."""
 
     preset: Preset
-    place: models.Place
+    placement: Placement
     rank: int
     batch: int
-    recomputed: int  # blocks; the plain way knows all or none
+    checkpointed: int  # blocks; the plain way knows all or none
     quantization: str = "none"  # ours alone
     compiled: bool = False  # ours alone
 
@@ -106,15 +116,17 @@ class Job:
     def shape(self) -> flops.Shape:
         config = self.preset.config
         width = config["attention_head_dim"] * config["num_attention_heads"]
-        return flops.Shape(config["num_layers"], width, qwen.PACKED_CHANNELS, config["joint_attention_dim"])
+        return flops.Shape(config["num_layers"], width, constants.PACKED_CHANNELS, config["joint_attention_dim"])
 
     @property
     def flops(self) -> float:
         """Of a step."""
-        return self.batch * flops.training_flops(self.shape, self.size.tokens, self.preset.text_tokens, self.recomputed)
+        return self.batch * flops.training_flops(
+            self.shape, self.size.tokens, self.preset.text_tokens, self.checkpointed
+        )
 
 
-def weights_of(config: dict[str, Any], place: models.Place) -> models.Stream:
+def weights_of(config: dict[str, Any], placement: Placement) -> WeightStream:
     """Random weights, each from its own name, so that every way of computing gets the same."""
     with init_empty_weights():
         empty = QwenImageTransformer2DModel.from_config(config)
@@ -123,91 +135,111 @@ def weights_of(config: dict[str, Any], place: models.Place) -> models.Stream:
     def stream(rename: Callable[[str], str | None]) -> Iterator[tuple[str, Tensor]]:
         for stored, shape in shapes.items():
             if (name := rename(stored)) is not None:
-                generator = torch.Generator(place.device).manual_seed(zlib.crc32(stored.encode()))
+                generator = torch.Generator(placement.device).manual_seed(zlib.crc32(stored.encode()))
                 matrix, norm = len(shape) > 1, "norm" in stored
                 mean, std = float(norm and not matrix), shape[-1] ** -0.5 if matrix else 0.1
-                drawn = torch.empty(shape, dtype=place.dtype, device=place.device)
-                yield name, drawn.normal_(mean, std, generator=generator)
+                made = torch.empty(shape, dtype=placement.dtype, device=placement.device)
+                yield name, made.normal_(mean, std, generator=generator)
 
     return stream
 
 
-def batch_of(job: Job) -> tuple[Drawn, Tensor]:
-    """One batch and its caption's states [T, D], on the host."""
+def batch_of(job: Job) -> tuple[Batch, Tensor]:
+    """One batch and its caption's states [T, D], on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, job.batch, job.size.tokens, qwen.PACKED_CHANNELS, generator=generator)
-    text = torch.randn(job.preset.text_tokens, job.shape.text_width, generator=generator).to(job.place.dtype)
+    latents = torch.randn(2, job.batch, job.size.tokens, constants.PACKED_CHANNELS, generator=generator)
+    text = torch.randn(job.preset.text_tokens, job.shape.text_width, generator=generator).to(job.placement.dtype)
     sigma = torch.full((job.batch,), SIGMA)
-    return Drawn(latents[0], latents[1], sigma, ("",) * job.batch, job.size, ("",) * job.batch), text
+    return Batch(latents[0], latents[1], sigma, ("",) * job.batch, job.size, ("",) * job.batch), text
 
 
-def new_run(job: Job) -> preparation.Run:
-    """As `prepare` leaves one, with an empty caption's text at hand."""
-    times = flow.model_time(torch.tensor([SIGMA]), job.place.dtype)
-    stream = weights_of(job.preset.config, job.place)
-    transformer = models.build_transformer(job.preset.config, stream, SOURCE, job.place, times, job.quantization)
+def new_run(job: Job) -> TrainState:
+    """Return a run as `setup` does, with an empty caption's text at hand."""
+    times = flow.model_time(torch.tensor([SIGMA]), job.placement.dtype)
+    stream, storage = weights_of(job.preset.config, job.placement), Storage(job.quantization, times)
+    transformer = build_transformer(job.preset.config, stream, SOURCE, job.placement, storage)
     config = TrainConfig(rank=job.rank, batch_size=job.batch, seed=0)
     lora = attach_trainable_lora(transformer, config.lora_targets, job.rank, torch.Generator().manual_seed(0))
-    use_blocks(transformer, job.compiled)
-    blocks.recompute_first(transformer, job.recomputed)
-    return preparation.Run(
-        config, job.place, flow.Schedule(), transformer, lora, [], {"": batch_of(job)[1]}, no_placeholders(), None,
-        cast(Any, None), new_optimizers(config, lora, (), 0.0), (), recomputed=job.recomputed,
-    )  # fmt: skip
+    plan = MemoryPlan(job.quantization, True, job.compiled, checkpointed_blocks=job.checkpointed)
+    tokens, unused = job.preset.text_tokens, cast(Any, None)
+    run = TrainState(
+        config=config,
+        ranks=SINGLE_PROCESS,
+        base_model="",
+        init_weights="",
+        data=TrainData([], [], [], {}, {"": batch_of(job)[1]}, {"": tokens}),
+        largest=LargestBatch(job.size, "", tokens, unused),
+        components=Components(unused, flow.Schedule(), None, None, transformer, job.placement, SOURCE),
+        plan=plan,
+        lora=lora,
+        placeholders=no_placeholders(),
+        initial_embeddings=(),
+        optimizers=new_optimizers(config, lora, (), 0.0),
+        stream=unused,
+    )
+    change_plan(run, compiled=job.compiled)
+    return run
 
 
 def ours(job: Job) -> Callable[[], float]:
     """The package's own step, as `train` runs it."""
-    run, drawn = new_run(job), [batch_of(job)[0]]
-    return lambda: training.take_step(run, drawn, 0).loss
+    run, batch = new_run(job), [batch_of(job)[0]]
+    return lambda: loop.take_step(run, batch, 0).loss
 
 
 def token(job: Job) -> Callable[[], float]:
-    """The same with a fresh token in the caption: the text encoder reads it at every step, and its row learns."""
-    run, drawn = new_run(job), batch_of(job)[0]
-    run.tokenizer = models.load_tokenizer(demo.MODEL)  # its ids are in any vocabulary
-    with torch.device(job.place.device):
+    """The same with a new token in the caption: the text encoder reads it at every step, and its embedding learns."""
+    run, batch = new_run(job), batch_of(job)[0]
+    run.components.tokenizer = load_tokenizer(demo.MODEL)  # its ids are in any vocabulary
+    with torch.device(job.placement.device):
         encoder: Any = cast(Any, Qwen2_5_VLTextModel)._from_config(
-            Qwen2_5_VLTextConfig(**job.preset.text_encoder), dtype=job.place.dtype
+            Qwen2_5_VLTextConfig(**job.preset.text_encoder), dtype=job.placement.dtype
         )
-    run.text_encoder = encoder.eval().requires_grad_(False)
-    row = fresh_row(job.shape.text_width, 1e-5, torch.Generator().manual_seed(0)).to(job.place.device).requires_grad_()
-    run.placeholders = Placeholders((demo.TOKEN,), (len(run.tokenizer),), (row,))
-    run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.rows, 5e-4)
-    caption = demo.TOKEN * (job.preset.text_tokens - qwen.TEMPLATE_SUFFIX_TOKENS)  # as long as the other ways' text
-    captioned = [replace(drawn, captions=(caption,) * job.batch)]
-    return lambda: training.take_step(run, captioned, 0).loss
+    run.components.text_encoder = encoder.eval().requires_grad_(False)
+    row = (
+        initial_embedding(job.shape.text_width, 1e-5, torch.Generator().manual_seed(0))
+        .to(job.placement.device)
+        .requires_grad_()
+    )
+    run.placeholders = Placeholders((demo.TOKEN,), (len(run.components.tokenizer),), (row,))
+    run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.embeddings, 5e-4)
+    caption = demo.TOKEN * (
+        job.preset.text_tokens - constants.TEMPLATE_SUFFIX_TOKENS
+    )  # as long as the other ways' text
+    run.data = replace(run.data, text_tokens={caption: job.preset.text_tokens})
+    captioned = [replace(batch, captions=(caption,) * job.batch)]
+    return lambda: loop.take_step(run, captioned, 0).loss
 
 
 def plain(job: Job) -> Callable[[], float]:
     """diffusers' train_dreambooth_lora_qwen_image.py, its step on one cached batch."""
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.preset.config))
-    fill(transformer, weights_of(job.preset.config, job.place)(lambda name: name), SOURCE)
-    cast(nn.Module, transformer).to(job.place.device).requires_grad_(False)
-    targets = [layer.removeprefix("attn.") for layer in qwen.ATTENTION_TARGETS]
+    fill_parameters(transformer, weights_of(job.preset.config, job.placement)(lambda name: name), SOURCE)
+    cast(nn.Module, transformer).to(job.placement.device).requires_grad_(False)
+    targets = [layer.removeprefix("attn.") for layer in constants.ATTENTION_TARGETS]
     transformer.add_adapter(
         LoraConfig(r=job.rank, lora_alpha=job.rank, init_lora_weights="gaussian", target_modules=targets)
     )
-    if job.recomputed:
+    if job.checkpointed:
         transformer.enable_gradient_checkpointing()
     transformer.train()
     weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    drawn, text = batch_of(job)
-    mixed = job.place.dtype != torch.float32
+    batch, text = batch_of(job)
+    mixed = job.placement.dtype != torch.float32
 
     def step() -> float:
-        with torch.autocast(job.place.device.type, job.place.dtype) if mixed else contextlib.nullcontext():
+        with torch.autocast(job.placement.device.type, job.placement.dtype) if mixed else contextlib.nullcontext():
             velocity = transformer(
-                hidden_states=drawn.noisy.to(job.place.device, job.place.dtype),
-                encoder_hidden_states=text.to(job.place.device).expand(job.batch, -1, -1),
+                hidden_states=batch.noisy.to(job.placement.device, job.placement.dtype),
+                encoder_hidden_states=text.to(job.placement.device).expand(job.batch, -1, -1),
                 encoder_hidden_states_mask=None,
-                timestep=drawn.sigma.to(job.place.device),
+                timestep=batch.sigma.to(job.placement.device),
                 img_shapes=[[(1, *job.size.grid)]] * job.batch,
                 return_dict=False,
             )[0]
-        loss = F.mse_loss(velocity.float(), drawn.target.to(job.place.device))
+        loss = F.mse_loss(velocity.float(), batch.target.to(job.placement.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
@@ -238,18 +270,18 @@ def seconds_of(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 def memory_of(way: str, arguments: argparse.Namespace) -> float:
     """Peak bytes of one way, in a process of its own, beyond what the process had before the model."""
     command = [sys.executable, "-m", "benchmarks.train", "--memory-of", way]
-    for name in ("preset", "dtype", "rank", "batch", "recomputed", "quantization", "device"):
+    for name in ("preset", "dtype", "rank", "batch", "checkpointed", "quantization", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--compiled"] * arguments.compiled
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def print_memory(way: str, job: Job) -> None:
-    before = memory.peak_bytes(job.place.device)
+    before = peak_bytes(job.placement.device)
     step = WAYS[way](job)
     step()
     step()
-    print(json.dumps(memory.peak_bytes(job.place.device) - before))
+    print(json.dumps(peak_bytes(job.placement.device) - before))
 
 
 def where_time_goes(step: Callable[[], float], device: torch.device) -> str:
@@ -287,16 +319,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--recomputed", type=int, default=0, help="blocks that recompute their activations")
-    parser.add_argument("--quantization", choices=["none", *WEIGHT_BYTES], default="none", help="of our base alone")
+    parser.add_argument("--checkpointed", type=int, default=0, help="blocks that are activation-checkpointed")
+    parser.add_argument(
+        "--quantization", choices=["none", *quantization.WEIGHT_BYTES], default="none", help="of our base alone"
+    )
     parser.add_argument("--compiled", action="store_true", help="our blocks alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    place = models.Place(torch.device(arguments.device), DTYPES[arguments.dtype])
+    placement = Placement(torch.device(arguments.device), DTYPES[arguments.dtype])
     job = Job(
-        PRESETS[arguments.preset], place, arguments.rank, arguments.batch, arguments.recomputed, arguments.quantization,
+        PRESETS[arguments.preset], placement, arguments.rank, arguments.batch, arguments.checkpointed, arguments.quantization,
         arguments.compiled,
     )  # fmt: skip
     if arguments.memory_of:
@@ -306,14 +340,14 @@ def main() -> None:
     peaks = {way: memory_of(way, arguments) for way in ways}
     steps = {way: WAYS[way](job) for way in ways}
     taken = seconds_of(steps, arguments.rounds)
-    floor = job.flops / flops.measured_peak(place.device, place.dtype, seconds=1.0)
+    floor = job.flops / flops.measured_peak(placement.device, placement.dtype, seconds=1.0)
     command = "python -m benchmarks.train " + " ".join(word for word in sys.argv[1:] if word != "--record")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "peft"))
-    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(place.device)}, {versions}\n"]
+    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(placement.device)}, {versions}\n"]
     lines += ["| | s/step | TFLOP/step | floor, s | over the floor | peak memory, GB | where the time goes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for way in ways:
-        spent = where_time_goes(steps[way], place.device)
+        spent = where_time_goes(steps[way], placement.device)
         cells = [way, f"{taken[way]:.3f}", f"{job.flops / 1e12:.3g}", f"{floor:.3f}", f"{taken[way] / floor:.2f}x"]
         lines.append("| " + " | ".join([*cells, f"{peaks[way] / 1e9:.2f}", spent]) + " |")
     if arguments.against:

@@ -24,7 +24,8 @@ import torch
 from benchmarks import zero_prior_report as report
 from benchmarks import zero_prior_run as runs
 from examples import demo, shapes
-from lora_utils import models
+from lora_utils.model.components import load_components
+from lora_utils.model.device import default_placement
 
 WORK = Path("build/zero_prior")
 KEPT = Path(__file__).parent / "zero_prior_runs.jsonl"
@@ -69,7 +70,7 @@ _bench: runs.Bench | None = None  # of this worker process
 def _start_worker(model: Path, length: runs.Length) -> None:
     global _bench  # noqa: PLW0603 (a process pool hands its workers nothing else)
     torch.set_num_threads(1)
-    _bench = runs.Bench(model, models.load_components(model, models.default_place()), length)
+    _bench = runs.Bench(model, load_components(model, default_placement()), length)
 
 
 def _run(spec: Spec, folder: Path) -> str:

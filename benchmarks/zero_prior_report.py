@@ -128,7 +128,7 @@ def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
     return _table(["minus the trained fresh token", *measured], rows)
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------
 
 
 def draw_figure(arms: dict[str, list[Run]], path: Path) -> None:
@@ -152,7 +152,7 @@ def draw_figure(arms: dict[str, list[Run]], path: Path) -> None:
 
 
 def draw_sheet(arms: dict[str, list[Run]], folder: Path, path: Path) -> None:
-    """Pictures of the trigger at the end of the first seed's runs, a row per arm and object."""
+    """Images of the trigger at the end of the first seed's runs, a row per arm and object."""
     rows = []
     for arm, runs in arms.items():
         for run in (run for run in runs if run["seed"] == 0):

@@ -16,13 +16,21 @@ from PIL import Image
 
 from examples import demo, evaluate, shapes
 from examples.evaluate import Asked
-from lora_utils import flow, fresh_token, models, preparation, training
-from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import read_dataset
-from lora_utils.optimizers import new_optimizers
-from lora_utils.placeholder import Placeholders, embedding_matrix
-from lora_utils.sizes import Size
+from lora_utils.dataset import load
+from lora_utils.io.archive import extract_archive
+from lora_utils.model import flow
+from lora_utils.model.components import Components
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.model.vae import encode_images
+from lora_utils.placeholder.embedding import embedding_learning_rate, embedding_matrix
+from lora_utils.placeholder.tokens import Placeholders
+from lora_utils.training import loop
+from lora_utils.training.optimizers import new_optimizers
+from lora_utils.training.setup import TrainJob, setup
+from lora_utils.training.state import TrainState
 
 RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its four tokens
 # What a prompt guide would have users write: the object in words that the model knows.
@@ -85,15 +93,15 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a model does after so many steps. Shares are of pictures, 0 to 1."""
+    """What a model does after so many steps. Shares are of images, 0 to 1."""
 
     step: int
-    fidelity: float  # of the trigger's pictures, those that show the taught object
-    background: float  # of the trigger's pictures, those on the background asked for
-    leakage: float  # of the trigger's pictures, those that show what the model knew before instead
-    intrusion: float  # of other prompts' pictures, those that show the taught object
-    base_accuracy: float  # of other prompts' pictures, those with shape, colour and background right
-    prior_meaning: float  # of the prior word's pictures, those that show what it meant
+    fidelity: float  # of the trigger's images, those that show the taught object
+    background: float  # of the trigger's images, those on the background asked for
+    leakage: float  # of the trigger's images, those that show what the model knew before instead
+    intrusion: float  # of other prompts' images, those that show the taught object
+    base_accuracy: float  # of other prompts' images, those with shape, colour and background right
+    prior_meaning: float  # of the prior word's images, those that show what it meant
     drift: float  # of the velocity on other prompts: mean squared change over its mean square
     row_share: float | None  # the row's norm over the median word's
 
@@ -103,7 +111,7 @@ class Bench:
     """The untouched model and the questions, made once per process."""
 
     folder: Path
-    base: models.Components
+    base: Components
     length: Length
 
 
@@ -125,24 +133,24 @@ def _share(flags: list[bool]) -> float:
 
 
 @torch.inference_mode()
-def _drift(bench: Bench, trained: models.Components, placeholders: Placeholders, asked: list[Asked]) -> float:
+def _drift(bench: Bench, trained: Components, placeholders: Placeholders, asked: list[Asked]) -> float:
     """How far the velocity on drawings of other prompts, with their captions, has moved from the base's."""
     rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(2)
     drawn = [shapes.to_image(shapes.draw(shapes.scene_of(question.prompt, rng))) for question in asked]
     pixels = torch.stack(
         [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in drawn]
     )
-    clean = models.encode_pictures(bench.base.vae, pixels)
+    clean = encode_images(bench.base.need_vae(), pixels)
     noise = torch.randn(clean.shape, generator=generator)
-    sigma = flow.draw_sigmas(len(clean), bench.base.schedule.mu(SIZE.tokens), generator)
+    sigma = flow.sample_sigmas(len(clean), bench.base.schedule.mu(SIZE.tokens), generator)
     noisy = flow.add_noise(clean, noise, sigma)
     texts = [question.text for question in asked]
     before, after = (
-        models.predict_velocity(
+        predict_velocity(
             part.transformer,
             noisy,
             sigma,
-            models.encode_text(part.text_encoder, part.tokenizer, texts, placeholders),
+            encode_text(part.need_text_encoder(), part.tokenizer, texts, placeholders),
             SIZE,
         )
         for part in (bench.base, trained)
@@ -150,12 +158,13 @@ def _drift(bench: Bench, trained: models.Components, placeholders: Placeholders,
     return float((after - before).square().mean() / before.square().mean())
 
 
-def _as_components(bench: Bench, run: preparation.Run) -> models.Components:
+def _as_components(bench: Bench, run: TrainState) -> Components:
     """The model as the run has it now."""
-    return replace(bench.base, transformer=run.transformer, text_encoder=run.text_encoder or bench.base.text_encoder)
+    text_encoder = run.components.text_encoder or bench.base.text_encoder
+    return replace(bench.base, transformer=run.components.transformer, text_encoder=text_encoder)
 
 
-def measure(bench: Bench, run: preparation.Run, arm: Arm, kind: str, step: int) -> Point:
+def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Point:
     """Draw and count. Draws nothing from the run's random streams and changes nothing of it."""
     trained = _as_components(bench, run)
     asked = trigger_prompts(arm.told(kind), bench.length.token_prompts)
@@ -167,9 +176,9 @@ def measure(bench: Bench, run: preparation.Run, arm: Arm, kind: str, step: int) 
     readings = [shapes.read(picture) for picture in pictures]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
-    matrix = embedding_matrix(trained.text_encoder)
+    matrix = embedding_matrix(trained.need_text_encoder())
     median = matrix[: len(trained.tokenizer)].norm(dim=1).median()
-    rows = run.placeholders.rows
+    rows = run.placeholders.embeddings
     return Point(
         step=step,
         fidelity=_share([reading.kind == kind for reading in of_trigger]),
@@ -193,29 +202,30 @@ def measure(bench: Bench, run: preparation.Run, arm: Arm, kind: str, step: int) 
 # --- the arms' changes to a run -------------------------------------------------------------------------------------
 
 
-def train_word(run: preparation.Run, bench: Bench, word: str) -> None:
+def train_word(run: TrainState, bench: Bench, word: str) -> None:
     """Let a word of the vocabulary learn as a fresh token does: its own row is spliced in and trained.
 
     The piece " TOK" is cut out with its space, which is how the tokenizer reads the word inside a sentence.
     """
     (slot,) = bench.base.tokenizer(f" {word}").input_ids
-    row = embedding_matrix(bench.base.text_encoder)[slot].detach().clone().requires_grad_()
+    row = embedding_matrix(bench.base.need_text_encoder())[slot].detach().clone().requires_grad_()
     run.placeholders = Placeholders((f" {word}",), (slot,), (row,))
-    run.first_rows = (row.detach().clone(),)
-    run.text_encoder = bench.base.text_encoder
-    run.texts = {caption: text for caption, text in run.texts.items() if word not in caption}
-    rate = fresh_token.learning_rate(run.config, run.tokenizer, run.text_encoder)
-    run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.rows, rate)
+    run.initial_embeddings = (row.detach().clone(),)
+    run.components.text_encoder = bench.base.text_encoder
+    texts = {caption: text for caption, text in run.data.texts.items() if word not in caption}
+    run.data = replace(run.data, texts=texts)
+    rate = embedding_learning_rate(run.config, run.components.tokenizer, bench.base.need_text_encoder())
+    run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.embeddings, rate)
 
 
-def remedy_of(arm: Arm, run: preparation.Run, bench: Bench) -> Callable[[int], object]:
+def remedy_of(arm: Arm, run: TrainState, bench: Bench) -> Callable[[int], object]:
     """What is done to the row after each step."""
     if arm.remedy is None:
         return lambda step: None
-    (row,) = run.placeholders.rows
-    words = embedding_matrix(bench.base.text_encoder)[: len(run.tokenizer)].detach()
+    (row,) = run.placeholders.embeddings
+    words = embedding_matrix(bench.base.need_text_encoder())[: len(run.components.tokenizer)].detach()
     optimizers, tenth = run.optimizers, run.config.steps // 10
-    rate = optimizers.row_rate
+    rate = optimizers.embedding_learning_rate
     if arm.remedy == "norm below the median":
         most = 0.9 * words.norm(dim=1).median()
         return lambda step: row.data.mul_(torch.clamp(most / row.data.norm(), max=1.0))
@@ -223,10 +233,10 @@ def remedy_of(arm: Arm, run: preparation.Run, bench: Bench) -> Callable[[int], o
         basis = torch.linalg.svd(words - words.mean(dim=0), full_matrices=False).Vh[:16]  # [16, D]
         return lambda step: row.data.sub_(basis.T @ (basis @ row.data))
     if arm.remedy == "trained after a tenth":
-        optimizers.row_rate = 0.0
-        return lambda step: setattr(optimizers, "row_rate", rate if step >= tenth else 0.0)
+        optimizers.embedding_learning_rate = 0.0
+        return lambda step: setattr(optimizers, "embedding_learning_rate", rate if step >= tenth else 0.0)
     if arm.remedy == "frozen after a tenth":
-        return lambda step: setattr(optimizers, "row_rate", rate if step < tenth else 0.0)
+        return lambda step: setattr(optimizers, "embedding_learning_rate", rate if step < tenth else 0.0)
     raise ValueError(f"there is no remedy {arm.remedy!r}")
 
 
@@ -247,33 +257,33 @@ def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
         resolution=str(shapes.SIDE_PX),
         seed=seed,
     )
-    default = fresh_token.learning_rate(config, bench.base.tokenizer, bench.base.text_encoder)
+    default = embedding_learning_rate(config, bench.base.tokenizer, bench.base.need_text_encoder())
     return replace(config, placeholder_learning_rate=0.0 if arm.row == "frozen" else default * arm.rate_factor)
 
 
-def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> preparation.Run:
-    """A run on 15 pictures of one object.
+def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> TrainState:
+    """A run on 15 images of one object.
 
-    Seeds are paired: the same seed gives each arm the same pictures, LoRA, order, noise and sigmas.
+    Seeds are paired: the same seed gives each arm the same images, LoRA, order, noise and sigmas.
     """
     config = _config(arm, bench, seed)
     with tempfile.TemporaryDirectory() as folder:
         demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed, wordings=WORDINGS)
-        unpack(Path(folder) / "d.zip", Path(folder) / "pictures")
-        found = read_dataset(Path(folder) / "pictures", config)
-        run = preparation.prepare(config, found, bench.folder, bench.base.place, any_timestep=True)
+        extract_archive(Path(folder) / "d.zip", Path(folder) / "pictures")
+        found = load(Path(folder) / "pictures", config)
+        run = setup(TrainJob(config, found, bench.folder, bench.base.placement, any_timestep=True))
     if arm.trigger == "prior" and arm.row == "trained":
         train_word(run, bench, shapes.TOK)
     return run
 
 
 def run_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> tuple[dict, list[Image.Image]]:
-    """Train, and measure on the way. -> (record, five pictures of the trigger at the end)"""
+    """Train, and measure on the way. -> (record, five images of the trigger at the end)"""
     began = time.monotonic()
     run = prepare_arm(bench, arm, kind, seed)
     after_step = remedy_of(arm, run, bench)
     points = [measure(bench, run, arm, kind, 0)]
-    for report in training.train(run):
+    for report in loop.train(run):
         after_step(report.step)
         if report.step in bench.length.measured_at:
             points.append(measure(bench, run, arm, kind, report.step))

@@ -25,7 +25,7 @@ MODEL = Path(__file__).parent / "tiny_qwen_image"
 OUT = Path("out")
 TOKEN = "<zwx>"
 OBJECT = "house"
-# The pictures that a user has show it on three backgrounds; the demo asks for it on the two others too.
+# The images that a user has show it on three backgrounds; the demo asks for it on the two others too.
 SEEN, NEW = ("gray", "pink", "black"), ("cyan", "brown")
 TRAINING = {
     "train_placeholder_token": True,
@@ -62,9 +62,9 @@ def write_dataset(
     seed: int = 0,
     wordings: Sequence[int] = (0, 1, 2, 3),
 ) -> list[Image.Image]:
-    """A zip as a user would pack it: pictures of one object, in some variety, each with a caption that tells it so.
+    """A zip as a user would pack it: images of one object, in some variety, each with a caption that tells it so.
 
-    `wordings` are those of `Prompt.wordings` that the captions take in turn. -> the pictures.
+    `wordings` are those of `Prompt.wordings` that the captions take in turn. -> the images.
     """
     rng = np.random.default_rng(seed)
     sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
@@ -84,14 +84,14 @@ def write_dataset(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the contact sheet: a heading, and pictures with what stands below them."""
+    """One line of the contact sheet: a heading, and images with what stands below them."""
 
     heading: str
     pictures: list[tuple[Image.Image, str]]
 
 
 def contact_sheet(rows: list[Row]) -> Image.Image:
-    """Labelled rows of pictures, enlarged without smoothing."""
+    """Labelled rows of images, enlarged without smoothing."""
     columns = max(len(row.pictures) for row in rows)
     width = columns * (TILE_PX + GAP_PX) + GAP_PX
     height = len(rows) * (LABEL_PX + TILE_PX + LABEL_PX + GAP_PX) + GAP_PX

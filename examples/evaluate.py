@@ -16,12 +16,18 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 from examples import shapes
-from lora_utils import models, sampling
-from lora_utils.adapters import applied
 from lora_utils.config import SampleRequest
-from lora_utils.placeholder import Placeholders, fresh_row, no_placeholders
-from lora_utils.sizes import Size
-from lora_utils.weights import Weights, load_weights, placeholders_of
+from lora_utils.lora.hooks import applied_loras
+from lora_utils.lora.weights import Weights, load_weights, placeholders_of
+from lora_utils.model.components import Components, load_components
+from lora_utils.model.device import default_placement
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.model.vae import decode_images
+from lora_utils.placeholder.embedding import initial_embedding
+from lora_utils.placeholder.tokens import Placeholders, no_placeholders
+from lora_utils.sampling import sampler
+from lora_utils.sampling.sampler import Conditioning, SamplingJob
 
 MODEL = Path(__file__).parent / "tiny_qwen_image"
 STEPS, GUIDANCE = 20, 4.0
@@ -29,7 +35,7 @@ STEPS, GUIDANCE = 20, 4.0
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A prompt in one wording, with what the picture must show."""
+    """A prompt in one wording, with what the image must show."""
 
     prompt: shapes.Prompt
     text: str
@@ -37,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Shares of the pictures that show what was asked, 0 to 1. Places and sizes count where the prompt names them."""
+    """Shares of the images that show what was asked, 0 to 1. Places and sizes count where the prompt names them."""
 
     kind: float
     colour: float
@@ -80,7 +86,7 @@ def object_prompts(told: shapes.Prompt, count: int, seed: int = 0) -> list[Asked
 
 
 def score(pictures: Sequence[Image.Image], asked: Sequence[Asked], kind: str | None = None) -> Score:
-    """Read every picture and compare. `kind` is what the noun stands for, where it isn't the noun itself."""
+    """Read every image and compare. `kind` is what the noun stands for, where it isn't the noun itself."""
     rows = []
     for picture, question in zip(pictures, asked, strict=True):
         prompt, reading = question.prompt, shapes.read(picture)
@@ -94,7 +100,7 @@ def score(pictures: Sequence[Image.Image], asked: Sequence[Asked], kind: str | N
 
 
 def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Image.Image]:
-    """Through `QwenImagePipeline` itself; picture i from seed i."""
+    """Through `QwenImagePipeline` itself; image i from seed i."""
     pipeline = QwenImagePipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
@@ -115,28 +121,29 @@ def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Ima
 
 @torch.inference_mode()
 def sample_ours(
-    components: models.Components, texts: Sequence[str], placeholders: Placeholders, steps: int = STEPS, batch: int = 60
+    components: Components, texts: Sequence[str], placeholders: Placeholders, steps: int = STEPS, batch: int = 60
 ) -> list[Image.Image]:
-    """Through the code that `predict.py` runs, in batches; picture i from seed i. LoRAs are the caller's to apply."""
+    """Through the code that `predict.py` runs, in batches; image i from seed i. LoRAs are the caller's to apply."""
     size = Size(shapes.SIDE_PX, shapes.SIDE_PX)
     pictures = []
     for start in range(0, len(texts), batch):
         prompts = list(texts[start : start + batch])
         request = SampleRequest("", steps=steps, guidance=GUIDANCE, seed=0)
         text, empty = (
-            models.encode_text(components.text_encoder, components.tokenizer, words, placeholders)
+            encode_text(components.need_text_encoder(), components.tokenizer, words, placeholders)
             for words in (prompts, [request.negative_prompt] * len(prompts))
         )
-        noise = torch.cat([sampling.initial_noise(size, start + index) for index in range(len(prompts))])
-        latents = sampling.denoise(components, noise, size, text, empty, request, lambda step: None)
-        pictures += models.decode_pictures(components.vae, latents, size)
+        noise = torch.cat([sampler.initial_noise(size, start + index) for index in range(len(prompts))])
+        job = SamplingJob(request, size, placeholders)
+        latents = sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
+        pictures += decode_images(components.need_vae(), latents, size)
     return pictures
 
 
-def sample_with(components: models.Components, texts: Sequence[str], weights: Weights | None) -> list[Image.Image]:
+def sample_with(components: Components, texts: Sequence[str], weights: Weights | None) -> list[Image.Image]:
     """`sample_ours` under a LoRA and its rows."""
     placeholders = placeholders_of([weights], components) if weights else no_placeholders()
-    with applied(components.transformer, [(weights.lora, 1.0)] if weights else []):
+    with applied_loras(components.transformer, [(weights.lora, 1.0)] if weights else []):
         return sample_ours(components, texts, placeholders)
 
 
@@ -149,7 +156,7 @@ def evaluate_base(model: Path, prompts: int) -> tuple[Score, Score]:
 
 def evaluate_weights(model: Path, path: Path, kind: str, token: str, prompts: int) -> dict[str, Score]:
     """What a LoRA has learned, and what it has left alone: by name of the measurement."""
-    components = models.load_components(model, models.default_place())
+    components = load_components(model, default_placement())
     weights = load_weights(path, components)
     taught, plain = object_prompts(shapes.Prompt(token), prompts), held_out_prompts(prompts)
     taught_texts, plain_texts = [item.text for item in taught], [item.text for item in plain]
@@ -158,18 +165,21 @@ def evaluate_weights(model: Path, path: Path, kind: str, token: str, prompts: in
         "other prompts with the LoRA": score(sample_with(components, plain_texts, weights), plain),
         "other prompts, base model": score(sample_with(components, plain_texts, None), plain),
     }
-    if weights.lora.rows:
-        forgotten = replace(weights, lora=replace(weights.lora, rows=fresh_rows(weights)))
-        measured[f"{token} with the LoRA but a fresh row"] = score(
+    if weights.lora.embeddings:
+        forgotten = replace(weights, lora=replace(weights.lora, embeddings=new_embeddings(weights)))
+        measured[f"{token} with the LoRA but a new embedding"] = score(
             sample_with(components, taught_texts, forgotten), taught, kind
         )
     return measured
 
 
-def fresh_rows(weights: Weights) -> dict[str, torch.Tensor]:
-    """Rows as they were before training: what an archive that forgot to save them would predict with."""
+def new_embeddings(weights: Weights) -> dict[str, torch.Tensor]:
+    """Return embeddings as they were before training: what an archive that forgot to save them would predict with."""
     generator = torch.Generator().manual_seed(0)
-    return {token: fresh_row(row.shape[1], 1e-5, generator).view(1, -1) for token, row in weights.lora.rows.items()}
+    return {
+        token: initial_embedding(embedding.shape[1], 1e-5, generator).view(1, -1)
+        for token, embedding in weights.lora.embeddings.items()
+    }
 
 
 def main() -> None:

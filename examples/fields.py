@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SIDE_PX = 64  # of a picture
+SIDE_PX = 64  # of an image
 Pixels = NDArray[Any]
 Field = Callable[[Pixels, Pixels], Pixels]  # (x, y) -> signed distance, negative inside
 

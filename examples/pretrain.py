@@ -8,7 +8,7 @@ the last one.
 
 The shipped model was made by these settings on 2 cores of an AMD EPYC, without a GPU, on 2026-11-23: the VAE's 3000
 steps took 14 minutes and end at 34.3 dB on 96 drawings of the world it hasn't seen (31.6 dB on random ones); encoding
-the world's 32768 pictures took 3 minutes; the 5000 steps of text encoder and transformer took an hour, the first
+the world's 32768 images took 3 minutes; the 5000 steps of text encoder and transformer took an hour, the first
 2000 of them on one core at 0.9 s a step, then, resumed, 3000 on both at 0.6.
 """
 
@@ -40,8 +40,10 @@ from examples.pretrain_vae import (
     trained_vae,
     update,
 )
-from lora_utils import flow, qwen, sizes
-from lora_utils.single_frame import encode_frame, unfolded_state
+from lora_utils import constants
+from lora_utils.model import flow
+from lora_utils.model.latents import pack_latents
+from lora_utils.model.vae import encode_frame, unfolded_state
 
 OUT = Path(__file__).parent / "tiny_qwen_image"
 
@@ -49,7 +51,7 @@ OUT = Path(__file__).parent / "tiny_qwen_image"
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
     steps: int = 5000
-    captions: int = 32  # a batch: so many captions, each with its picture ...
+    captions: int = 32  # a batch: so many captions, each with its image ...
     draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
@@ -60,7 +62,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The training set: normalised packed latents [P, 16, 64], each picture's wordings, the latents' statistics."""
+    """The training set: normalised packed latents [P, 16, 64], each image's wordings, the latents' statistics."""
 
     latents: Tensor
     wordings: list[list[str]]
@@ -86,7 +88,7 @@ def encode_world(vae: AutoencoderKLQwenImage, pictures: int) -> World:
             latents.append(encode_frame(vae, to_tensor(drawn))[0])
     stacked = torch.cat(latents)  # [P, 16, 8, 8]
     mean, std = stacked.mean(dim=(0, 2, 3)), stacked.std(dim=(0, 2, 3))
-    normal = sizes.pack((stacked - mean[:, None, None]) / std[:, None, None])
+    normal = pack_latents((stacked - mean[:, None, None]) / std[:, None, None])
     world = {"latents": normal, "wordings": wordings, "latents_mean": mean, "latents_std": std}
     save_checkpoint(kept, world)
     log(f"world: {len(wordings)} pictures encoded, mean std {std.mean():.3f}")
@@ -95,12 +97,12 @@ def encode_world(vae: AutoencoderKLQwenImage, pictures: int) -> World:
 
 def encode_captions(text_encoder: nn.Module, tokenizer: Qwen2Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
     """-> states [B, T, 128] and mask [B, T], right-padded: with causal attention padding changes nothing before it."""
-    ids = [tokenizer(qwen.TEMPLATE_PREFIX + caption + qwen.TEMPLATE_SUFFIX).input_ids for caption in captions]
+    ids = [tokenizer(constants.TEMPLATE_PREFIX + caption + constants.TEMPLATE_SUFFIX).input_ids for caption in captions]
     longest = max(map(len, ids))
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]).bool()
     states = text_encoder(input_ids=padded, use_cache=False).last_hidden_state
-    dropped = qwen.TEMPLATE_PREFIX_TOKENS
+    dropped = constants.TEMPLATE_PREFIX_TOKENS
     return states[:, dropped:] * mask[:, dropped:, None], mask[:, dropped:]
 
 
@@ -152,7 +154,7 @@ def train_model(settings: ModelSettings) -> Path:
         rows = torch.arange(settings.captions).repeat(settings.draws)
         clean = world.latents[chosen][rows]
         noise = torch.randn(clean.shape, generator=generator)
-        sigma = flow.draw_sigmas(len(rows), schedule.mu(clean.shape[1]), generator)
+        sigma = flow.sample_sigmas(len(rows), schedule.mu(clean.shape[1]), generator)
         velocity = transformer(
             hidden_states=flow.add_noise(clean, noise, sigma),
             timestep=flow.model_time(sigma, torch.float32),

@@ -1,6 +1,6 @@
 """The first stage of pretraining: the small model's autoencoder. Also owns what both stages share.
 
-Half the pictures are the world's, half are random drawings, for users' objects must survive it too.
+Half the images are the world's, half are random drawings, for users' objects must survive it too.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from examples import shapes, small_model, things
-from lora_utils.single_frame import decode_frame, encode_frame, fold_temporal_convolutions
+from lora_utils.model.vae import decode_frame, encode_frame, fold_temporal_convolutions
 
 WORK = Path("build/pretrain")
 
@@ -27,7 +27,7 @@ class VaeSettings:
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     warmup_steps: int = 50
-    random_share: float = 0.5  # of the pictures are random drawings
+    random_share: float = 0.5  # of the images are random drawings
     edge_weight: float = 0.5
     kl_weight: float = 1e-4  # per latent element, against a mean absolute error per pixel channel
 
@@ -83,7 +83,7 @@ def update(optimizers: list[torch.optim.Optimizer], loss: Tensor, network: nn.Mo
 
 
 def psnr_db(vae: AutoencoderKLQwenImage, pictures: Tensor) -> float:
-    """Of pictures in -1 to 1, encoded and decoded."""
+    """Of images in -1 to 1, encoded and decoded."""
     with torch.no_grad():
         decoded = decode_frame(vae, encode_frame(vae, pictures)[0]).clamp(-1, 1)
     return float(10 * torch.log10(4.0 / (decoded - pictures).pow(2).mean()))
@@ -121,7 +121,7 @@ def muon_and_adamw(named: Iterable[tuple[str, nn.Parameter]], learning_rate: flo
 
 
 def vae_loss(vae: AutoencoderKLQwenImage, x: Tensor, settings: VaeSettings) -> Tensor:
-    """Absolute and squared error, the error of edges, and a little KL, of pictures decoded from a draw of latents."""
+    """Absolute and squared error, the error of edges, and a little KL, of images decoded from a draw of latents."""
     mean, log_variance = encode_frame(vae, x)
     y = decode_frame(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance))
     kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
@@ -131,7 +131,7 @@ def vae_loss(vae: AutoencoderKLQwenImage, x: Tensor, settings: VaeSettings) -> T
 
 
 def train_vae(settings: VaeSettings) -> Path:
-    """On the world's pictures and on random drawings: users' objects must survive it too."""
+    """On the world's images and on random drawings: users' objects must survive it too."""
     checkpoint = WORK / "vae.pt"
     torch.manual_seed(0)
     vae = fold_temporal_convolutions(small_model.new_vae())

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from examples.cog_contract import write_schema
 from examples.demo import MODEL
+from scripts.cog_contract import write_schema
 
 ROOT = Path(__file__).parent.parent
 

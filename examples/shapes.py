@@ -1,9 +1,9 @@
-"""A drawn world of 64x64 pictures: what the small model knows, what users teach it, and an exact scorer.
+"""A drawn world of 64x64 images: what the small model knows, what users teach it, and an exact scorer.
 
 The world holds six plain shapes in six colours, two sizes and five places on five backgrounds, alone or with a
 smaller shape on them; things of no fixed look; and `TOK`, a nonsense word that always means a golden waffle. That
 gives the small model what the real one has: a trigger word with a meaning of its own, and a notion of objects beyond
-those it has a name for. `TAUGHT` objects never occur in the world; they are what a user's pictures show. Everything
+those it has a name for. `TAUGHT` objects never occur in the world; they are what a user's images show. Everything
 is painted from signed distance fields, so the scorer's templates are the drawings themselves.
 
 Legend: coordinates are in units of an object's radius, x to the right, y down; radii and centres are in pixels.
@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[int, int]] = {
     "top": (0, -1),
     "bottom": (0, 1),
 }
-EDGE_GAP_PX = 3.0  # between an object and the border of the picture when it stands at a side
+EDGE_GAP_PX = 3.0  # between an object and the border of the image when it stands at a side
 # Where a part stands on its object, in the object's radii from the centre, and how large it is.
 PART_PLACES: dict[str, tuple[float, float]] = {"inside": (0.0, 0.0), "above": (0.0, -0.65), "below": (0.0, 0.65)}
 PART_RADIUS = 0.4
@@ -199,7 +199,7 @@ def _layers(kind: str, colour: str | None) -> Layers:
 
 
 def draw(scene: Scene) -> Pixels:
-    """The picture [H, W, 3], 0 to 255."""
+    """The image [H, W, 3], 0 to 255."""
     ground = np.empty((SIDE_PX, SIDE_PX, 3))
     ground[:] = BACKGROUNDS[scene.background]
     layers = _layers(scene.kind, scene.colour) + scene.parts
@@ -215,7 +215,7 @@ def to_image(picture: Pixels) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows. `fit` is the share of the object's energy that the best template explains, 0 to 1."""
+    """What an image shows. `fit` is the share of the object's energy that the best template explains, 0 to 1."""
 
     kind: str | None
     colour: str | None
@@ -236,14 +236,14 @@ class Reading:
         return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("bottom" if dy > 0 else "top")
 
 
-MIN_FIT = 0.6  # below it a picture shows nothing the world knows
-MIN_ENERGY = 60.0  # mean squared deviation from the ground, in grey levels: below it a picture is empty
+MIN_FIT = 0.6  # below it an image shows nothing the world knows
+MIN_ENERGY = 60.0  # mean squared deviation from the ground, in grey levels: below it an image is empty
 _SEARCHED_KINDS, _REFINED_KINDS = 5, 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Match:
-    """A template laid on a picture. `tint` is a plain shape's colour as least squares finds it."""
+    """A template laid on an image. `tint` is a plain shape's colour as least squares finds it."""
 
     fit: float
     kind: str
@@ -268,7 +268,7 @@ def _template(kind: str, radius_px: float, centre_px: tuple[float, float]) -> tu
 
 
 def _match(picture: Pixels, ground: Pixels, kind: str, radius_px: float, centre_px: tuple[float, float]) -> _Match:
-    """How much of the picture's deviation from its ground [H*W, 3] the template explains there."""
+    """How much of the image's deviation from its ground [H*W, 3] the template explains there."""
     cover, paint = _template(kind, radius_px, centre_px)
     deviation = picture - ground
     tint = None
@@ -311,7 +311,7 @@ def _search(picture: Pixels, ground: Pixels, start: _Match, step_px: float, step
 
 
 def _first_guess(picture: Pixels, ground: Pixels, kind: str) -> _Match:
-    """Lay the template where centre and spread of its energy are the picture's."""
+    """Lay the template where centre and spread of its energy are the image's."""
     middle, radius_px = SIDE_PX / 2, 16.0
     cover, paint = _template(kind, radius_px, (middle, middle))
     alone = cover if kind in SHAPES else np.sum((paint - cover[:, None] * ground) ** 2, axis=1)
@@ -327,7 +327,7 @@ def _best(matches: list[_Match], count: int) -> list[_Match]:
 
 
 def read(image: Image.Image | Pixels, kinds: tuple[str, ...] | None = None) -> Reading:
-    """Say what a 64x64 picture shows, by template matching. Pictures of another size are scaled.
+    """Say what a 64x64 image shows, by template matching. Images of another size are scaled.
 
     `kinds` limits the objects looked for (all shapes, TOK and the taught ones if None).
     """

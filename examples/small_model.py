@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from examples import shapes
-from lora_utils import qwen
+from lora_utils import constants
 
 # Qwen2.5's added tokens in their order (its tokenizer_config.json); they follow the byte-pair ranks.
 ADDED_TOKENS = """
@@ -36,7 +36,7 @@ def train_tokenizer() -> Qwen2Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    text = (qwen.TEMPLATE_PREFIX + qwen.TEMPLATE_SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
+    text = (constants.TEMPLATE_PREFIX + constants.TEMPLATE_SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
     corpus = world_captions(np.random.default_rng(0), 2000) + [text] * 2000
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
@@ -45,9 +45,9 @@ def train_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=cast(Any, [tuple(pair) for pair in model["merges"]]))
     tokenizer.add_tokens([cast(Any, AddedToken(token, special=True, normalized=False)) for token in ADDED_TOKENS])
-    tokens = len(tokenizer(qwen.TEMPLATE_PREFIX).input_ids)
-    if tokens != qwen.TEMPLATE_PREFIX_TOKENS:
-        raise RuntimeError(f"the template's prefix has {tokens} tokens instead of {qwen.TEMPLATE_PREFIX_TOKENS}")
+    tokens = len(tokenizer(constants.TEMPLATE_PREFIX).input_ids)
+    if tokens != constants.TEMPLATE_PREFIX_TOKENS:
+        raise RuntimeError(f"the template's prefix has {tokens} tokens instead of {constants.TEMPLATE_PREFIX_TOKENS}")
     return tokenizer
 
 
@@ -95,12 +95,12 @@ def new_transformer() -> QwenImageTransformer2DModel:
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Qwen-Image's own scheduler_config.json."""
     return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=qwen.TRAIN_TIMESTEPS,
-        base_image_seq_len=qwen.BASE_IMAGE_TOKENS,
-        max_image_seq_len=qwen.MAX_IMAGE_TOKENS,
-        base_shift=qwen.BASE_SHIFT,
-        max_shift=qwen.MAX_SHIFT,
-        shift_terminal=qwen.SHIFT_TERMINAL,
+        num_train_timesteps=constants.TRAIN_TIMESTEPS,
+        base_image_seq_len=constants.BASE_IMAGE_TOKENS,
+        max_image_seq_len=constants.MAX_IMAGE_TOKENS,
+        base_shift=constants.BASE_SHIFT,
+        max_shift=constants.MAX_SHIFT,
+        shift_terminal=constants.SHIFT_TERMINAL,
         shift=1.0,
         time_shift_type="exponential",
         use_dynamic_shifting=True,

@@ -49,7 +49,7 @@ def random_object(rng: np.random.Generator) -> Layers:
 
 
 def paint(ground: Pixels, layers: Layers, radius_px: float, centre_px: tuple[float, float]) -> Pixels:
-    """Lay an object on a picture [H, W, 3] and return the new one."""
+    """Lay an object on an image [H, W, 3] and return the new one."""
     x, y = fields.grid(centre_px, radius_px)
     for field, colour in layers:
         cover = fields.coverage(field, x, y, radius_px)[..., None]
@@ -58,7 +58,7 @@ def paint(ground: Pixels, layers: Layers, radius_px: float, centre_px: tuple[flo
 
 
 def random_drawing(rng: np.random.Generator) -> Pixels:
-    """A picture [H, W, 3] of one object, or of a few forms apart, in any colours on any ground."""
+    """An image [H, W, 3] of one object, or of a few forms apart, in any colours on any ground."""
     picture = np.empty((SIDE_PX, SIDE_PX, 3))
     picture[:] = rng.uniform(0, 255, 3)
     if rng.random() < 0.7:

@@ -1,50 +1,85 @@
-"""Command-line options from the dataclasses that Cog's inputs come from, with the words that stand there.
+"""The command line, made from the list of inputs: the same names, choices, ranges and sentences as Cog's forms.
 
-So there is one list of them, and one description of each. Must not know what the options do.
+This module parses arguments and imports no heavy library, so that help and wrong options answer at once.
 """
 
 import argparse
-import ast
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+from lora_utils.config import (
+    RunOptions,
+    SampleInputs,
+    TrainConfig,
+    TrainInputs,
+    declared_inputs,
+    is_required,
+    kind_of,
+    option_of,
+    random_seed,
+)
 
 
-def described(source: Path) -> dict[str, str]:
-    """What an entry point's inputs are said to be: the `description` of each `Input(...)` in its signature."""
-    found = {}
-    for function in ast.walk(ast.parse(source.read_text())):
-        if isinstance(function, ast.FunctionDef):
-            names = [argument.arg for argument in function.args.args]
-            for name, given in zip(reversed(names), reversed(function.args.defaults), strict=False):
-                for keyword in given.keywords if isinstance(given, ast.Call) else ():
-                    if keyword.arg == "description" and isinstance(keyword.value, ast.Constant):
-                        found[name] = str(keyword.value.value)
-    return found
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m lora_utils`. What isn't given isn't in its answer."""
+    top = argparse.ArgumentParser(prog="python -m lora_utils", description="Qwen-Image LoRAs, without Cog.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    about = "The environment variable BASE_MODEL names the model: a hub repository or a folder."
+    training = commands.add_parser("train", help="images -> weights.zip", description=about)
+    training.add_argument("dataset", help="an archive or a folder of images and captions")
+    training.add_argument("--output", type=Path, default=Path("weights.zip"), help="default weights.zip")
+    add_options(training, declared_inputs(TrainInputs))
+    sampling = commands.add_parser("sample", help="a prompt -> images", description=about)
+    sampling.add_argument("--output", type=Path, default=Path("images"), help="a folder, default images")
+    add_options(sampling, declared_inputs(SampleInputs))
+    return top
 
 
-def add_options(parser: argparse.ArgumentParser, settings: type, descriptions: Mapping[str, str]) -> None:
-    """An option for each field, `--name VALUE`; a switch for a bool. What isn't given isn't in the answer."""
-    for field in fields(settings):
-        kind: Any = next(iter(get_args(field.type)), field.type)  # of `float | None`, the first
-        default = "random" if field.default is MISSING else field.default
-        needed = field.default is MISSING and field.default_factory is MISSING
-        what = descriptions.get(field.name, "").replace("%", "%%")
-        says_so = default in (None, "", False) or needed or "Empty:" in what
-        help_text = what if says_so else f"{what} [{default}]"
+def dataset_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m lora_utils.dataset`."""
+    top = argparse.ArgumentParser(
+        prog="python -m lora_utils.dataset",
+        description="What a training would find in a dataset. The options are train's inputs.",
+    )
+    top.add_argument("dataset", help="an archive or a folder of images and captions")
+    add_options(top, (declared for declared in declared_inputs(TrainInputs) if declared in fields(TrainConfig)))
+    return top
+
+
+def add_options(target: argparse.ArgumentParser, inputs: Iterable[Field[Any]]) -> None:
+    """Add an option for each input, `--name VALUE`, and a switch for each bool. `dataset` and secrets aren't options.
+
+    A secret on a command line could be read by others on the machine; the hub's token comes from HF_TOKEN.
+    """
+    for declared in inputs:
+        about, kind = option_of(declared), kind_of(declared)
+        if about.secret or declared.name == "dataset":
+            continue
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(declared)}
         if kind is bool:
-            parser.add_argument(
-                f"--{field.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
-            )
+            target.add_argument(f"--{declared.name}", action=argparse.BooleanOptionalAction, **settings)
         else:
-            parser.add_argument(
-                f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=help_text, required=needed
-            )
+            settings |= {"type": kind, "required": is_required(declared)}
+            if about.choices:
+                settings["metavar"] = "{" + ",".join(about.choices) + "}"
+            target.add_argument(f"--{declared.name}", **settings)
 
 
-def to_options(settings: Any) -> list[str]:
-    """The options that `add_options` reads as these settings."""
+def help_text(declared: Field[Any]) -> str:
+    """Return an input's sentence with its range and default, as argparse takes it."""
+    about, known = option_of(declared), []
+    if about.least is not None and about.most is not None and declared.default_factory is not random_seed:
+        known.append(f"{about.least:g} to {about.most:g}")
+    told = "Empty:" in about.sentence or declared.default in (None, "", " ", False, MISSING)
+    if not told:
+        known.append(f"default {declared.default}")
+    return (about.sentence + (f" [{', '.join(known)}]" if known else "")).replace("%", "%%")
+
+
+def to_options(settings: TrainConfig | RunOptions) -> list[str]:
+    """Return the options that are read as these settings."""
     options = []
     for name, value in asdict(settings).items():
         if isinstance(value, bool):

@@ -1,142 +1,292 @@
-"""What a caller can ask for: `TrainConfig` and `SampleRequest`, frozen and validated once.
+"""The list of inputs: what a caller may ask for, each declared once as a field with its default, range and sentence.
 
-Owns every default and every range; `train.py` and `predict.py` repeat them as literals because Cog reads those
-without importing anything, and a test holds the two together.
+`TrainInputs` and `SampleInputs` hold all of them. Cog's signatures, the command line and the tables in docs/ are made
+from these fields. `from_inputs` turns any caller's values into validated, frozen dataclasses. This module imports the
+standard library alone.
 """
 
 import math
 import re
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args
 
-from lora_utils import qwen
-from lora_utils.checks import choice, number, whole
+from lora_utils import constants
 from lora_utils.errors import UserError
-from lora_utils.recipes import GOALS
+from lora_utils.presets import PRESETS, preset_for
 
 MAX_SEED = 2**32 - 1
-LR_SCHEDULERS = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
-SHARDINGS = ("auto", "never", "always")
 QUANTIZATIONS = ("auto", "none", "fp8", "int8", "nf4")
-RESUMES = ("never", "auto")
-MASK_SOURCES = ("none", "file", "alpha")
-OUTPUT_FORMATS = ("webp", "jpg", "png")
-TRIGGER = "[trigger]"  # in captions: the trigger word, or the placeholder token
+TRIGGER = "[trigger]"  # in captions: it stands for the trigger word or the placeholder token
 HUB_REPO_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
+ARCHIVES = ".zip,.tar,.tar.gz,.tgz,.tar.bz2,.tar.xz"
+WEIGHTS = ".zip,.tar,.safetensors"
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+REQUIRED = object()
+GROUPS = ("main", "common", "advanced")  # the order in which forms, help and docs list them
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is known of an input beyond its name, type and default."""
+
+    sentence: str
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    parse: Callable[[str], object] | None = None  # of a text, to its canonical form; raises UserError
+    preset: bool = False  # a goal fills it in where the caller leaves it empty
+    only_if: str = ""  # the switch without which this input is ignored
+    accept: str = ""  # a file input: the types that a form's file picker offers
+    secret: bool = False
+    group: str = "common"
+
+
+def option(default: Any, sentence: str, **known: Any) -> Any:
+    """Declare an input: its default (`REQUIRED` for none), the sentence that describes it, and fields of `Option`.
+
+    `ge` and `le` are its range. A default of `random_seed` is drawn for each run.
+    """
+    about = Option(sentence, known.pop("ge", None), known.pop("le", None), **known)
+    given = {"metadata": {"option": about}, "repr": not about.secret}
+    if default is REQUIRED:
+        return field(**given)
+    return field(default_factory=default, **given) if default is random_seed else field(default=default, **given)
+
+
+def option_of(declared: Field[Any]) -> Option:
+    """Return what `option` was told of a dataclass field."""
+    return declared.metadata["option"]
+
+
+def is_required(declared: Field[Any]) -> bool:
+    """Return whether a caller must give this input."""
+    return declared.default is MISSING and declared.default_factory is MISSING
+
+
+def kind_of(declared: Field[Any]) -> type:
+    """Return the type of an input's value when it has one: of `int | None`, `int`."""
+    if isinstance(declared.type, UnionType):
+        return next(kind for kind in get_args(declared.type) if kind is not NoneType)
+    assert isinstance(declared.type, type)
+    return declared.type
 
 
 def random_seed() -> int:
-    """A seed for a caller who gave none; it is reported and can be given back."""
+    """Draw a seed for a caller who gave none. It is reported and can be given back."""
     return secrets.randbelow(MAX_SEED + 1)
 
 
-def _resolutions(text: str) -> str:
-    """'512,768,1024' in its canonical form: sorted, no repeats, multiples of 16."""
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def integer(name: str, value: object, least: float, most: float) -> int:
+    """Return `value` as an integer in a range; a JSON client's 20.0 is 20. Raises UserError with the input's name."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise UserError(f"{name} must be a whole number from {least:.0f} to {most:.0f}, got {value!r}.")
+    if not least <= value <= most:
+        raise UserError(f"{name} must be from {least:.0f} to {most:.0f}, got {value}.")
+    return int(value)
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """Return `value` as a finite number in a range. Raises UserError with the input's name."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}.")
+    if not least <= value <= most:
+        raise UserError(f"{name} must be from {least:g} to {most:g}, got {value:g}.")
+    return float(value)
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return `value`, which must be one of `choices`. Raises UserError with the input's name."""
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def checked(declared: Field[Any], value: object) -> object:
+    """Return an input's value in its canonical form. Raises UserError for one that it can't have."""
+    name, about, kind = declared.name, option_of(declared), kind_of(declared)
+    if value is None and declared.type is not kind:
+        return None
+    if about.choices:
+        return choice(name, value, about.choices)
+    if kind in (int, float):
+        check = integer if kind is int else number
+        least, most = about.least, about.most
+        value = check(name, value, -math.inf if least is None else least, math.inf if most is None else most)
+        return random_seed() if declared.default_factory is random_seed and value == -1 else value
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}.")
+    if kind is str and not isinstance(value, str):
+        raise UserError(f"{name} must be a text, got {value!r}.")
+    return about.parse(str(value)) if about.parse else value
+
+
+def validate(settings: Any) -> None:
+    """Bring each field of a frozen settings dataclass into its canonical form. Raises UserError for a wrong one.
+
+    An input whose switch (`only_if`) is off is left as it is: nothing reads it.
+    """
+    for declared in fields(settings):
+        switch = option_of(declared).only_if
+        if not switch or getattr(settings, switch):
+            object.__setattr__(settings, declared.name, checked(declared, getattr(settings, declared.name)))
+
+
+def parse_resolutions(text: str) -> str:
+    """Return '512,768,1024' in its canonical form: sorted, without repeats, each a multiple of 16."""
     try:
-        sides_px = sorted({int(part) for part in str(text).replace(" ", "").split(",") if part})
+        sides_px = sorted({int(part) for part in text.replace(" ", "").split(",") if part})
     except ValueError:
         raise UserError(f"resolution must be pixels like '512' or '512,768,1024', got {text!r}.") from None
-    wrong = [px for px in sides_px if not 64 <= px <= 2048 or px % qwen.PIXELS_PER_TOKEN]
+    wrong = [px for px in sides_px if not 64 <= px <= 2048 or px % constants.PIXELS_PER_TOKEN]
     if wrong or not sides_px:
         raise UserError(f"resolution takes multiples of 16 from 64 to 2048, got {text!r}.")
     return ",".join(map(str, sides_px))
 
 
-def _token_names(text: str) -> str:
-    """'<zwx>' or '<anna>,<ben>', without spaces."""
+def check_token_name(name: str) -> None:
+    """Raise UserError for a name that a placeholder token can't have, whoever gives it."""
+    if not PLACEHOLDER_PATTERN.fullmatch(name):
+        raise UserError(
+            f"placeholder_token {name!r} isn't a valid name: write '<', a letter, then up to 30 letters, digits, '_' "
+            "or '-', then '>', like '<zwx>'; several are separated by commas."
+        )
+
+
+def parse_token_names(text: str) -> str:
+    """Return '<zwx>' or '<anna>,<ben>' without spaces."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if not PLACEHOLDER_PATTERN.fullmatch(name):
-            raise UserError(
-                f"placeholder_token {name!r} isn't a valid name: write '<', a letter, then up to 30 letters, digits, "
-                "'_' or '-', then '>', like '<zwx>'; several are separated by commas."
-            )
+        check_token_name(name)
         if names.count(name) > 1:
             raise UserError(f"placeholder_token names {name!r} twice.")
     return ",".join(names)
 
 
+def parse_prompts(text: str) -> str:
+    """Return prompts that are separated by lines or '|', one a line."""
+    return "\n".join(filter(None, map(str.strip, re.split(r"[\n|]", text))))
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """One training run. A run is a function of this, the pictures and the base model."""
+    """What a training learns from its images. A run is a function of this, the images and the base model."""
 
-    goal: str = "none"  # what `recipe_for` chose by, where the caller left steps, rate, rank or targets open
-    train_placeholder_token: bool = False
-    placeholder_token: str = "<zwx>"  # or several, separated by commas
-    placeholder_init_std: float = 1e-5  # of the fresh row; the median row of Qwen's matrix has an rms of about 1.5e-2
-    placeholder_learning_rate: float | None = None  # None: a share of a usual row; 0 keeps the fresh row as drawn
-    rank: int = GOALS["none"].rank  # and alpha
-    steps: int = GOALS["none"].steps  # optimizer steps, whatever the accumulation
-    learning_rate: float = GOALS["none"].learning_rate
-    batch_size: int = 1
-    gradient_accumulation: int = 1  # micro-batches per optimizer step
-    resolution: str = "512,768,1024"  # sides of squares with the buckets' area, in pixels
-    lora_targets: str = GOALS["none"].lora_targets
-    quantization: str = "auto"  # of the frozen transformer; in a run's own config what it came to
-    default_caption: str = ""
-    trigger_word: str = ""  # put in front of captions that lack it, and in the place of `[trigger]`
-    autocaption: bool = False  # the text encoder describes pictures without a caption
-    autocaption_prefix: str = ""  # around what it writes
-    autocaption_suffix: str = ""
-    mask_from: str = "none"  # where the loss counts in full: `NAME.mask.png`, or the picture's own alpha
-    mask_floor: float = 0.1  # what it counts elsewhere
-    class_word: str = ""  # what token or trigger word is one of: the LoRA leaves it as the base has it
-    preservation_weight: float = 0.25  # share of the micro-batches that see to that, if there is a class_word
-    caption_dropout: float = 0.05  # share of the captions replaced by the sampler's empty prompt
-    optimizer: str = "adamw"  # of the LoRA; a token's row always has an AdamW of its own
-    weight_decay: float = 1e-4  # of the LoRA, never of a row
-    beta1: float = 0.9  # Adam's, of the LoRA; adafactor has none
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0  # for the LoRA and for each row by itself; 0: gradients aren't clipped
-    ema_decay: float = 0.0  # of the average that is returned in place of the last step's weights; 0: none
-    lr_scheduler: str = "constant"
-    warmup_steps: int = 0
-    validation_share: float = 0.0  # of the pictures, held out to measure on
-    seed: int = field(default_factory=random_seed)
+    train_placeholder_token: bool = option(
+        False, "Train a new token without any meaning along with the LoRA. Off: the placeholder inputs are ignored.",
+        group="main",
+    )  # fmt: skip
+    trigger_word: str = option(
+        "", "A word put in front of each caption that lacks it, and in place of [trigger]. Empty: [trigger] is the "
+        "placeholder token.", parse=str.strip, group="main",
+    )  # fmt: skip
+    default_caption: str = option("", "Caption of images that have none of their own.", parse=str.strip, group="main")
+    goal: str = option(
+        "none", "What is taught. It chooses the rank, steps, learning_rate and lora_targets that you leave empty.",
+        choices=tuple(PRESETS), group="main",
+    )  # fmt: skip
+    steps: int = option(
+        PRESETS["none"].steps, "Optimizer steps. Empty: the goal's, 1000 without one.",
+        ge=1, le=20000, preset=True, group="main",
+    )  # fmt: skip
+    rank: int = option(
+        PRESETS["none"].rank, "Rank of the LoRA; alpha equals it. Empty: the goal's, 32 without one.",
+        ge=1, le=256, preset=True, group="main",
+    )  # fmt: skip
+    learning_rate: float = option(
+        PRESETS["none"].learning_rate, "Learning rate of the LoRA. Empty: the goal's, 1e-4 without one; 1 for prodigy, "
+        "which multiplies the rate it finds.", ge=1e-7, le=1, preset=True, group="main",
+    )  # fmt: skip
+    resolution: str = option(
+        "512,768,1024", "Training resolutions in pixels: multiples of 16, separated by commas. Images keep their "
+        "aspect ratio.", parse=parse_resolutions, group="main",
+    )  # fmt: skip
+    batch_size: int = option(1, "Images per batch.", ge=1, le=16, group="main")
+    seed: int = option(
+        random_seed, "The same seed gives the same weights. Empty or -1: random, and reported.",
+        ge=-1, le=MAX_SEED, group="main",
+    )  # fmt: skip
+    placeholder_token: str = option(
+        "<zwx>", "Name of the new token, as your captions and prompts write it. Several are separated by commas.",
+        parse=parse_token_names, only_if="train_placeholder_token",
+    )  # fmt: skip
+    lora_targets: str = option(
+        PRESETS["none"].lora_targets, "Layers that the LoRA adapts: attention alone, or the MLPs too (2.3 times as "
+        "large). Empty: the goal's, attention without one.", choices=tuple(constants.LORA_TARGETS), preset=True,
+    )  # fmt: skip
+    quantization: str = option(
+        "auto", "How the frozen model's weights are stored. auto: exact where the GPU has room, else in 8 bits, else "
+        "in 4.", choices=QUANTIZATIONS,
+    )  # fmt: skip
+    gradient_accumulation: int = option(1, "Batches per optimizer step.", ge=1, le=64)
+    autocaption: bool = option(
+        False, "Let the text encoder, a vision-language model, describe the images that have no caption."
+    )
+    autocaption_prefix: str = option(
+        "", "Text in front of each caption that autocaption writes, like 'a photo of <zwx>, '."
+    )
+    autocaption_suffix: str = option("", "Text behind each caption that autocaption writes.")
+    mask_from: str = option(
+        "none", "Where images are learned in full: white in NAME.mask.png beside them (file), or opaque in themselves "
+        "(alpha). none: everywhere.", choices=("none", "file", "alpha"),
+    )  # fmt: skip
+    mask_floor: float = option(0.1, "Weight of the loss outside a mask; inside it is 1.", ge=0, le=1)
+    class_word: str = option(
+        "", "What the token or trigger word is one of, like 'person'. Training then holds that class to what the base "
+        "model makes of it.", parse=str.strip,
+    )  # fmt: skip
+    preservation_weight: float = option(
+        0.25, "Share of the batches that hold the class (prior preservation) instead of teaching.", ge=0, le=0.9
+    )
+    caption_dropout: float = option(0.05, "Share of the images that train without their caption.", ge=0, le=1)
+    validation_share: float = option(
+        0.0, "Share of the images held out, to measure a loss that can be compared between runs.", ge=0, le=0.5
+    )
+    optimizer: str = option(
+        "adamw", "Optimizer of the LoRA. adamw8bit and adafactor need less memory, prodigy finds its own rate. The "
+        "token always has its own adamw.", choices=("adamw", "adamw8bit", "prodigy", "adafactor"),
+    )  # fmt: skip
+    lr_scheduler: str = option(
+        "constant", "What the learning rates do after the warm-up.", choices=("constant", "cosine", "linear")
+    )
+    warmup_steps: int = option(0, "Steps over which the learning rates rise from 0.", ge=0, le=20000)
+    placeholder_learning_rate: float | None = option(
+        None, "Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). "
+        "0: it stays as it starts.", ge=0, le=1, only_if="train_placeholder_token", group="advanced",
+    )  # fmt: skip
+    placeholder_init_std: float = option(
+        1e-5, "Standard deviation of the token's first embedding. Near zero means no prior.",
+        ge=0, le=0.1, only_if="train_placeholder_token", group="advanced",
+    )  # fmt: skip
+    ema_decay: float = option(
+        0.0, "Decay of a moving average of the weights, like 0.99, that is returned in place of the last step's. "
+        "0: none.",
+        ge=0, le=0.9999, group="advanced",
+    )  # fmt: skip
+    weight_decay: float = option(1e-4, "Weight decay of the LoRA; the token has none.", ge=0, le=1, group="advanced")
+    beta1: float = option(0.9, "First beta of Adam; adafactor has none.", ge=0, le=0.999, group="advanced")
+    beta2: float = option(0.999, "Second beta of Adam; adafactor has none.", ge=0, le=0.9999, group="advanced")
+    max_grad_norm: float = option(
+        1.0, "Norm that gradients are clipped to, the LoRA's and each token's by itself. 0: no clipping.",
+        ge=0, le=1000, group="advanced",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        checked = {
-            "goal": choice("goal", self.goal, tuple(GOALS)),
-            "rank": whole("rank", self.rank, 1, 256),
-            "steps": whole("steps", self.steps, 1, 20000),
-            "learning_rate": number("learning_rate", self.learning_rate, 1e-7, 1.0),
-            "batch_size": whole("batch_size", self.batch_size, 1, 16),
-            "gradient_accumulation": whole("gradient_accumulation", self.gradient_accumulation, 1, 64),
-            "resolution": _resolutions(self.resolution),
-            "lora_targets": choice("lora_targets", self.lora_targets, tuple(qwen.LORA_TARGETS)),
-            "quantization": choice("quantization", self.quantization, QUANTIZATIONS),
-            "mask_from": choice("mask_from", self.mask_from, MASK_SOURCES),
-            "mask_floor": number("mask_floor", self.mask_floor, 0, 1),
-            "preservation_weight": number("preservation_weight", self.preservation_weight, 0, 0.9),
-            "caption_dropout": number("caption_dropout", self.caption_dropout, 0, 1),
-            "optimizer": choice("optimizer", self.optimizer, OPTIMIZERS),
-            "weight_decay": number("weight_decay", self.weight_decay, 0, 1),
-            "beta1": number("beta1", self.beta1, 0, 0.999),
-            "beta2": number("beta2", self.beta2, 0, 0.9999),
-            "max_grad_norm": number("max_grad_norm", self.max_grad_norm, 0, 1000),
-            "ema_decay": number("ema_decay", self.ema_decay, 0, 0.9999),
-            "lr_scheduler": choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS),
-            "warmup_steps": whole("warmup_steps", self.warmup_steps, 0, 20000),
-            "validation_share": number("validation_share", self.validation_share, 0, 0.5),
-            "seed": whole("seed", self.seed, 0, MAX_SEED),
-            "default_caption": self.default_caption.strip(),
-            "trigger_word": self.trigger_word.strip(),
-            "class_word": self.class_word.strip(),
-        }
-        if self.train_placeholder_token:  # off: whatever stands in its fields is ignored
-            checked["placeholder_init_std"] = number("placeholder_init_std", self.placeholder_init_std, 0, 0.1)
-            if self.placeholder_learning_rate is not None:
-                rate = number("placeholder_learning_rate", self.placeholder_learning_rate, 0, 1)
-                checked["placeholder_learning_rate"] = rate
-            checked["placeholder_token"] = _token_names(self.placeholder_token)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """What is wrong only beside another input."""
+        """Validate each input, then what is wrong only beside another one."""
+        validate(self)
         around = self.autocaption_prefix + self.autocaption_suffix
         unnamed = [token for token in self.tokens if token not in around]
         if self.autocaption and self.tokens and TRIGGER not in around and len(unnamed) == len(self.tokens):
@@ -156,6 +306,7 @@ class TrainConfig:
 
     @property
     def resolutions_px(self) -> tuple[int, ...]:
+        """The sides of the squares whose area the buckets have, ascending."""
         return tuple(int(part) for part in self.resolution.split(","))
 
     @property
@@ -171,100 +322,228 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What is kept and shown of a training on its way, and where it goes. None of it changes what is learned."""
+    """What is kept and shown of a training while it runs, and where it goes. None of it changes what is learned."""
 
-    run_dir: str = ""  # a folder of the machine that trains; empty: nothing is kept
-    save_every: int = 0  # steps from one checkpoint to the next; 0: none
-    keep_checkpoints: int = 2  # older ones are removed
-    resume: str = "never"  # or "auto": go on from the last checkpoint in run_dir, if there is one
-    sample_prompts: str = ""  # drawn on the way, into run_dir; a line each
-    sample_every: int = 0  # steps; 0: before the first and after the last alone
-    sample_steps: int = 20  # of denoising
-    shard_base: str = "auto"  # the frozen transformer over several cards: where one is too small, or never, or always
-    hub_repo: str = ""  # owner/name on the hub that the weights are pushed to
-    hub_private: bool = True
+    run_dir: str = option(
+        "", "Folder on the machine that trains, for checkpoints, previews, curves and report.html. Empty: nothing is "
+        "kept.", parse=str.strip,
+    )  # fmt: skip
+    save_every: int = option(0, "Steps from one checkpoint in run_dir to the next. 0: none.", ge=0, le=20000)
+    keep_checkpoints: int = option(2, "Checkpoints that are kept; older ones are removed.", ge=1, le=1000)
+    resume: str = option(
+        "never", "auto: continue from the last checkpoint in run_dir, if there is one. The result is that of an "
+        "uninterrupted run.", choices=("never", "auto"),
+    )  # fmt: skip
+    sample_prompts: str = option(
+        "", "Prompts of previews, one a line or separated by |. They are sampled into run_dir with the token and "
+        "without it.", parse=parse_prompts,
+    )  # fmt: skip
+    sample_every: int = option(
+        0, "Steps from one set of previews to the next. 0: only before the first step and after the last.",
+        ge=0, le=20000,
+    )  # fmt: skip
+    sample_steps: int = option(20, "Denoising steps of a preview.", ge=1, le=100)
+    hub_repo: str = option(
+        "", "owner/name on the Hugging Face hub. The weights and a model card are pushed there. Needs hub_token.",
+        parse=str.strip,
+    )  # fmt: skip
+    hub_private: bool = option(True, "Make that repository private, if it is new.")
+    shard_base: str = option(
+        "auto", "Shard the frozen transformer over several GPUs, so that each holds a part. auto: where it doesn't fit "
+        "on one.", choices=("auto", "never", "always"), group="advanced",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        checked = {
-            "run_dir": self.run_dir.strip(),
-            "save_every": whole("save_every", self.save_every, 0, 20000),
-            "keep_checkpoints": whole("keep_checkpoints", self.keep_checkpoints, 1, 1000),
-            "resume": choice("resume", self.resume, RESUMES),
-            "sample_prompts": "\n".join(filter(None, map(str.strip, re.split(r"[\n|]", self.sample_prompts)))),
-            "sample_every": whole("sample_every", self.sample_every, 0, 20000),
-            "sample_steps": whole("sample_steps", self.sample_steps, 1, 100),
-            "shard_base": choice("shard_base", self.shard_base, SHARDINGS),
-            "hub_repo": self.hub_repo.strip(),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        """Validate each input, then what is wrong only beside another one."""
+        validate(self)
         if not self.run_dir and (self.save_every or self.resume != "never"):
             raise UserError("save_every and resume need a run_dir, the folder that checkpoints are kept in.")
         if self.sample_prompts and not self.run_dir:
-            raise UserError("sample_prompts need a run_dir, the folder that the pictures go to.")
+            raise UserError("sample_prompts need a run_dir, the folder that the images go to.")
         if self.hub_repo and not HUB_REPO_PATTERN.fullmatch(self.hub_repo):
             raise UserError(f"hub_repo must be owner/name, got {self.hub_repo!r}.")
 
     @property
     def prompts(self) -> list[str]:
-        """Those that are drawn on the way."""
+        """The prompts of the previews."""
         return self.sample_prompts.splitlines()
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """One prediction: `num_outputs` pictures of one prompt, picture i drawn from seed + i."""
+class TrainFiles:
+    """What a training reads from files, and the secret that it needs to write elsewhere."""
 
-    prompt: str
-    negative_prompt: str = " "
-    steps: int = 50
-    guidance: float = 4.0  # true CFG; 1 or less runs the conditional branch alone
-    width: int | None = None  # pixels; both or neither
-    height: int | None = None
-    aspect_ratio: str = "1:1"
-    megapixels: float | None = None  # of the picture's area; None: the official size
-    num_outputs: int = 1
-    strength: float = 0.7  # share of the schedule that a picture to start from goes through
-    go_fast: bool = False  # lossy
-    extra_lora: str = ""  # a path, URL or hub repository
-    extra_lora_scale: float = 1.0
-    disable_metadata: bool = False  # leave the settings out of the files
-    lora_scale: float = 1.0
-    output_format: str = "webp"
-    output_quality: int = 95
-    seed: int = field(default_factory=random_seed)
+    dataset: Path = option(
+        REQUIRED, "A zip or tar of images (jpg, png, webp, bmp, gif, tiff, avif, heic) with captions in NAME.txt "
+        "beside them or in metadata.jsonl, metadata.csv or captions.json.", accept=ARCHIVES,
+    )  # fmt: skip
+    init_weights: Path | None = option(
+        None, "A weights.zip or LoRA to continue learning from, of the same rank and layers. Its token continues too.",
+        accept=WEIGHTS,
+    )  # fmt: skip
+    hub_token: str | None = option(
+        None, "Token of the hub that may write to hub_repo. It is neither kept nor logged.", secret=True
+    )
+
+
+# --- prediction -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One prediction: `num_outputs` images of one prompt, image i from seed + i."""
+
+    prompt: str = option(REQUIRED, "What to show. Name the placeholder token of your weights, if they have one.")
+    lora_scale: float = option(1.0, "Strength of the LoRA; 0 is the base model.", ge=-1, le=3, group="main")
+    aspect_ratio: str = option(
+        "1:1", "One of the model's official sizes, 1328x1328 for 1:1.",
+        choices=tuple(constants.OFFICIAL_SIZES_PX), group="main",
+    )  # fmt: skip
+    width: int | None = option(
+        None, "Width in pixels, rounded to 16. Needs height; overrides aspect_ratio.", ge=64, le=2048, group="main"
+    )
+    height: int | None = option(
+        None, "Height in pixels, rounded to 16. Needs width; overrides aspect_ratio.", ge=64, le=2048, group="main"
+    )
+    num_outputs: int = option(1, "Number of images; image i uses seed + i.", ge=1, le=4, group="main")
+    seed: int = option(
+        random_seed, "The same seed gives the same image. Empty or -1: random, and reported.",
+        ge=-1, le=MAX_SEED, group="main",
+    )  # fmt: skip
+    steps: int = option(50, "Denoising steps.", ge=1, le=100, group="main")
+    guidance: float = option(
+        4.0, "Classifier-free guidance. 1 or less turns it off and takes half the time.", ge=0, le=10, group="main"
+    )
+    negative_prompt: str = option(" ", "What to steer away from; used when guidance is above 1.", group="main")
+    strength: float = option(
+        0.7, "How far to go from image: the share of the steps that are run. 1 starts from noise, 0 changes nothing.",
+        ge=0, le=1,
+    )  # fmt: skip
+    go_fast: bool = option(
+        False, "Faster and lossy: a Lightning LoRA samples without guidance on its own schedule; without one, steps "
+        "that change little reuse earlier work.",
+    )  # fmt: skip
+    megapixels: float | None = option(
+        None, "Area of the image at that aspect ratio. Empty: the official size.", ge=0.05, le=4
+    )
+    extra_lora: str = option(
+        "", "A second LoRA: a URL, a path, or a hub repository as owner/name or owner/name/file.safetensors.",
+        parse=str.strip,
+    )  # fmt: skip
+    extra_lora_scale: float = option(1.0, "Strength of the second LoRA.", ge=-1, le=3)
+    output_format: str = option("webp", "Format of the images.", choices=("webp", "jpg", "png"))
+    output_quality: int = option(95, "Quality of webp and jpg.", ge=1, le=100)
+    disable_metadata: bool = option(False, "Leave prompt and settings out of the files.")
 
     def __post_init__(self) -> None:
+        """Validate each input, then what is wrong only beside another one."""
         if (self.width is None) != (self.height is None):
-            raise UserError(f"width and height come together: got width={self.width}, height={self.height}.")
-        checked = {
-            "steps": whole("steps", self.steps, 1, 100),
-            "guidance": number("guidance", self.guidance, 0, 10),
-            "width": None if self.width is None else whole("width", self.width, 64, 2048),
-            "height": None if self.height is None else whole("height", self.height, 64, 2048),
-            "aspect_ratio": choice("aspect_ratio", self.aspect_ratio, tuple(qwen.OFFICIAL_SIZES_PX)),
-            "megapixels": None if self.megapixels is None else number("megapixels", self.megapixels, 0.05, 4),
-            "strength": number("strength", self.strength, 0, 1),
-            "extra_lora": self.extra_lora.strip(),
-            "extra_lora_scale": number("extra_lora_scale", self.extra_lora_scale, -1, 3),
-            "num_outputs": whole("num_outputs", self.num_outputs, 1, 4),
-            "lora_scale": number("lora_scale", self.lora_scale, -1, 3),
-            "output_format": choice("output_format", self.output_format, OUTPUT_FORMATS),
-            "output_quality": whole("output_quality", self.output_quality, 1, 100),
-            "seed": whole("seed", self.seed, 0, MAX_SEED),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+            raise UserError(
+                f"width and height come together: got width={self.width}, height={self.height}. Set both or neither."
+            )
+        validate(self)
 
     def seed_of(self, index: int) -> int:
-        """The seed of picture `index`; past the largest seed it starts again at 0."""
+        """Return the seed of image `index`; past the largest seed it starts again at 0."""
         return (self.seed + index) % (MAX_SEED + 1)
 
     @property
     def steps_run(self) -> int:
-        """The steps that a picture to start from goes through: the last `strength` of them."""
+        """The steps that run on an initial image: the last `strength` of them."""
         return min(self.steps, math.ceil(self.steps * self.strength - 1e-9))
 
     @property
     def guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
         return self.guidance > 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFiles:
+    """What a prediction reads from files, and the secret that it needs for a private repository."""
+
+    replicate_weights: str | None = option(
+        None, "weights.zip from a training, a tar of the same, or a .safetensors LoRA.", accept=WEIGHTS, group="main"
+    )
+    image: Path | None = option(
+        None, "An image to start from. It gives the aspect ratio where width and height don't.", accept="image/*"
+    )
+    mask: Path | None = option(
+        None, "What of image is generated again: white. The rest stays. Empty: all of it.", accept="image/*"
+    )
+    hf_token: str | None = option(
+        None, "Token of the hub, for a private repository. It is neither kept nor logged.",
+        secret=True, group="advanced",
+    )  # fmt: skip
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrainInputs:
+    """All inputs of a training."""
+
+    config: TrainConfig
+    options: RunOptions
+    files: TrainFiles
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInputs:
+    """All inputs of a prediction."""
+
+    files: SampleFiles
+    request: SampleRequest
+
+
+Inputs = TypeVar("Inputs", TrainInputs, SampleInputs)
+
+
+def parts_of(inputs: type[TrainInputs] | type[SampleInputs]) -> dict[str, type]:
+    """Return the dataclasses that hold a command's inputs, by the name that each has in `inputs`."""
+    return {part.name: part.type for part in fields(inputs) if isinstance(part.type, type)}
+
+
+def declared_inputs(inputs: type[TrainInputs] | type[SampleInputs]) -> list[Field[Any]]:
+    """Return a command's inputs in the order that forms, help and docs list them: those used most come first."""
+    found = [declared for part in parts_of(inputs).values() for declared in fields(part)]
+    return sorted(found, key=lambda each: (not is_required(each), GROUPS.index(option_of(each).group)))
+
+
+def from_inputs(inputs: type[Inputs], given: Mapping[str, Any]) -> Inputs:
+    """Turn a caller's values, from Cog, the command line or a test, into validated, frozen dataclasses.
+
+    None is an input that wasn't given: its default or its goal's preset is taken. A seed of -1 is random, 20.0 is 20.
+    Raises UserError for a name that is no input and for a value that an input can't have.
+    """
+    parts = parts_of(inputs)
+    known = {declared.name: declared for declared in declared_inputs(inputs)}
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"there is no input {unknown[0]!r}; the inputs are {', '.join(known)}.")
+    values = dict(_plain(known, given))
+    if missing := [name for name, declared in known.items() if is_required(declared) and name not in values]:
+        raise UserError(f"{missing[0]} is needed: {option_of(known[missing[0]]).sentence}")
+    if any(option_of(declared).preset for declared in known.values()):
+        goal, optimizer = (
+            checked(known[name], values.get(name, known[name].default)) for name in ("goal", "optimizer")
+        )
+        values = {**asdict(preset_for(str(goal), str(optimizer))), **values}
+    return inputs(
+        **{
+            name: part(**{declared.name: values[declared.name] for declared in fields(part) if declared.name in values})
+            for name, part in parts.items()
+        }
+    )
+
+
+def _plain(known: Mapping[str, Field[Any]], given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values that were given, as Python's own types: Cog has types of its own for paths and secrets."""
+    for name, value in given.items():
+        about = option_of(known[name])
+        if value is None or (value == "" and about.accept):  # how Cog's server passes a file that wasn't given
+            continue
+        if about.secret:
+            yield name, getattr(value, "get_secret_value", lambda plain=value: plain)()
+        else:
+            yield name, kind_of(known[name])(str(value)) if about.accept else value

@@ -16,7 +16,7 @@ TEMPLATE_SUFFIX_TOKENS = 5
 MAX_PROMPT_TOKENS = 1024  # DIF, `tokenizer_max_length`: what the pipeline can be told to read
 TRAINED_PROMPT_TOKENS = 512  # what the model saw in training; DIF, default of `max_sequence_length`
 
-# Pictures.
+# Images.
 VAE_SCALE = 8  # pixels per latent, a side
 PATCH = 2  # latents per token, a side
 PIXELS_PER_TOKEN = VAE_SCALE * PATCH  # 16: sizes are multiples of it
@@ -42,7 +42,7 @@ MAX_SHIFT = 0.9
 SHIFT_TERMINAL = 0.02
 TRAIN_TIMESTEPS = 1000
 
-# Linear layers of a transformer block that a LoRA may adapt. `img_mod` and `txt_mod` act on whole pictures by timestep
+# Linear layers of a transformer block that a LoRA may adapt. `img_mod` and `txt_mod` act on whole images by timestep
 # alone and are left as they are.
 ATTENTION_TARGETS = (
     "attn.to_q",
@@ -63,3 +63,9 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 # The zero-prior token. ComfyUI finds an embedding by this prefix and suffix; the infix `lora` is what lets diffusers
 # accept the file, for it refuses any key without that substring.
 PLACEHOLDER_KEY = "bundle_emb.{token}.lora.qwen25_7b"
+
+DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+HUB_WEIGHT_NAMES = ("weights.zip", "pytorch_lora_weights.safetensors")  # that a repository's LoRA has, in this order
+EMPTY_PROMPT = " "  # what a dropped caption becomes: the sampler's default negative prompt

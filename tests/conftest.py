@@ -1,4 +1,4 @@
-"""The few shared fixtures: a random model of the true classes, the small trained one, and a zip of pictures."""
+"""The few shared fixtures: a random model of the true classes, the small trained one, and a zip of images."""
 
 import os
 
@@ -16,10 +16,12 @@ from PIL import Image
 
 from examples import demo, small_model
 from examples.shapes import Prompt
-from lora_utils import models
-from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import Dataset, read_dataset
+from lora_utils.dataset import load
+from lora_utils.dataset.examples import Dataset
+from lora_utils.io.archive import extract_archive
+from lora_utils.model.components import Components, load_components
+from lora_utils.model.device import default_placement
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
@@ -56,9 +58,9 @@ def pipeline(random_model: Path) -> QwenImagePipeline:
 
 
 @pytest.fixture(scope="session")
-def components(random_model: Path) -> models.Components:
+def components(random_model: Path) -> Components:
     """Our parts of the random model. Tests leave them as they found them: that is what the package promises."""
-    return models.load_components(random_model, models.default_place())
+    return load_components(random_model, default_placement())
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +70,7 @@ def tiny_model() -> Path:
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of a taught object, with captions of unequal length that hold `<zwx>`, as a user sends them."""
+    """Ten images of a taught object, with captions of unequal length that hold `<zwx>`, as a user sends them."""
     path = tmp_path_factory.mktemp("archive") / "dataset.zip"
     demo.write_dataset(path, "mushroom", Prompt("<zwx>"), count=10)
     return path
@@ -77,14 +79,14 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The same, read."""
-    folder = tmp_path_factory.mktemp("dataset") / "pictures"
-    unpack(archive, folder)
-    return read_dataset(folder, TrainConfig(resolution="64", seed=0))
+    folder = tmp_path_factory.mktemp("dataset") / "images"
+    extract_archive(archive, folder)
+    return load(folder, TrainConfig(resolution="64", seed=0))
 
 
 @pytest.fixture
 def write_zip(tmp_path: Path) -> Callable[..., Path]:
-    """Write a zip: names with pictures (PNG), bytes or texts."""
+    """Write a zip: names with images (PNG), bytes or texts."""
 
     def write_members(members: dict[str, Image.Image | bytes | str], name: str = "dataset.zip") -> Path:
         path = tmp_path / name

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from examples import cog_contract
 from lora_utils import __main__ as main
-from lora_utils.command_line import add_options, described, to_options
+from lora_utils.cli import add_options, described, to_options
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
+from scripts import cog_contract
 from tests.conftest import ROOT
 
 AS_SECRETS = {"hub_token", "hf_token"}  # HF_TOKEN's in the environment

@@ -1,13 +1,12 @@
-"""Captions for pictures that have none: the text encoder is a vision-language model, and describes them itself.
+"""Captions for images that have none: the text encoder is a vision-language model, and describes them itself.
 
-Owns the question that it is asked and how its answer becomes a caption. Its vision tower and head are loaded for this
-alone and freed before anything else is.
+This module owns the question that the model is asked and how its answer becomes a caption. The vision tower and the
+head are loaded for this alone, and freed before anything else is.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +17,13 @@ from torch import nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from lora_utils import memory, models, qwen, streaming
-from lora_utils.captions import with_trigger
+from lora_utils import constants
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import Dataset, load_crop
+from lora_utils.dataset.captions import with_trigger
+from lora_utils.dataset.examples import Dataset
+from lora_utils.model import memory
+from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory
+from lora_utils.model.loading import check_complete, fill_parameters, stream_tensors
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +37,14 @@ _IMAGE = "<|image_pad|>"
 
 
 def write_captions(
-    dataset: Dataset, config: TrainConfig, folder: Path, tokenizer: Qwen2Tokenizer, place: models.Place
+    dataset: Dataset, config: TrainConfig, folder: Path, tokenizer: Qwen2Tokenizer, placement: Placement
 ) -> Dataset:
-    """The dataset with captions for its pictures without one, each of them logged."""
+    """Return the dataset with captions for its images without one, and log each of them."""
     pending = {example.image_path: example for example in dataset.examples if example.image_path in dataset.uncaptioned}
     written = {}
-    with _describer(folder, place) as model:
+    with _vision_language_model(folder, placement) as model:
         for path, example in pending.items():
-            said = describe(model, tokenizer, load_crop(example))
+            said = describe_image(model, tokenizer, example.crop())
             caption = f"{config.autocaption_prefix}{said}{config.autocaption_suffix}".strip()
             written[path] = with_trigger(caption, config.trigger_word, config.tokens)
             log.info("caption of %s: %s", path.relative_to(dataset.folder), written[path])
@@ -50,7 +52,7 @@ def write_captions(
 
 
 def _name(stored: str) -> str:
-    """A weight's name within the whole model, from the file's, written before or after transformers 4.52."""
+    """Return a weight's name within the complete model; files of before and after transformers 4.52 differ."""
     if stored == "lm_head.weight":
         return stored
     if "visual." in stored:
@@ -59,28 +61,28 @@ def _name(stored: str) -> str:
 
 
 @contextmanager
-def _describer(folder: Path, place: models.Place) -> Iterator[Qwen2_5_VLForConditionalGeneration]:
-    """The whole text encoder, on the device or, where that has no room, on the host; freed at the end."""
+def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2_5_VLForConditionalGeneration]:
+    """Give the complete text encoder, on the device or, where that has no room, on the CPU. It is freed at the end."""
     source = folder / "text_encoder"
     with init_empty_weights():
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(source))
-    needed = place.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters()) + memory.SPARE_BYTES
-    if needed > memory.free_bytes(place.device):
-        log.info("describing pictures on the host: the whole text encoder needs %.1f GB", needed / 1e9)
-        place = replace(place, device=torch.device("cpu"))
-    streaming.fill(model, streaming.stream_tensors(source, place.device, place.dtype, _name), source)
-    streaming.check_whole(model, source)
-    cast(nn.Module, model).to(place.device).eval().requires_grad_(False)
+    needed = placement.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters()) + memory.SPARE_BYTES
+    if needed > free_bytes(placement.device):
+        log.info("describing images on the CPU: the complete text encoder needs %.1f GB", needed / 1e9)
+        placement = placement.on_cpu()
+    fill_parameters(model, stream_tensors(source, placement.device, placement.dtype, _name), source)
+    check_complete(model, source)
+    freeze_on_device(cast(nn.Module, model), placement)
     try:
         yield model
     finally:
         del model
-        models.release_memory()
+        release_memory()
 
 
 @torch.inference_mode()
-def describe(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, picture: Image.Image) -> str:
-    """What the model says of a picture, always the same; on one line."""
+def describe_image(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, image: Image.Image) -> str:
+    """Return what the model says of an image, on one line. It says the same each time."""
     vision = cast(Any, model.config).vision_config
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": LEAST_PIXELS, "longest_edge": MOST_PIXELS},
@@ -88,10 +90,10 @@ def describe(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenize
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
     )
-    seen = processor(images=[picture], return_tensors="pt")
+    seen = processor(images=[image], return_tensors="pt")
     tokens = int(seen["image_grid_thw"].prod()) // vision.spatial_merge_size**2
     shown = f"<|vision_start|>{_IMAGE * tokens}<|vision_end|>"
-    asked = f"<|im_start|>user\n{shown}{QUESTION}{qwen.TEMPLATE_SUFFIX}"
+    asked = f"<|im_start|>user\n{shown}{QUESTION}{constants.TEMPLATE_SUFFIX}"
     ids = torch.tensor([tokenizer(asked).input_ids])
     given = {
         "input_ids": ids,

@@ -1,6 +1,6 @@
 """Examples -> tensors, in one pass: what a run can compute once, it computes here, and finds it in the next run.
 
-Owns what an entry follows from, and which captions can be encoded beforehand; must not know of training.
+This module owns what an entry of the cache follows from, and which captions can be encoded beforehand.
 
 Legend: N image tokens, C packed channels (64), T text tokens, D the text encoder's width.
 """
@@ -21,60 +21,65 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import models, qwen
-from lora_utils.console import Progress
-from lora_utils.dataset import Example, load_pixels, load_shares
-from lora_utils.models import Place, encode_pictures, encode_text, prompt_ids
-from lora_utils.placeholder import no_placeholders
-from lora_utils.sizes import Size
-from lora_utils.store import Store, Tensors, fingerprint, key_of
+from lora_utils import constants
+from lora_utils.dataset.examples import Example
+from lora_utils.io.logging import Progress
+from lora_utils.io.tensor_store import Tensors, TensorStore, content_key, folder_fingerprint
+from lora_utils.model.device import Placement, release_memory
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import encode_text, prompt_ids
+from lora_utils.model.vae import encode_images, load_vae
+from lora_utils.placeholder.tokens import no_placeholders
 
 log = logging.getLogger(__name__)
 
-# Pictures are encoded in batches of about this many pixels. A bucket's batches are all of one size, the last filled up
-# with blanks: so a picture's latents don't depend on which others are new today.
+# Images are encoded in batches of about this many pixels. A bucket's batches are all of one size, the last filled up
+# with blanks: so an image's latents don't depend on which others are new today.
 BATCH_PIXELS, MOST_AT_ONCE = 1024 * 1024, 8
 _LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class CachedExample:
-    """One picture in one bucket, ready for training. Its text is looked up by the caption."""
+    """One image in one bucket, ready for training. Its text is looked up by the caption."""
 
-    tensors: Tensors  # latents [N, C] fp32, normalised; shares [N, 4] where there is a mask: see masks.py
+    tensors: Tensors  # latents [N, C] fp32, normalised; shares [N, 4] where there is a mask
     caption: str
     size: Size
     image_name: str
-    key: str = ""  # of the picture's content and all else that its latents follow from
+    key: str = ""  # of the image's content and all else that its latents follow from
 
     @property
     def latents(self) -> Tensor:
+        """The normalised packed latents [N, C], fp32."""
         return self.tensors["latents"]
 
     @property
     def shares(self) -> Tensor | None:
-        """Of each latent, what is to be learned; None: all of it."""
+        """The share of each latent that is to be learned, [N, 4]; None means all of it."""
         return self.tensors.get("shares")
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------
 
 
-def cache_examples(examples: Sequence[Example], folder: Path, place: Place, store: Store) -> list[CachedExample]:
-    """Each example's latents. The VAE is loaded only if some of them are new, and is gone at the end."""
-    keys = _example_keys(examples, folder / "vae", place)
-    found = {key: store.find(key) for key in dict.fromkeys(keys)}
+def cache_examples(
+    examples: Sequence[Example], folder: Path, placement: Placement, store: TensorStore
+) -> list[CachedExample]:
+    """Return each example's latents. The VAE is loaded only if some of them are new, and is freed at the end."""
+    keys = _example_keys(examples, folder / "vae", placement)
+    found = {key: store.get(key) for key in dict.fromkeys(keys)}
     new = {key: example for key, example in zip(keys, examples, strict=True) if found[key] is None}
     if new:
-        vae, progress = models.load_vae(folder, place), Progress(len(new), _LOG_EVERY_S)
+        vae, progress = load_vae(folder, placement), Progress(len(new), _LOG_EVERY_S)
         for count, (key, tensors) in enumerate(_encoded(vae, new), start=1):
-            found[key] = store.keep(key, tensors)
-            if progress.is_due(count) and 1 < count < len(new):
-                log.info("encoded %d of %d pictures", count, len(new))
+            found[key] = store.put(key, tensors)
+            if progress.should_log(count) and 1 < count < len(new):
+                log.info("encoded %d of %d images", count, len(new))
         del vae
-        models.release_memory()
+        release_memory()
     if len(new) < len(found):
-        log.info("%d of %d encoded pictures were in the cache", len(found) - len(new), len(found))
+        log.info("%d of %d encoded images were in the cache", len(found) - len(new), len(found))
     return [
         CachedExample(tensors, example.caption, example.size, example.image_path.name, key)
         for key, example in zip(keys, examples, strict=True)
@@ -82,13 +87,18 @@ def cache_examples(examples: Sequence[Example], folder: Path, place: Place, stor
     ]
 
 
-def _example_keys(examples: Sequence[Example], vae: Path, place: Place) -> list[str]:
+def _example_keys(examples: Sequence[Example], vae: Path, placement: Placement) -> list[str]:
     files = {(example.image_path, example.mask_path) for example in examples}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = dict(zip(files, pool.map(_digest, files), strict=True))
-    follows_from = {"of": "latents, 1", "vae": fingerprint(vae), "pillow": PIL.__version__, **_arithmetic(place)}
+    follows_from = {
+        "of": "latents, 1",
+        "vae": folder_fingerprint(vae),
+        "pillow": PIL.__version__,
+        **_arithmetic(placement),
+    }
     return [
-        key_of(
+        content_key(
             **follows_from,
             files=digests[example.image_path, example.mask_path],
             size=str(example.size),
@@ -106,43 +116,44 @@ def _digest(files: tuple[Path, Path | None]) -> str:
     return " ".join(digests)
 
 
-def _arithmetic(place: Place) -> dict[str, str]:
-    """What rounds a result this way or another."""
-    return {"device": place.device.type, "dtype": str(place.dtype), "torch": torch.__version__}
+def _arithmetic(placement: Placement) -> dict[str, str]:
+    """Return what rounds a result this way or another."""
+    return {"device": placement.device.type, "dtype": str(placement.dtype), "torch": torch.__version__}
 
 
-def batch_size(size: Size) -> int:
+def encode_batch_size(size: Size) -> int:
+    """Return how many images of a size are encoded together."""
     return max(1, min(MOST_AT_ONCE, BATCH_PIXELS // (size.width_px * size.height_px)))
 
 
 def _encoded(vae: AutoencoderKLQwenImage, new: Mapping[str, Example]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(key, tensors) of examples, bucket by bucket. While one batch is encoded, the next is read and decoded."""
+    """Yield (key, tensors) of examples, bucket by bucket. While one batch is encoded, the next is read and decoded."""
     batches = []
     for size, keys in groupby(sorted(new, key=lambda key: new[key].size), key=lambda key: new[key].size):
-        bucket, count = list(keys), batch_size(size)
+        bucket, count = list(keys), encode_batch_size(size)
         batches += [bucket[start : start + count] for start in range(0, len(bucket), count)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         coming: list[Future[tuple[Tensor, Tensor | None]]] = []
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
             read = [future.result() for future in coming or [pool.submit(_read, new[key]) for key in batch]]
             coming = [pool.submit(_read, new[key]) for key in following]
-            pixels = torch.zeros(batch_size(new[batch[0]].size), *read[0][0].shape)
-            for index, (picture, _) in enumerate(read):
-                pixels[index] = picture
-            latents = encode_pictures(vae, pixels).cpu()  # [B, N, C]
+            pixels = torch.zeros(encode_batch_size(new[batch[0]].size), *read[0][0].shape)
+            for index, (own, _) in enumerate(read):
+                pixels[index] = own
+            latents = encode_images(vae, pixels).cpu()  # [B, N, C]
             for index, key in enumerate(batch):
                 shares = read[index][1]
                 yield key, {"latents": latents[index].clone()} | ({} if shares is None else {"shares": shares})
 
 
 def _read(example: Example) -> tuple[Tensor, Tensor | None]:
-    return load_pixels(example), load_shares(example)
+    return example.pixels(), example.shares()
 
 
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
-class Texts(Mapping[str, Tensor]):
+class CachedTexts(Mapping[str, Tensor]):
     """Caption -> states [T, D] on the CPU, read when they are asked for."""
 
     def __init__(self, entries: Mapping[str, Tensors]):
@@ -170,23 +181,23 @@ class FixedCaptions:
 
 
 def find_captions(
-    captions: Sequence[str], tokenizer: Qwen2Tokenizer, folder: Path, place: Place, store: Store
+    captions: Sequence[str], tokenizer: Qwen2Tokenizer, folder: Path, placement: Placement, store: TensorStore
 ) -> FixedCaptions:
     """Look the captions up; `encode_captions` adds those that are new."""
     source = folder / "text_encoder"
     follows_from = {
         "of": "text, 1",
-        "encoder": fingerprint(source),
+        "encoder": folder_fingerprint(source),
         "by": transformers.__version__,
-        **_arithmetic(place),
+        **_arithmetic(placement),
     }
     keys = {
-        caption: key_of(
-            **follows_from, drop=qwen.TEMPLATE_PREFIX_TOKENS, ids=prompt_ids(tokenizer, caption, no_placeholders())
+        caption: content_key(
+            **follows_from, drop=constants.TEMPLATE_PREFIX_TOKENS, ids=prompt_ids(tokenizer, caption, no_placeholders())
         )
         for caption in dict.fromkeys(captions)
     }
-    found = {caption: tensors for caption, key in keys.items() if (tensors := store.find(key)) is not None}
+    found = {caption: tensors for caption, key in keys.items() if (tensors := store.get(key)) is not None}
     if found:
         log.info("%d of %d encoded captions were in the cache", len(found), len(keys))
     return FixedCaptions(found, {caption: key for caption, key in keys.items() if caption not in found})
@@ -194,8 +205,8 @@ def find_captions(
 
 @torch.no_grad()
 def encode_captions(
-    fixed: FixedCaptions, text_encoder: Qwen2_5_VLTextModel | None, tokenizer: Qwen2Tokenizer, store: Store
-) -> Texts:
+    fixed: FixedCaptions, text_encoder: Qwen2_5_VLTextModel | None, tokenizer: Qwen2Tokenizer, store: TensorStore
+) -> CachedTexts:
     """All of them. One at a time: a prompt's states are then bit for bit what prediction makes of it."""
     entries = dict(fixed.found)
     progress = Progress(len(fixed.new), _LOG_EVERY_S)
@@ -203,7 +214,7 @@ def encode_captions(
         if text_encoder is None:
             raise RuntimeError(f"{len(fixed.new)} captions are new, and there is no text encoder")
         states = encode_text(text_encoder, tokenizer, [caption], no_placeholders()).states[0].cpu()
-        entries[caption] = store.keep(key, {"states": states.clone()})
-        if progress.is_due(count) and 1 < count < len(fixed.new):
+        entries[caption] = store.put(key, {"states": states.clone()})
+        if progress.should_log(count) and 1 < count < len(fixed.new):
             log.info("encoded %d of %d captions", count, len(fixed.new))
-    return Texts(entries)
+    return CachedTexts(entries)

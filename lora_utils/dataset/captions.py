@@ -1,6 +1,6 @@
-"""Captions as users have them: beside each picture, or in one table for a folder.
+"""Captions as users have them: beside each image, or in one table for a folder.
 
-Owns which file is whose caption, and what a caption's `[trigger]` becomes; must not know pictures or models.
+This module owns which file is whose caption, what a caption's `[trigger]` becomes, and what is wrong with captions.
 """
 
 import csv
@@ -8,12 +8,16 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import Qwen2Tokenizer
+
+from lora_utils import constants
 from lora_utils.config import TRIGGER, TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.placeholder.tokens import placeholders_without_embeddings, tokenize
 
 SIDECAR_ENDINGS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
@@ -25,7 +29,7 @@ _TEXT_COLUMNS = ("text", "caption", "prompt")
 
 @dataclass(slots=True)
 class Captions:
-    """What was found: captions by picture, the files that held them, and what is wrong with them."""
+    """What was found: captions by image, the files that held them, and what is wrong with them."""
 
     texts: dict[Path, str] = field(default_factory=dict)
     files: set[Path] = field(default_factory=set)
@@ -33,20 +37,23 @@ class Captions:
 
 
 def same_name(name: str) -> str:
-    """Archivers of macOS take accents apart, those of Windows turn slashes round; neither keeps the case."""
+    """Return a name in the form in which two names of one file are equal.
+
+    Archivers of macOS take accents apart, those of Windows turn slashes round; neither keeps the case.
+    """
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./").casefold()
 
 
-def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path]) -> Captions:
-    """The captions of these pictures from all the folder's files. A caption beside its picture wins over a table's."""
+def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -> Captions:
+    """Read the captions of these images from all the folder's files. One beside its image wins over a table's."""
     found = Captions()
     for table in (path for path in files if path.name.casefold() in TABLES):
         found.files.add(table)
-        _read_table(folder, table, pictures, found)
+        _read_table(folder, table, images, found)
     sidecars = {path: path for path in files if path.suffix.casefold() in SIDECAR_ENDINGS}
     alike = {same_name(str(path)): path for path in sidecars}
-    for picture in pictures:
-        for name in _sidecar_names(picture):
+    for image in images:
+        for name in _sidecar_names(image):
             path = sidecars.get(name) or alike.get(same_name(str(name)))
             if path is not None:
                 found.files.add(path)
@@ -56,17 +63,17 @@ def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path])
                     found.problems.append(str(error))
                     text = ""
                 if text:
-                    found.texts[picture] = text
+                    found.texts[image] = text
                 break
     return found
 
 
-def _sidecar_names(picture: Path) -> Iterator[Path]:
-    """NAME.txt, NAME.caption, and what some tools write, NAME.jpg.txt."""
+def _sidecar_names(image: Path) -> Iterator[Path]:
+    """Yield NAME.txt, NAME.caption, and what some tools write, NAME.jpg.txt."""
     for ending in SIDECAR_ENDINGS:
-        yield picture.with_suffix(ending)
+        yield image.with_suffix(ending)
     for ending in SIDECAR_ENDINGS:
-        yield picture.with_name(picture.name + ending)
+        yield image.with_name(image.name + ending)
 
 
 def _read_text(folder: Path, path: Path, most_bytes: int, what: str) -> str:
@@ -85,25 +92,25 @@ def _read_text(folder: Path, path: Path, most_bytes: int, what: str) -> str:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _read_table(folder: Path, table: Path, pictures: Sequence[Path], found: Captions) -> None:
+def _read_table(folder: Path, table: Path, images: Sequence[Path], found: Captions) -> None:
     """Add a table's captions; the names in it are relative to where it stands."""
     title, own = str(table.relative_to(folder)), {}
-    for picture in pictures:
-        if table.parent in picture.parents:
-            own[same_name(str(picture.relative_to(table.parent)))] = picture
+    for image in images:
+        if table.parent in image.parents:
+            own[same_name(str(image.relative_to(table.parent)))] = image
     try:
         for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title):
-            picture = own.get(same_name(name))
-            if picture is None:
-                found.problems.append(f"{title} names {name!r}, and there is no such picture; correct the name.")
+            image = own.get(same_name(name))
+            if image is None:
+                found.problems.append(f"{title} names {name!r}, and there is no such image; correct the name.")
             elif text.strip():
-                found.texts[picture] = text.strip()
+                found.texts[image] = text.strip()
     except UserError as error:
         found.problems.append(str(error))
 
 
 def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
-    """(picture's name, caption) of a table's rows. Raises UserError for one that isn't such a row."""
+    """Yield (image's name, caption) of a table's rows. Raises UserError for one that isn't such a row."""
     try:
         if table.name.casefold() == "captions.json":
             values = json.loads(text)
@@ -115,7 +122,7 @@ def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
         else:
             rows = list(csv.DictReader(io.StringIO(text), strict=True))
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{title} can't be read ({error}); see README's formats for captions.") from error
+        raise UserError(f"{title} can't be read ({error}); docs/dataset.md lists the formats.") from error
     if not isinstance(rows, list):
         raise UserError(f"{title} must hold an object or a list of objects.")
     for number, row in enumerate(rows, start=1):
@@ -133,8 +140,8 @@ def _column(row: object, columns: Sequence[str]) -> str | None:
 # --- triggers -------------------------------------------------------------------------------------------------------
 
 
-def trigger_written_out(text: str, trigger_word: str, tokens: Sequence[str]) -> str:
-    """A caption or prompt with the trigger word, or where there is none the only token, in the place of `[trigger]`.
+def expand_trigger(text: str, trigger_word: str, tokens: Sequence[str]) -> str:
+    """Replace `[trigger]` in a caption or prompt by the trigger word, or where there is none by the only token.
 
     Raises UserError where neither tells what it stands for.
     """
@@ -148,15 +155,15 @@ def trigger_written_out(text: str, trigger_word: str, tokens: Sequence[str]) -> 
 
 
 def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
-    """The caption with `[trigger]` written out, and with the trigger word in front where it lacks it."""
-    caption = trigger_written_out(caption, trigger_word, tokens)
+    """Return the caption with `[trigger]` replaced, and with the trigger word in front where it lacks it."""
+    caption = expand_trigger(caption, trigger_word, tokens)
     if trigger_word and trigger_word not in caption:
         return f"{trigger_word}, {caption}" if caption else trigger_word
     return caption
 
 
-def preserved_caption(caption: str, config: TrainConfig) -> str:
-    """The caption with the class word in place of what is taught; as it is where there is no class word.
+def prior_caption(caption: str, config: TrainConfig) -> str:
+    """Return the caption with the class word in place of what is taught; as it is where there is no class word.
 
     'a photo of <zwx> person' becomes 'a photo of person', not 'person person'.
     """
@@ -167,3 +174,36 @@ def preserved_caption(caption: str, config: TrainConfig) -> str:
             rf"{re.escape(trigger)}(\s+{re.escape(config.class_word)}\b)?", lambda _: config.class_word, caption
         )
     return caption
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def count_tokens(captions: Iterable[str], tokens: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """Return the number of tokens of each different caption; a placeholder token is one.
+
+    Raises UserError for a placeholder token that the tokenizer can't take.
+    """
+    ids = placeholders_without_embeddings(tokens, tokenizer).ids_by_token
+    return {caption: len(tokenize(tokenizer, caption, ids)) for caption in dict.fromkeys(captions)}
+
+
+def caption_problems(captions: Mapping[Path, str], counts: Mapping[str, int]) -> list[str]:
+    """Say which captions the model can't read to their end, by their images and numbers of tokens."""
+    most = constants.MAX_PROMPT_TOKENS
+    return [
+        f"the caption of {path.name} has {counts[caption]} tokens, and the model reads {most}: {caption[:60]!r}...; "
+        "shorten it."
+        for path, caption in captions.items()
+        if counts[caption] > most
+    ]
+
+
+def missing_tokens(captions: Sequence[str], tokens: Sequence[str]) -> list[str]:
+    """Say which of the tokens these captions could never train."""
+    return [
+        f"none of the {len(captions)} captions holds the placeholder token {token!r}; the first is {captions[0]!r}. "
+        f"Write {token!r} into the captions, or set default_caption to something like 'a photo of {token}'."
+        for token in tokens
+        if captions and not any(token in caption for caption in captions)
+    ]

@@ -1,7 +1,6 @@
 """Archives: reading the users' zips and tars safely, whatever is in them.
 
-Must not know pictures, tensors or models. An archive is told by its content, not by its name: Cog's downloads have
-none.
+An archive is told by its content, not by its name: Cog's downloads have none.
 """
 
 import lzma
@@ -17,8 +16,8 @@ from typing import IO
 
 from lora_utils.errors import UserError
 
-MAX_UNPACKED_BYTES = 20 * 10**9
-# Pictures hardly compress, and text by a tenth; what swells more than this, beyond a first part, is a bomb.
+MAX_EXTRACTED_BYTES = 20 * 10**9
+# Images hardly compress, and text by a tenth; what swells more than this, beyond a first part, is a bomb.
 MAX_RATIO = 200
 FREE_OF_RATIO_BYTES = 100 * 10**6
 MAX_MEMBERS = 100_000
@@ -32,7 +31,7 @@ _LITTER_FILES = {"thumbs.db", "desktop.ini", ".ds_store"}
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One regular file of an archive. `size_bytes` is what the archive claims."""
+    """A regular file of an archive. `size_bytes` is what the archive claims."""
 
     name: str
     size_bytes: int
@@ -40,13 +39,13 @@ class Member:
 
 
 def is_litter(path: PurePosixPath) -> bool:
-    """Whether archivers added this file, rather than a user."""
+    """Return whether archivers added this file, rather than a user."""
     folders = {part.lower() for part in path.parts[:-1]}
     return bool(folders & _LITTER_FOLDERS) or path.name.lower() in _LITTER_FILES or path.name.startswith("._")
 
 
 def _safe_name(archive: Path, name: str) -> PurePosixPath:
-    """The member's path inside the archive, or an error for one that would leave the folder it is unpacked into."""
+    """Return a member's path. Raises UserError for one that would leave the folder it is extracted into."""
     readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     path = PurePosixPath(readable.replace("\\", "/"))
     first = path.parts[0] if path.parts else ""
@@ -71,7 +70,7 @@ def _check_directory(archive: Path) -> None:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """A member's name. Many packers write UTF-8 without the flag that says so, and zipfile reads cp437 then."""
+    """Return a member's name. Many packers write UTF-8 without the flag that says so, and zipfile reads cp437 then."""
     if info.flag_bits & 0x800:
         return info.filename
     try:
@@ -117,7 +116,7 @@ _DAMAGE = (
 
 
 @contextmanager
-def damage_reported(archive: Path) -> Iterator[None]:
+def damage_as_user_error(archive: Path) -> Iterator[None]:
     """Turn what a reader raises for damage into a UserError; the system's own errors, like a full disk, stay."""
     try:
         yield
@@ -129,14 +128,12 @@ def damage_reported(archive: Path) -> Iterator[None]:
         raise UserError(f"{archive.name} is damaged or cut short ({error}); pack or upload it again.") from error
 
 
-def members(archive: Path) -> Iterator[Member]:
-    """The archive's files in their order, litter left out. Each `source` is open only until the next is asked for.
+def archive_members(archive: Path) -> Iterator[Member]:
+    """Yield the archive's files in their order, litter left out. Each `source` is open until the next is asked for.
 
     Raises UserError for what is no archive, is damaged or encrypted, or holds links or unsafe paths.
     """
-    if not archive.is_file():
-        raise UserError(f"there is no file {archive}.")
-    with damage_reported(archive):
+    with damage_as_user_error(archive):
         if zipfile.is_zipfile(archive):
             found = _zip_members(archive)
         elif tarfile.is_tarfile(archive):
@@ -152,19 +149,23 @@ def members(archive: Path) -> Iterator[Member]:
 
 
 @dataclass(slots=True)
-class Budget:
-    """What an archive may still write, archives within it included. What it claims of its sizes isn't believed."""
+class ExtractionBudget:
+    """What an archive may still write, with the archives within it. What it claims of its sizes isn't believed."""
 
     archive: Path
     left_bytes: int
     left_files: int = MAX_MEMBERS
 
     @classmethod
-    def of(cls, archive: Path) -> "Budget":
+    def of(cls, archive: Path) -> "ExtractionBudget":
+        """Return the budget of an archive of this size. Raises UserError where there is no file."""
+        if not archive.is_file():
+            raise UserError(f"there is no file {archive}.")
         swollen = FREE_OF_RATIO_BYTES + MAX_RATIO * archive.stat().st_size
-        return cls(archive, min(MAX_UNPACKED_BYTES, swollen))
+        return cls(archive, min(MAX_EXTRACTED_BYTES, swollen))
 
     def copy(self, source: IO[bytes], target: Path) -> None:
+        """Write a member to `target`. Raises UserError where it is too much."""
         self.left_files -= 1
         if self.left_files < 0:
             raise _too_many(self.archive)
@@ -173,29 +174,35 @@ class Budget:
                 self.left_bytes -= len(chunk)
                 if self.left_bytes < 0:
                     raise UserError(
-                        f"{self.archive.name} unpacks to more than {MAX_UNPACKED_BYTES / 1e9:g} GB, or to more than "
+                        f"{self.archive.name} unpacks to more than {MAX_EXTRACTED_BYTES / 1e9:g} GB, or to more than "
                         f"{MAX_RATIO} times its size; pack less."
                     )
                 sink.write(chunk)
 
 
-def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Unpack every file into `folder`, which the caller owns and removes. -> the files, in the archive's order.
+def extract_archive(archive: Path, folder: Path) -> list[Path]:
+    """Extract every file into `folder`, which the caller owns and removes. -> the files, in the archive's order
 
-    An archive within it is unpacked into a folder of its name.
+    An archive within it is extracted into a folder of its name. Raises UserError as `archive_members` does.
     """
-    if not archive.is_file():
-        raise UserError(f"there is no file {archive}.")
-    return _unpack(archive, folder, Budget.of(archive), nesting=1)
+    return _extract(archive, folder, ExtractionBudget.of(archive), nesting=1)
 
 
-def _unpack(archive: Path, folder: Path, budget: Budget, nesting: int) -> list[Path]:
+def extracted(source: Path, folder: Path) -> Path:
+    """Return `source` if it is a folder, else `folder` with what the archive `source` holds."""
+    if source.is_dir():
+        return source
+    extract_archive(source, folder)
+    return folder
+
+
+def _extract(archive: Path, folder: Path, budget: ExtractionBudget, nesting: int) -> list[Path]:
     unpacked = []
-    for member in members(archive):
+    for member in archive_members(archive):
         target = folder / member.name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with damage_reported(archive):
+            with damage_as_user_error(archive):
                 budget.copy(member.source, target)
         except FileExistsError as error:
             raise UserError(
@@ -205,16 +212,16 @@ def _unpack(archive: Path, folder: Path, budget: Budget, nesting: int) -> list[P
         except OSError as error:
             raise UserError(f"{member.name[:80]!r} of {archive.name} can't be written ({error.strerror}).") from error
         if target.name.lower().endswith(ARCHIVE_ENDINGS):
-            unpacked += _unpack_nested(target, budget, nesting)
+            unpacked += _extract_nested(target, budget, nesting)
         else:
             unpacked.append(target)
     return unpacked
 
 
-def _unpack_nested(archive: Path, budget: Budget, nesting: int) -> list[Path]:
+def _extract_nested(archive: Path, budget: ExtractionBudget, nesting: int) -> list[Path]:
     if nesting >= MAX_NESTING:
-        raise UserError(f"{archive.name} is nested {nesting} archives deep; pack the pictures in one.")
+        raise UserError(f"{archive.name} is nested {nesting} archives deep; pack the images in one.")
     inside = archive.with_name(f"{archive.name}.unpacked")
-    unpacked = _unpack(archive, inside, budget, nesting + 1)
+    unpacked = _extract(archive, inside, budget, nesting + 1)
     archive.unlink()
     return unpacked

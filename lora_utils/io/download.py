@@ -1,6 +1,7 @@
-"""From a name to a local path: files by URL, models by hub name. Owns downloads and their limits."""
+"""From a name to a local path: files by URL, models and LoRAs by hub name, within limits."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -12,27 +13,28 @@ import httpx2
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from lora_utils import constants
 from lora_utils.errors import UserError
 
-DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"
+log = logging.getLogger(__name__)
+
 MAX_DOWNLOAD_BYTES = 10 * 10**9
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def base_model_name() -> str:
-    """What `BASE_MODEL` names: a hub repository or a folder. The only thing that selects the model."""
-    return os.environ.get("BASE_MODEL") or DEFAULT_BASE_MODEL
+    """Return what `BASE_MODEL` names: a hub repository or a folder. Nothing else selects the model."""
+    return os.environ.get("BASE_MODEL") or constants.DEFAULT_BASE_MODEL
 
 
-def _files_of(parts: Sequence[str]) -> list[str]:
-    """Of a repository with example pictures and other formats, only what these components are loaded from."""
+def _component_patterns(parts: Sequence[str]) -> list[str]:
+    """Return which of a repository's files these components are loaded from; it may hold images and other formats."""
     return ["model_index.json", *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors", "txt"))]
 
 
-def fetch_model(base_model: str, parts: Sequence[str] = COMPONENTS) -> Path:
-    """The folder of a model in diffusers' layout: itself if it is one, else the hub's files, cached between calls.
+def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS) -> Path:
+    """Return the folder of a model in diffusers' layout: itself if it is one, else the hub's files, kept between calls.
 
-    Of those only the components in `parts` are sure to be there.
+    Only the components in `parts` are sure to be there. Raises UserError for what is neither.
     """
     folder = Path(base_model)
     if folder.is_dir():
@@ -40,12 +42,14 @@ def fetch_model(base_model: str, parts: Sequence[str] = COMPONENTS) -> Path:
             raise UserError(f"BASE_MODEL {base_model!r} holds no model_index.json; give a folder in diffusers' layout.")
         return folder
     if folder.is_absolute() or base_model.count("/") != 1:
-        raise UserError(f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {DEFAULT_BASE_MODEL!r}.")
-    missing_bytes = _missing_bytes(base_model, _files_of(parts))
+        raise UserError(
+            f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {constants.DEFAULT_BASE_MODEL!r}."
+        )
+    missing_bytes = _missing_bytes(base_model, _component_patterns(parts))
     if missing_bytes:
-        print(f"fetching {base_model} from the hub: {missing_bytes / 1e9:.2f} GB", flush=True)
+        log.info("downloading %s from the hub: %.2f GB", base_model, missing_bytes / 1e9)
     try:
-        return Path(snapshot_download(base_model, allow_patterns=_files_of(parts)))
+        return Path(snapshot_download(base_model, allow_patterns=_component_patterns(parts)))
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"BASE_MODEL {base_model!r} is neither on this machine nor to be had from the hub; give a folder."
@@ -53,7 +57,7 @@ def fetch_model(base_model: str, parts: Sequence[str] = COMPONENTS) -> Path:
 
 
 def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
-    """What a download would fetch; 0 where the hub can't be asked, for then the cache is all there is."""
+    """Return what a download would fetch; 0 where the hub can't be asked, for then the cache is all there is."""
     try:
         files = HfApi().model_info(base_model, files_metadata=True).siblings or []
     except RepositoryNotFoundError as error:
@@ -68,14 +72,11 @@ def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
     )
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
-WEIGHT_NAMES = ("weights.zip", "pytorch_lora_weights.safetensors")  # that a repository's LoRA has, in this order
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 
 
-def fetch_weights(source: str, folder: Path, token: str | None = None) -> Path:
-    """A LoRA's file: a local path as it is, an http(s) URL downloaded into `folder`, or one of a hub repository.
+def download_weights(source: str, folder: Path, token: str | None = None) -> Path:
+    """Return a LoRA's file: a local path as it is, an http(s) URL downloaded into `folder`, or one of a hub repository.
 
     `owner/name` is a repository with one LoRA in it, `owner/name/file.safetensors` says which. `token` is for private
     ones and is sent to the hub alone. Raises UserError for what can't be had, is too large or isn't to be trusted.
@@ -99,7 +100,7 @@ def _from_hub(source: str, token: str | None) -> Path:
     try:
         files = HfApi(token=token).model_info(repository, files_metadata=True).siblings or []
         sizes = {file.rfilename: file.size or 0 for file in files}
-        chosen = _chosen(repository, list(sizes), inside[0] if inside else None)
+        chosen = _choose_file(repository, list(sizes), inside[0] if inside else None)
         if sizes[chosen] > MAX_DOWNLOAD_BYTES:
             raise UserError(f"{repository}/{chosen} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
         return Path(hf_hub_download(repository, chosen, token=token))
@@ -112,23 +113,23 @@ def _from_hub(source: str, token: str | None) -> Path:
         raise UserError(f"there is no file {source!r}, and the hub can't be asked for it: {error}.") from error
 
 
-def _chosen(repository: str, names: list[str], asked: str | None) -> str:
-    """Which file of a repository is its LoRA. Pickles are never looked at."""
+def _choose_file(repository: str, names: list[str], asked: str | None) -> str:
+    """Return which file of a repository is its LoRA. Pickles are never looked at."""
     found = [name for name in names if name.endswith((".safetensors", ".zip"))]
     if asked is not None:
         if asked not in names or asked not in found:
             raise UserError(f"{repository} has no {asked!r} that could be a LoRA; it has {', '.join(found) or 'none'}.")
         return asked
-    best = [name for name in WEIGHT_NAMES if name in found] or found
-    if not found or (len(best) > 1 and best[0] not in WEIGHT_NAMES):
+    best = [name for name in constants.HUB_WEIGHT_NAMES if name in found] or found
+    if not found or (len(best) > 1 and best[0] not in constants.HUB_WEIGHT_NAMES):
         listed = f"several: {', '.join(found[:10])}; name one, like '{repository}/{found[0]}'" if found else "none"
         raise UserError(f"{repository} should hold one .safetensors file or weights.zip, and holds {listed}.")
     return best[0]
 
 
 def _download(source: str, folder: Path) -> Path:
-    """A URL's content, under the name that it ends in. One that was fetched before isn't fetched again."""
-    target = folder / hashlib.sha256(source.encode()).hexdigest()[:16] / (_name_of(source) or "weights")
+    """Return a URL's content, under the name that it ends in. One that was downloaded before isn't again."""
+    target = folder / hashlib.sha256(source.encode()).hexdigest()[:16] / (_file_name(source) or "weights")
     if target.is_file():
         return target
     partial = target.with_suffix(".partial")
@@ -150,5 +151,5 @@ def _download(source: str, folder: Path) -> Path:
     return target
 
 
-def _name_of(url: str) -> str:
+def _file_name(url: str) -> str:
     return re.sub(r"[^\w.-]", "_", urlsplit(url).path.rpartition("/")[2])[:100].lstrip(".")

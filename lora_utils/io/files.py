@@ -1,4 +1,4 @@
-"""Writing to a disk: whole or not at all, and what it refuses said clearly. Must not know what is written."""
+"""Files that are written whole or not at all, and what a disk refuses said clearly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from lora_utils.errors import UserError
 
 
 @contextmanager
-def refusals_named(what: str, remedy: str) -> Iterator[None]:
+def disk_errors(what: str, remedy: str) -> Iterator[None]:
     """Raise what a disk refuses within it as a UserError: "`what` (why); `remedy`"."""
     try:
         yield
@@ -20,8 +20,8 @@ def refusals_named(what: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which then takes the place of `path`: a file of that name is whole, or as it was."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which then replaces `path`: a file of that name is complete, or as it was."""
     partial = path.with_suffix(".partial")
     try:
         yield partial

@@ -1,35 +1,89 @@
-"""What a person reads while a run is on: log lines, an ETA, the traceback of the unexpected."""
+"""What a person reads while a command runs: log lines, their pace, and the traceback of an unexpected error.
+
+This module also sets up other libraries, once, for an entry point: what they log, and what Pillow opens.
+"""
 
 import logging
 import sys
 import time
-import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lora_utils.errors import UserError
 
+log = logging.getLogger(__name__)
+ERROR_PREFIX = "error: "  # stands in front of what a command says was wrong
+
+# Other libraries' remarks on the base model's own files, which are right as they are. Each is a logger with a piece of
+# its text; docs/troubleshooting.md names them.
+_NOISE = {
+    "transformers.modeling_rope_utils": ("mrope_section",),
+    "transformers.configuration_utils": ("rope_scaling",),
+    "diffusers.configuration_utils": ("pooled_projection_dim",),
+}
+
 
 class _Printed(logging.Handler):
-    """Print at the time of logging: Cog swaps `sys.stdout` for each run to collect its log."""
+    """A handler that prints at the time of logging: Cog swaps `sys.stdout` for each run to collect its log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else "warning: "
         print(level + self.format(record), flush=True)
 
 
-def log_to_stdout() -> None:
-    """Send the library's log lines to standard output, once, however often it is called."""
+class _WithoutNoise(logging.Filter):
+    """A filter that drops records with one of these texts."""
+
+    def __init__(self, texts: tuple[str, ...]):
+        super().__init__()
+        self.texts = texts
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in self.texts)
+
+
+def log_to_stdout(level: int = logging.INFO) -> None:
+    """Send the package's log lines of this level and above to standard output, once, however often it is called."""
     logger = logging.getLogger("lora_utils")
+    logger.setLevel(level)
     if not logger.handlers:
         logger.addHandler(_Printed())
-        logger.setLevel(logging.INFO)
         logger.propagate = False
 
 
-def clock(seconds: float) -> str:
-    """95 -> '1:35', 3700 -> '1:01:40'."""
+def configure_libraries() -> None:
+    """Set what other libraries log and open in this process. Call it before diffusers is imported.
+
+    diffusers speaks of kernels for other GPUs at its import, and progress bars of carriage returns are noise in a
+    server's log. Pillow learns to open heic, and refuses what is too large for `open_image`.
+    """
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # it can't merge; nothing here does
+    # Nothing here computes in place on what a sharded transformer returns, which is what this warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for name, texts in _NOISE.items():
+        logging.getLogger(name).addFilter(_WithoutNoise(texts))
+
+    from diffusers.utils.logging import disable_progress_bar  # noqa: PLC0415 (heavy, and only here)
+    from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+    from pillow_heif import register_heif_opener  # noqa: PLC0415
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
+    from lora_utils.io.images import MAX_PIXELS  # noqa: PLC0415
+
+    disable_progress_bar()
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    register_heif_opener()
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def format_duration(seconds: float) -> str:
+    """Return 95 as '1:35', 3700 as '1:01:40'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -37,36 +91,43 @@ def clock(seconds: float) -> str:
 
 @dataclass(slots=True)
 class Progress:
-    """When to print a line about a loop of `total` steps: the first, the last, and one every few seconds."""
+    """When to log a line about a loop of `total` steps: the first, the last, and one every few seconds."""
 
     total: int
     every_s: float = 5.0
     began: float = field(default_factory=time.monotonic)
-    printed: float = field(default=-1e9)
+    logged: float = field(default=-1e9)
 
-    def is_due(self, step: int) -> bool:
+    def should_log(self, step: int) -> bool:
+        """Return whether `step` deserves a line, and take it as logged if so."""
         now = time.monotonic()
-        if step not in (1, self.total) and now - self.printed < self.every_s:
+        if step not in (1, self.total) and now - self.logged < self.every_s:
             return False
-        self.printed = now
+        self.logged = now
         return True
 
     def elapsed_s(self) -> float:
+        """Return the seconds since the loop began."""
         return time.monotonic() - self.began
 
     def pace(self, step: int) -> str:
-        """Seconds per step so far and the time that is left."""
+        """Return the seconds per step so far and the time that is left."""
         per_step = self.elapsed_s() / step
-        return f"{per_step:.2f} s/step, ETA {clock(per_step * (self.total - step))}"
+        return f"{per_step:.2f} s/step, ETA {format_duration(per_step * (self.total - step))}"
 
 
 @contextmanager
-def unexpected_errors_printed() -> Iterator[None]:
-    """Print the traceback of anything but a UserError: Cog's clients get the message alone, its log gets nothing."""
+def log_unexpected_errors() -> Iterator[None]:
+    """Log the traceback of anything but a UserError: Cog's clients get the message alone, its log gets nothing."""
     try:
         yield
     except UserError:
         raise
     except Exception:
-        traceback.print_exc(file=sys.stdout)
+        log.exception("an unexpected error; please report it with this traceback")
         raise
+
+
+def log_uncaught_to_stderr(error: UserError) -> None:
+    """Print a UserError as a command's last words. A process that started this one finds them by their prefix."""
+    print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""What a run has computed and the next one needn't: tensors on disk, by the hash of all that they follow from.
+"""Tensors on disk that one run has computed and the next one needn't, by the hash of all that they follow from.
 
 Owns the files' layout, their reading as they are needed, and what the folder may grow to; must not know what the
 tensors are. An entry is a safetensors file, written under another name and then renamed, so a run that is killed
 leaves whole entries only. Entries are read when they are asked for and not held: memory stays flat however many
-pictures there are, and what is read often stays in the system's page cache.
+images there are, and what is read often stays in the system's page cache.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _OnDisk(Mapping[str, Tensor]):
-    """An entry's tensors, read anew each time."""
+    """An entry's tensors, which are read each time they are asked for."""
 
     path: Path
     names: tuple[str, ...]
@@ -51,15 +51,15 @@ class _OnDisk(Mapping[str, Tensor]):
 
 
 @dataclass(slots=True)
-class Store:
+class TensorStore:
     """Tensors by key, in a folder, or in memory where there is none."""
 
     folder: Path | None
     used: set[str] = field(default_factory=set)
     held: dict[str, Tensors] = field(default_factory=dict)
 
-    def find(self, key: str) -> Tensors | None:
-        """The tensors under this key; None where there are none, or they can't be read any more."""
+    def get(self, key: str) -> Tensors | None:
+        """Return the tensors under a key; None where there are none, or they can't be read any more."""
         if key in self.held or self.folder is None:
             return self.held.get(key)
         path = self._path(key)
@@ -67,12 +67,12 @@ class Store:
             with safe_open(path, framework="pt") as opened:
                 names = tuple(opened.keys())
             os.utime(path)
-        except (OSError, SafetensorError):  # not there, or damaged: it is written anew over what is there
+        except (OSError, SafetensorError):  # not there, or damaged: it is written again over what is there
             return None
         self.used.add(key)
         return _OnDisk(path, names)
 
-    def keep(self, key: str, tensors: dict[str, Tensor]) -> Tensors:
+    def put(self, key: str, tensors: dict[str, Tensor]) -> Tensors:
         """Write tensors under a key. A disk that is full costs the next run time, and this one memory, no more."""
         if self.folder is not None and not self.held:
             try:
@@ -120,31 +120,34 @@ class Store:
                 excess -= size
 
 
-def open_store() -> Store:
-    """In the folder that `CACHE_DIR` names, else in a temporary one; in memory if it names nothing."""
+def open_tensor_store() -> TensorStore:
+    """Open the store in the folder that `CACHE_DIR` names, else in a temporary one; in memory if it names nothing."""
     named = os.environ.get("CACHE_DIR")
     if named == "":
-        return Store(None)
+        return TensorStore(None)
     folder = Path(named) if named else Path(tempfile.gettempdir()) / f"qwen-image-cache-{os.getuid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         foreign = folder.stat().st_uid != os.getuid() and not named
     except OSError as error:
         log.warning("the cache %s can't be made (%s); it is kept in memory", folder, error.strerror)
-        return Store(None)
+        return TensorStore(None)
     if foreign:
         log.warning("the cache %s belongs to another user; it is kept in memory", folder)
-        return Store(None)
-    return Store(folder)
+        return TensorStore(None)
+    return TensorStore(folder)
 
 
-def key_of(**follows_from: object) -> str:
-    """A key for what follows from these values alone, which JSON can write."""
+def content_key(**follows_from: object) -> str:
+    """Return a key for what follows from these values alone, which JSON can write."""
     return hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
-    """Of a part of a model: its files' names, sizes and samples of their content. All of 16 GB would take a while."""
+def folder_fingerprint(folder: Path) -> str:
+    """Return the hash of a part of a model: of its files' names, sizes and samples of their content.
+
+    The hash of all its 16 GB would take a while.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
         size = path.stat().st_size

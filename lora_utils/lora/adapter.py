@@ -1,15 +1,11 @@
-"""LoRA on the transformer: a trainable one through peft, finished ones through forward hooks.
-
-Owns the proof that every module was covered. A finished LoRA changes no module and no weight: taking the hooks away
-leaves the base bit for bit as it was, where fusing and unfusing in bf16 would not.
+"""The trainable LoRA: attached to the transformer through peft, computed by our own arithmetic, and read out again.
 
 Legend: R rank, D_in and D_out the widths of a linear layer.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from types import MethodType
 from typing import cast
 
@@ -20,18 +16,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_utils import blocks, qwen
+from lora_utils import constants
 from lora_utils.errors import UserError
-from lora_utils.lora_file import LoraFile, LowRank
-from lora_utils.models import Place
+from lora_utils.lora.formats import LowRank
+from lora_utils.model import blocks
 
-_ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the one adapter
 
 
 def target_names(transformer: QwenImageTransformer2DModel, targets: str) -> list[str]:
-    """The dotted names of the linear layers that a choice of `lora_targets` adapts."""
-    blocks = range(len(transformer.transformer_blocks))
-    return [f"transformer_blocks.{block}.{layer}" for block in blocks for layer in qwen.LORA_TARGETS[targets]]
+    """Return the dotted names of the linear layers that a choice of `lora_targets` adapts."""
+    count, layers = len(transformer.transformer_blocks), constants.LORA_TARGETS[targets]
+    return [f"transformer_blocks.{block}.{layer}" for block in range(count) for layer in layers]
 
 
 def attach_trainable_lora(
@@ -44,7 +40,7 @@ def attach_trainable_lora(
     """
     names = target_names(transformer, targets)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, bias="none")
-    inject_adapter_in_model(config, transformer, _ADAPTER)
+    inject_adapter_in_model(config, transformer, ADAPTER)
     layers = _trainable_layers(transformer)
     if set(layers) != set(names):
         raise RuntimeError(f"peft adapted {len(layers)} layers of the {len(names)} asked for")
@@ -57,19 +53,15 @@ def attach_trainable_lora(
         # A method, not a partial: the compiler takes one layer's for another's, and compiles one block for all.
         cast(nn.Module, layer).forward = MethodType(_forward, layer)
         parameters += [down, up]
-    use_blocks(transformer, compiled=False)
+    blocks.install_forwards(transformer)
+    for block_forward in blocks.forwards_of(transformer):
+        block_forward.project = _project_together
     return parameters
 
 
-def use_blocks(transformer: QwenImageTransformer2DModel, compiled: bool) -> None:
-    """Let the blocks of a transformer with a trainable LoRA compute plainly, or compiled."""
-    compute = blocks.compiled_block() if compiled else blocks.compute_block
-    blocks.install_forward(transformer, _project_together, compute)
-
-
 def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [R, D_in] and B [D_out, R], fp32."""
-    down, up = (cast(nn.Linear, cast(nn.ModuleDict, part)[_ADAPTER]) for part in (layer.lora_A, layer.lora_B))
+    """Return A [R, D_in] and B [D_out, R], fp32."""
+    down, up = (cast(nn.Linear, cast(nn.ModuleDict, part)[ADAPTER]) for part in (layer.lora_A, layer.lora_B))
     return cast(nn.Parameter, down.weight), cast(nn.Parameter, up.weight)
 
 
@@ -78,12 +70,12 @@ def _trainable_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _add_update(output: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """output [..., D_out] + low [..., R] @ up^T, in one pass over the output."""
+    """Return output [..., D_out] + low [..., R] @ up^T, in one pass over the output."""
     return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.to(output.dtype).T).view_as(output)
 
 
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
-    """A wrapped layer on x [..., D_in]. The small fp32 weights are cast to x's dtype, never x to theirs.
+    """Compute a wrapped layer on x [..., D_in]. The small fp32 weights are cast to x's dtype, never x to theirs.
 
     peft itself casts x, and scales by alpha / R in a pass of its own; here that is 1.
     """
@@ -92,7 +84,7 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
 
 
 def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Several layers on one x, with a single down-projection if all of them are wrapped."""
+    """Compute several layers on one x [..., D_in], with a single down-projection if all of them are wrapped."""
     wrapped = [layer for layer in layers if isinstance(layer, LoraLayer)]
     if len(wrapped) < len(layers):
         return blocks.project_each(layers, x)
@@ -101,14 +93,14 @@ def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [_add_update(layer.base_layer(x), low, up) for layer, low, up in zip(wrapped, lows, ups, strict=True)]
 
 
-def set_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[str, LowRank]) -> None:
-    """Let the trainable LoRA be this one, of its rank. Raises UserError where its layers are others."""
+def load_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[str, LowRank]) -> None:
+    """Copy a LoRA of the same rank into the trainable one. Raises UserError where their layers differ."""
     own = _trainable_layers(transformer)
     missing, unknown = sorted(set(own) - set(layers)), sorted(set(layers) - set(own))
     if missing or unknown:
         raise UserError(
             f"init_weights has {len(layers)} layers and lora_targets adapts {len(own)}; without a place here: "
-            f"{_listed(unknown)}; not in the file: {_listed(missing)}. Choose the lora_targets it was trained with."
+            f"{listed(unknown)}; not in the file: {listed(missing)}. Choose the lora_targets it was trained with."
         )
     for name, layer in own.items():
         down, up = _weights(layer)
@@ -122,93 +114,34 @@ def set_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[st
 
 @contextmanager
 def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
-    """Within it, a transformer with a trainable LoRA is the base model. Not for a forward with a backward pass."""
-    layers = _trainable_layers(transformer).values()
-    computed = [block.forward for block in transformer.transformer_blocks]
+    """Let a transformer with a trainable LoRA be the base model within it. It is for forwards without a backward."""
+    layers, forwards = _trainable_layers(transformer).values(), blocks.forwards_of(transformer)
+    before = [(forward.project, forward.compute, forward.checkpointed) for forward in forwards]
     try:
         for layer in layers:
             cast(nn.Module, layer).forward = layer.base_layer.forward
-        blocks.install_forward(transformer)
+        for forward in forwards:
+            forward.project, forward.compute, forward.checkpointed = blocks.project_each, blocks.compute_block, False
         yield
     finally:
         for layer in layers:
             cast(nn.Module, layer).forward = MethodType(_forward, layer)
-        for block, forward in zip(transformer.transformer_blocks, computed, strict=True):
-            block.forward = forward
+        for forward, fields in zip(forwards, before, strict=True):
+            forward.project, forward.compute, forward.checkpointed = fields
 
 
 def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]:
-    """The weights of the trainable LoRA by module name, on the CPU."""
+    """Return the weights of the trainable LoRA by module name, on the CPU."""
     found = {}
     for name, layer in _trainable_layers(transformer).items():
         down, up = (weight.detach().cpu().clone() for weight in _weights(layer))
-        found[name] = LowRank(down, up, alpha=float(layer.lora_alpha[_ADAPTER]))
+        found[name] = LowRank(down, up, alpha=float(layer.lora_alpha[ADAPTER]))
     return found
 
 
 # --- finished LoRAs -------------------------------------------------------------------------------------------------
 
 
-def _listed(names: Sequence[str], most: int = 4) -> str:
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Return the first of these names as a text."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "") or "none"
-
-
-def place_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, place: Place) -> LoraFile:
-    """Check that every layer of the file is one of the transformer's, and move it there in the compute dtype.
-
-    Raises UserError that says what matched and what didn't: a LoRA that applies in part isn't the one that was trained.
-    """
-    linears = {  # those under a trainable LoRA too, by the names that they have without it
-        name.removesuffix(".base_layer"): module
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and f".{_ADAPTER}" not in name
-    }
-    unknown = [name for name in lora.layers if name not in linears]
-    if unknown:
-        matched = [name for name in lora.layers if name in linears]
-        raise UserError(
-            f"this LoRA doesn't fit the model: {len(matched)} of its {len(lora.layers)} layers match "
-            f"({_listed(matched)}), {len(unknown)} don't exist here ({_listed(unknown)}). Is it another model's?"
-        )
-    layers = {}
-    for name, layer in lora.layers.items():
-        linear = linears[name]
-        wanted, got = (linear.in_features, linear.out_features), (layer.down.shape[1], layer.up.shape[0])
-        if wanted != got:
-            raise UserError(
-                f"this LoRA doesn't fit the model: {name!r} takes and gives {wanted} values, the LoRA's {got}."
-            )
-        if not (torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all()):
-            raise UserError(f"this LoRA holds NaN or infinity in {name!r}; its training has failed.")
-        layers[name] = replace(
-            layer, down=layer.down.to(place.device, place.dtype), up=layer.up.to(place.device, place.dtype)
-        )
-    return replace(lora, layers=layers)
-
-
-@dataclass(frozen=True, slots=True)
-class _AddUpdate:
-    """A forward hook: strength * up @ down @ input is added to the layer's output in place, in no pass of its own."""
-
-    down: Tensor  # [R, D_in]
-    up: Tensor  # [D_out, R]
-    strength: float  # scale * alpha / R
-
-    def __call__(self, _layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        low = F.linear(arguments[0], self.down).flatten(0, -2)  # [..., R]
-        output.view(-1, output.shape[-1]).addmm_(low, self.up.T, alpha=self.strength)
-        return output
-
-
-@contextmanager
-def applied(transformer: QwenImageTransformer2DModel, loras: Sequence[tuple[LoraFile, float]]) -> Iterator[None]:
-    """Within it, the transformer computes with these LoRAs, placed by `place_lora`, each at its scale; 0 is none."""
-    with ExitStack() as stack:
-        for lora, scale in loras:
-            if scale == 0:
-                continue
-            for name, layer in lora.layers.items():
-                update = _AddUpdate(layer.down, layer.up, scale * layer.alpha / layer.rank)
-                handle = transformer.get_submodule(name).register_forward_hook(update)
-                stack.callback(handle.remove)
-        yield

@@ -1,7 +1,8 @@
 """LoRA files: every known key layout read into one canonical map, and the portable file written from it.
 
-Owns key names and alphas; must not know models beyond the names of their layers. Legend: R rank, D_in and D_out the
-widths of the adapted linear layer.
+This module owns key names and alphas. It knows no more of models than the names of their layers.
+
+Legend: R rank, D_in and D_out the widths of the adapted linear layer, D the text encoder's width.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_utils import qwen
+from lora_utils import constants
 from lora_utils.errors import UserError
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's config
@@ -40,14 +41,14 @@ _OTHER_METHODS = {
 }
 _FLAT_NAMES = {
     name.replace(".", "_"): name
-    for name in (*qwen.ATTENTION_TARGETS, *qwen.MLP_TARGETS, "img_mod.1", "txt_mod.1", "attn.to_out")
+    for name in (*constants.ATTENTION_TARGETS, *constants.MLP_TARGETS, "img_mod.1", "txt_mod.1", "attn.to_out")
 }
-_ROW_KEY = re.compile(re.escape(qwen.PLACEHOLDER_KEY).replace(r"\{token\}", r"(?P<token><[^.]+>)"))
+_EMBEDDING_KEY = re.compile(re.escape(constants.PLACEHOLDER_KEY).replace(r"\{token\}", r"(?P<token><[^.]+>)"))
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a tool names a LoRA's tensors: a module's key, and what is added to it for each of its parts."""
+    """A tool's names of a LoRA's tensors: a module's key, and what is added to it for each of its parts."""
 
     key: str
     down: str
@@ -79,30 +80,27 @@ class LowRank:
         return self.down.shape[0]
 
     def with_alpha_of_rank(self) -> "LowRank":
-        """The same update with alpha = rank, which is what a file without alphas means."""
+        """Return the same update with alpha = rank, which is what a file without alphas means."""
         return LowRank(self.down, self.up * (self.alpha / self.rank), float(self.rank))
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA: `layers` by dotted module name of the transformer, `rows` by placeholder token, fp32 [1, D] each."""
+    """A LoRA: `layers` by dotted module name of the transformer, `embeddings` [1, D] fp32 by placeholder token."""
 
     layers: dict[str, LowRank]
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
     sha256: str = ""  # of the file it was read from
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def row_sha256(row: Tensor) -> str:
-    return hashlib.sha256(row.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
 def _module_name(name: str, key: str) -> str:
-    """The dotted module name behind a key without its LoRA ending."""
+    """Return the dotted module name behind a key without its LoRA ending."""
     for prefix in _FLAT_PREFIXES:
         if name.startswith(prefix):
             flat = name.removeprefix(prefix)
@@ -117,7 +115,7 @@ def _module_name(name: str, key: str) -> str:
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """(module, part) of a LoRA key, part one of down, up and alpha; None for keys that belong to no LoRA."""
+    """Return (module, part) of a LoRA key, part one of down, up and alpha; None for keys that belong to no LoRA."""
     for part, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",))):
         for ending in endings:
             if key.endswith(ending):
@@ -126,7 +124,7 @@ def _split(key: str) -> tuple[str, str] | None:
 
 
 def _header_alphas(metadata: dict[str, str], name: str) -> tuple[float | None, dict[str, float]]:
-    """(alpha of all layers, alphas of single layers) from diffusers' header; None where it says nothing."""
+    """Return (alpha of all layers, alphas of single layers) from diffusers' header; None where it says nothing."""
     if HEADER_KEY not in metadata:
         return None, {}
     try:
@@ -152,11 +150,10 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
             f"{name} is no safetensors file ({error}); give a weights.zip or a .safetensors LoRA."
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
-    rows: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        row = _ROW_KEY.fullmatch(key)
-        if row:
-            rows[row["token"]] = tensor
+        if embedding := _EMBEDDING_KEY.fullmatch(key):
+            embeddings[embedding["token"]] = tensor
             continue
         for mark, method in _OTHER_METHODS.items():
             if mark in key:
@@ -178,11 +175,11 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
             raise UserError(f"{name}: layer {module!r} has the shapes {shapes}, expected [R, D_in] and [D_out, R].")
         alpha = float(part["alpha"]) if "alpha" in part else alphas.get(module, default_alpha or rank)
         layers[module] = LowRank(part["down"], part["up"], alpha)
-    return LoraFile(layers, rows, file_sha256(path))
+    return LoraFile(layers, embeddings, file_sha256(path))
 
 
 def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a tool's keys, alpha = rank, the config in the header for diffusers, and the rows in fp32.
+    """Write a tool's keys, alpha = rank, the config in the header for diffusers, and the embeddings in fp32.
 
     diffusers' own, the default, are what diffusers, ComfyUI and we read alike.
     """
@@ -193,8 +190,8 @@ def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype
         tensors[key + names.up] = layer.up.to(dtype).contiguous()
         if names.alpha:
             tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
-    for token, row in lora.rows.items():
-        tensors[qwen.PLACEHOLDER_KEY.format(token=token)] = row.float().contiguous()
+    for token, embedding in lora.embeddings.items():
+        tensors[constants.PLACEHOLDER_KEY.format(token=token)] = embedding.float().contiguous()
     if layout != "diffusers":
         save_file(tensors, path)
         return

@@ -1,6 +1,6 @@
 """Sharing: finished weights to a repository on the hub, with a model card that says what they are and how to load them.
 
-Owns the card and the push; must not know training. The token that allows it is passed along, and never written.
+The token that allows it is passed along, and never written.
 """
 
 import json
@@ -11,20 +11,19 @@ from tempfile import TemporaryDirectory
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import disable_progress_bars
 
-from lora_utils.bundle import META_MEMBER, Meta, unpack_weights
+from lora_utils import constants
 from lora_utils.config import HUB_REPO_PATTERN
 from lora_utils.errors import UserError
-from lora_utils.fetch import WEIGHT_NAMES
+from lora_utils.lora.weights_zip import META_MEMBER, Meta, extract_weights
 
-ARCHIVE_NAME, LORA_NAME = WEIGHT_NAMES
+ARCHIVE_NAME, LORA_NAME = constants.HUB_WEIGHT_NAMES
 _FAILURES = (OSError, httpx2.HTTPError, HFValidationError)  # the hub's own errors are OSErrors
 _NOT_A_SETTING = ("seed", "default_caption")
 
 
-def open_repository(repository: str, token: str | None, private: bool) -> None:
-    """See that the repository is there and may be written to, before a training is begun for it.
+def ensure_repository(repository: str, token: str | None, private: bool) -> None:
+    """Make sure that the repository is there and may be written to, before a training is begun for it.
 
     Raises UserError where it may not.
     """
@@ -43,21 +42,20 @@ def open_repository(repository: str, token: str | None, private: bool) -> None:
         ) from error
 
 
-def push(repository: str, token: str | None, weights: Path, sheets: Sequence[Path]) -> str:
-    """The archive, its LoRA by itself for other tools, meta.json, samples and a model card, as one commit. -> its URL
+def push_weights(repository: str, token: str | None, weights: Path, sheets: Sequence[Path]) -> str:
+    """Push the archive, its LoRA for other tools, meta.json, previews and a model card as one commit. -> its URL
 
     Raises UserError where it fails; the files here are as they were.
     """
     with TemporaryDirectory() as folder:
-        lora, meta = unpack_weights(weights, Path(folder))
+        lora, meta = extract_weights(weights, Path(folder))
         if meta is None:
             raise RuntimeError(f"{weights} has no {META_MEMBER}")
-        pictures = {f"samples/{sheet.name}": sheet for sheet in sheets}
-        card = model_card(repository, meta, list(pictures))
-        files = {ARCHIVE_NAME: weights, LORA_NAME: lora, **pictures}
+        images = {f"samples/{sheet.name}": sheet for sheet in sheets}
+        card = model_card(repository, meta, list(images))
+        files = {ARCHIVE_NAME: weights, LORA_NAME: lora, **images}
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(META_MEMBER, _json_of(meta))]
-        disable_progress_bars()  # of carriage returns, which are noise in a server's log
         try:
             done = HfApi(token=token).create_commit(
                 repository, operations, commit_message=f"A LoRA of {meta.training_steps} steps"
@@ -79,7 +77,7 @@ def _first_line(error: Exception) -> str:
 
 
 def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
-    """README.md as the hub reads it: what its search needs in front, and then what a person wants to know."""
+    """Return README.md as the hub reads it: what its search needs in front, then what a person wants to know."""
     named = meta.base_model or ""
     base = named if HUB_REPO_PATTERN.fullmatch(named) and not Path(named).is_dir() else None
     tokens = [described["token"] for described in meta.placeholders]
@@ -98,7 +96,7 @@ def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
         "\n".join(header),
         f"# {repository.rpartition('/')[2]}",
         f"A LoRA of {base or 'Qwen-Image'}, rank {meta.rank}, {meta.training_steps} steps on {meta.num_images} "
-        f"pictures.{_named(tokens, trigger)}",
+        f"images.{_named(tokens, trigger)}",
         *([f"![samples]({sheets[-1]})"] if sheets else []),
         "## Use it",
         _with_diffusers(repository, base or "Qwen/Qwen-Image", tokens, trigger),
@@ -111,7 +109,7 @@ def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
 
 
 def _tells(name: str) -> bool:
-    """Captions are the owner's business, and a seed says nothing to others."""
+    """Return whether a setting is of interest: captions are the owner's business, and a seed says nothing to others."""
     return name not in _NOT_A_SETTING and not name.startswith("autocaption")
 
 
@@ -137,13 +135,13 @@ def _with_diffusers(repository: str, base: str, tokens: Sequence[str], trigger: 
     ]
     if tokens:
         lines += [
-            f'rows = load_file(hf_hub_download("{repository}", "{LORA_NAME}"))',
+            f'embeddings = load_file(hf_hub_download("{repository}", "{LORA_NAME}"))',
             f"for token in {json.dumps(list(tokens))}:",
             "    pipeline.tokenizer.add_tokens(AddedToken(token, normalized=False))",
             "    index = pipeline.tokenizer.convert_tokens_to_ids(token)",
             "    matrix = pipeline.text_encoder.get_input_embeddings().weight",
-            '    matrix.data[index] = rows[f"bundle_emb.{token}.lora.qwen25_7b"][0].to(matrix)',
+            '    matrix.data[index] = embeddings[f"bundle_emb.{token}.lora.qwen25_7b"][0].to(matrix)',
         ]
     prompt = f"a photo of {trigger}" if trigger else "a photo of a lighthouse"
-    lines += [f'pipeline("{prompt}", true_cfg_scale=4.0, negative_prompt=" ").images[0].save("picture.png")', "```"]
+    lines += [f'pipeline("{prompt}", true_cfg_scale=4.0, negative_prompt=" ").images[0].save("image.png")', "```"]
     return "\n".join(lines)

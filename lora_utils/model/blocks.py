@@ -1,15 +1,17 @@
 """The transformer's blocks: diffusers' arithmetic on diffusers' modules, in fewer passes over memory.
 
-Owns a block's forward and the RoPE tables; must not know of LoRAs, timesteps or how weights are stored: every linear
-layer is called as the module that it is. Against diffusers 0.42.1 it saves the fp32 copies that its RMSNorm keeps for
-the backward pass, a pass over memory per modulation and per gated residual, and remaking the RoPE table at every step.
+This module owns a block's forward and the RoPE tables. It doesn't know of LoRAs, timesteps or how weights are stored:
+every linear layer is called as the module that it is. Against diffusers 0.42.1 it saves the fp32 copies that its
+RMSNorm keeps for the backward pass, a pass over memory per modulation and per gated residual, and the making of the
+RoPE table at every step.
 
 Legend: B batch, N image tokens, T text tokens, S = T + N, H heads, E width of a head, D = H * E.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ Project = Callable[[Sequence[nn.Module], Tensor], list[Tensor]]  # several linea
 
 
 def project_each(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Call each layer on x [..., D_in]."""
     return [layer(x) for layer in layers]
 
 
@@ -38,7 +41,7 @@ class JointRope(nn.Module):
             return torch.cat([text, image])
 
     def forward(self, img_shapes: list[Any], max_txt_seq_len: int, device: torch.device) -> Tensor:
-        (shape,) = img_shapes[0]  # one picture per example, all of one size
+        (shape,) = img_shapes[0]  # one image per example, all of one size
         return self.table(shape, max_txt_seq_len, device)
 
 
@@ -58,7 +61,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm, then * (1 + scale) + shift. x [B, N, D], shift and scale [B, D].
 
-    For one picture the modulation is the norm's own affine part and costs no pass of its own.
+    For one image the modulation is the norm's own affine part and costs no pass of its own.
     """
     if len(x) == 1:
         return F.layer_norm(x, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
@@ -112,14 +115,15 @@ def compute_block(
     return text, image
 
 
-Compute = Callable[..., tuple[Tensor, Tensor]]  # what `compute_block` does
-# Code is made for each of: a size of 1 or equal to another, a mask or none, and which of the inputs have a gradient.
-# Beyond torch's own 8 of them the rest would run uncompiled, in the middle of a run.
+Streams = tuple[Tensor, Tensor]  # text [B, T, D] and image [B, N, D]
+Compute = Callable[..., Streams]  # what `compute_block` does
+# The compiler makes code for each of: a size of 1 or equal to another, a mask or none, and which of the inputs have a
+# gradient. Beyond torch's own limit of 8 the rest would run uncompiled, in the middle of a run.
 _KINDS = 64
 
 
 def compiled_block(backend: str = "inductor") -> Compute:
-    """`compute_block` compiled at its first calls, for training alone, once for all blocks and for each kind of shape.
+    """Return `compute_block`, compiled at its first calls in training, once for all blocks and for each kind of shape.
 
     Raises torch._dynamo.exc.TorchDynamoException when it can't be, there or in the first backward pass.
     """
@@ -134,45 +138,72 @@ def compiled_block(backend: str = "inductor") -> Compute:
     return compute
 
 
-def forward_block(
-    block: Any, project: Project, compute: Compute, hidden_states: Tensor, encoder_hidden_states: Tensor,
-    encoder_hidden_states_mask: Tensor | None, temb: Tensor, image_rotary_emb: Tensor,
-    joint_attention_kwargs: None = None, modulate_index: None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A block, called by diffusers' names. The modulations, maybe from a table, stay out of what is compiled."""
-    image_mod, text_mod = block.img_mod(temb), block.txt_mod(temb)
-    return compute(
-        block, project, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, image_mod, text_mod,
-        image_rotary_emb,
-    )  # fmt: skip
+class BlockCache(Protocol):
+    """What may stand between a block and its arithmetic, and spare some of it: see `sampling.first_block_cache`."""
+
+    def __call__(self, forward: Callable[[], Streams], hidden_states: Tensor, encoder_hidden_states: Tensor) -> Streams:
+        """Return the block's text and image, by calling `forward` or in its place."""
+        ...
 
 
-class _Recomputed:
-    """A block's forward that keeps nothing but its inputs, and runs again in the backward pass."""
+@dataclass(slots=True)
+class BlockForward:
+    """A block's `forward`, installed once. Its fields say how the block computes; whoever changes that sets a field.
 
-    def __init__(self, forward: Callable[..., tuple[Tensor, Tensor]]):
-        self.forward = forward
-
-    def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        # Nothing in a block is random, so there is no generator's state to keep either.
-        return checkpoint(self.forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
-
-
-def recompute_first(transformer: QwenImageTransformer2DModel, count: int) -> None:
-    """Let the first `count` blocks recompute their activations, and no other.
-
-    The first, because when their turn comes in the backward pass, what the later blocks kept is free again.
+    The LoRA sets `project`, the memory plan `compute` and `checkpointed`, the first-block cache `cache`.
     """
-    for index, block in enumerate(transformer.transformer_blocks):
-        forward = block.forward.forward if isinstance(block.forward, _Recomputed) else block.forward
-        block.forward = _Recomputed(forward) if index < count else forward
+
+    block: Any
+    project: Project = project_each
+    compute: Compute = compute_block
+    checkpointed: bool = False  # keep only the inputs for the backward pass, and run again in it
+    cache: BlockCache | None = None
+
+    def __call__(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor, image_rotary_emb: Tensor, joint_attention_kwargs: None = None, modulate_index: None = None,
+    ) -> Streams:  # fmt: skip
+        """Compute the block on image [B, N, D] and text [B, T, D], by diffusers' names -> text and image."""
+        given = (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb)
+
+        def forward() -> Streams:
+            if not self.checkpointed:
+                return self._forward(*given)
+            # Nothing in a block is random, so there is no generator's state to keep.
+            return cast(Streams, checkpoint(self._forward, *given, use_reentrant=False, preserve_rng_state=False))
+
+        return forward() if self.cache is None else self.cache(forward, hidden_states, encoder_hidden_states)
+
+    def _forward(self, image: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, rope: Tensor) -> Streams:
+        """Compute with the modulations of `temb`, maybe from a table: they stay out of what is compiled."""
+        image_mod, text_mod = self.block.img_mod(temb), self.block.txt_mod(temb)
+        return self.compute(self.block, self.project, image, text, mask, image_mod, text_mod, rope)
 
 
-def install_forward(
-    transformer: QwenImageTransformer2DModel, project: Project = project_each, compute: Compute = compute_block
-) -> None:
-    """Let the blocks compute this way. Nothing about the weights changes; a second call changes how."""
-    if not isinstance(transformer.pos_embed, JointRope):
-        transformer.pos_embed = cast(Any, JointRope(transformer.pos_embed))
+def install_forwards(transformer: QwenImageTransformer2DModel) -> None:
+    """Let the blocks compute this module's way, if they don't yet. Nothing about the weights changes."""
+    if isinstance(transformer.pos_embed, JointRope):
+        return
+    transformer.pos_embed = cast(Any, JointRope(transformer.pos_embed))
     for block in transformer.transformer_blocks:
-        block.forward = partial(forward_block, block, project, compute)
+        cast(Any, block).forward = BlockForward(block)
+
+
+def forwards_of(transformer: QwenImageTransformer2DModel) -> list[BlockForward]:
+    """Return how each block computes, in the order of the blocks; its fields may be set."""
+    return [cast(BlockForward, block.forward) for block in transformer.transformer_blocks]
+
+
+def set_compute(transformer: QwenImageTransformer2DModel, compute: Compute) -> None:
+    """Let all blocks compute by this function."""
+    for forward in forwards_of(transformer):
+        forward.compute = compute
+
+
+def set_checkpointed(transformer: QwenImageTransformer2DModel, count: int) -> None:
+    """Let the first `count` blocks, and no other, be activation-checkpointed.
+
+    The first ones, because when their turn comes in the backward pass, what the later blocks kept is free again.
+    """
+    for index, forward in enumerate(forwards_of(transformer)):
+        forward.checkpointed = index < count

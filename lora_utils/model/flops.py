@@ -20,10 +20,10 @@ class Shape:
 
 
 def forward_flops(shape: Shape, image_tokens: int, text_tokens: int) -> float:
-    """One forward of one picture: a multiplication and an addition are two. Norms and other passes aren't counted.
+    """Count one forward of one image; a multiplication and an addition are two. Norms and other passes aren't counted.
 
     A block holds 12 D^2 weights for a token of either stream: 4 D^2 of attention, 8 D^2 of the MLP; attention itself is
-    two products of [S, D] with [D, S]. The modulations, one row per picture, are left out.
+    two products of [S, D] with [D, S]. The modulations, one row per image, are left out.
     """
     tokens = image_tokens + text_tokens
     block = 2 * 12 * shape.width**2 * tokens + 4 * tokens**2 * shape.width
@@ -31,8 +31,8 @@ def forward_flops(shape: Shape, image_tokens: int, text_tokens: int) -> float:
     return shape.blocks * block + ends
 
 
-def training_flops(shape: Shape, image_tokens: int, text_tokens: int, recomputed_blocks: int) -> float:
-    """Forward and backward of one picture with a frozen base; the LoRA's own products, below 2 %, aren't counted.
+def training_flops(shape: Shape, image_tokens: int, text_tokens: int, checkpointed_blocks: int) -> float:
+    """Count forward and backward of one image with a frozen base; the LoRA's own products, below 2 %, aren't counted.
 
     The backward multiplies each output's gradient by the weight, once, not twice as where the weight learns, and not
     by those whose input has no gradient: q, k and v of the first block, the layers before it, and the last block's text
@@ -43,12 +43,12 @@ def training_flops(shape: Shape, image_tokens: int, text_tokens: int, recomputed
     linear = shape.blocks * 12 * square * tokens - 3 * square * tokens - 9 * square * text_tokens
     attention = shape.blocks * 10 * tokens**2 * shape.width
     end = 2 * shape.width * shape.channels * image_tokens
-    again = recomputed_blocks * (12 * square * tokens + 4 * tokens**2 * shape.width)
+    again = checkpointed_blocks * (12 * square * tokens + 4 * tokens**2 * shape.width)
     return forward_flops(shape, image_tokens, text_tokens) + linear + attention + end + again
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a plain matrix product on the device: the best of several tries."""
+    """Measure the FLOP/s of a plain matrix product on the device: the best of several tries."""
     rows, width = (4096, 8192) if device.type == "cuda" else (1024, 3072)
     left, right = (
         torch.randn(rows, width, device=device).to(dtype),

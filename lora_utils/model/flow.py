@@ -1,8 +1,8 @@
 """Flow matching as Qwen-Image was trained and is sampled: pure functions of numbers and tensors.
 
-Owns the noise schedule, the training target, guidance and the Euler step; must not know models or devices.
+This module owns the noise schedule, the training target, guidance and the Euler step.
 
-Legend: B batch, N image tokens, C packed channels (64). sigma is the share of noise: 1 is noise, 0 is the picture;
+Legend: B batch, N image tokens, C packed channels (64). sigma is the share of noise: 1 is noise, 0 is the image;
 the model is told t = sigma.
 """
 
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_utils import qwen
+from lora_utils import constants
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The numbers of a flow-matching scheduler's config. `shift_terminal` None: the last sigma isn't stretched."""
 
-    base_image_tokens: int = qwen.BASE_IMAGE_TOKENS
-    max_image_tokens: int = qwen.MAX_IMAGE_TOKENS
-    base_shift: float = qwen.BASE_SHIFT
-    max_shift: float = qwen.MAX_SHIFT
-    shift_terminal: float | None = qwen.SHIFT_TERMINAL
+    base_image_tokens: int = constants.BASE_IMAGE_TOKENS
+    max_image_tokens: int = constants.MAX_IMAGE_TOKENS
+    base_shift: float = constants.BASE_SHIFT
+    max_shift: float = constants.MAX_SHIFT
+    shift_terminal: float | None = constants.SHIFT_TERMINAL
 
     def mu(self, image_tokens: int) -> float:
-        """The log of the shift for a picture of this many tokens: a line through the two base points."""
+        """Return the log of the shift for an image of this many tokens: a line through the two base points."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_tokens - self.base_image_tokens)
         return self.base_shift + slope * (image_tokens - self.base_image_tokens)
 
     def sampling_sigmas(self, steps: int, image_tokens: int) -> list[float]:
-        """`steps` + 1 sigmas from 1 down to 0, as `FlowMatchEulerDiscreteScheduler` spaces them."""
+        """Return `steps` + 1 sigmas from 1 down to 0, as `FlowMatchEulerDiscreteScheduler` spaces them."""
         linear = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
         sigmas = shift_sigma(linear, self.mu(image_tokens))
         if self.shift_terminal is not None and steps > 1:
@@ -44,34 +44,34 @@ LIGHTNING = Schedule(base_shift=math.log(3), max_shift=math.log(3), shift_termin
 
 
 def shift_sigma(sigma: Tensor, mu: float) -> Tensor:
-    """Move sigma towards noise by exp(mu): large pictures need more of it (Esser et al. 2024, section 5.3.2)."""
+    """Move sigma towards noise by exp(mu): large images need more of it (Esser et al. 2024, section 5.3.2)."""
     shift = math.exp(mu)
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
-def draw_sigmas(batch: int, mu: float, generator: torch.Generator) -> Tensor:
-    """[B] fp32 in (0, 1): logit-normal, then the resolution's own shift, so that training sees what sampling uses."""
+def sample_sigmas(batch: int, mu: float, generator: torch.Generator) -> Tensor:
+    """Sample [B] sigmas in (0, 1): logit-normal, then shifted as the resolution is, as in sampling."""
     return shift_sigma(torch.sigmoid(torch.randn(batch, generator=generator)), mu)
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """[B, N, C] clean and noise, [B] sigma -> x_t [B, N, C]."""
+    """Return x_t = (1 - sigma) * clean + sigma * noise, all [B, N, C]; sigma is [B]."""
     share = sigma.view(-1, 1, 1)
     return (1.0 - share) * clean + share * noise
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """What the model predicts, d x_t / d sigma [B, N, C]."""
+    """Return what the model predicts, d x_t / d sigma = noise - clean, [B, N, C]."""
     return noise - clean
 
 
 def model_time(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """The t that the transformer is given for sigma: cast at 1000 sigma and then divided, as the pipeline does it."""
-    return (sigma * qwen.TRAIN_TIMESTEPS).to(dtype) / qwen.TRAIN_TIMESTEPS
+    """Return the t that the transformer is given: sigma cast at 1000 sigma and then divided, as the pipeline does."""
+    return (sigma * constants.TRAIN_TIMESTEPS).to(dtype) / constants.TRAIN_TIMESTEPS
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, each token rescaled to the norm of its conditional prediction. All [B, N, C].
+    """Apply classifier-free guidance, each token rescaled to the norm of its conditional prediction; all [B, N, C].
 
     The rescaling keeps high scales from burning colours; it is what the official pipeline does.
     """
@@ -80,5 +80,5 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """One step down the flow, computed in fp32. [B, N, C] -> [B, N, C]."""
+    """Take one Euler step down the flow, computed in fp32, [B, N, C] -> [B, N, C]."""
     return (latents.float() + (sigma_next - sigma) * velocity.float()).to(latents.dtype)

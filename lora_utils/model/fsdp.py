@@ -1,10 +1,9 @@
-"""The frozen transformer shared out over several cards by FSDP2: each holds a part, and a block is whole while it runs.
+"""The frozen transformer sharded over several GPUs by FSDP2: each holds a part, and fetches a block while it runs.
 
 Owns what is sharded and how a weight from the disk becomes a part. LoRA and rows aren't sharded: they are small, and
-every card has them, as without sharding. The weights stay as they are, so it is exact.
+every GPU has them, as without sharding. The weights stay as they are, so it is exact.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,17 +19,15 @@ _MESH_NAME = "fsdp"  # tells peft that a layer's parts are storage alone, and it
 
 
 def in_a_block(name: str) -> bool:
-    """Whether a weight, by its dotted name in the transformer, is one that is sharded."""
+    """Return whether a weight, by its dotted name in the transformer, is one that is sharded."""
     return name.startswith("transformer_blocks.")
 
 
 def shard(transformer: QwenImageTransformer2DModel, device: torch.device, count: int) -> None:
-    """Share the blocks of an empty transformer out over `count` processes. Their weights come by `store`.
+    """Shard the blocks of an empty transformer over `count` processes. Their weights come by `store`.
 
     What stands outside of the blocks is filled already; every process has it.
     """
-    # Nothing here computes in place on what the transformer returns, which is what this warns of.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (count,), mesh_dim_names=(_MESH_NAME,))
     outside = {parameter for name, parameter in transformer.named_parameters() if not in_a_block(name)}
     for block in transformer.transformer_blocks:
@@ -51,12 +48,13 @@ def store(transformer: nn.Module, name: str, tensor: Tensor) -> bool:
 
 
 def is_sharded(transformer: nn.Module) -> bool:
+    """Return whether the transformer is sharded."""
     return isinstance(transformer, FSDPModule)
 
 
 @contextmanager
 def sampling_mode(transformer: nn.Module) -> Iterator[None]:
-    """No gradients, and where FSDP2 can bear it none of autograd's bookkeeping either.
+    """Turn gradients off, and where FSDP2 can bear it autograd's bookkeeping too.
 
     torch 2.13's fails in inference mode: "Inference tensors do not track version counter".
     """

@@ -1,6 +1,6 @@
-"""Weights from disk to device, tensor by tensor: what is on its way is all that the host holds beyond what stays.
+"""Weights from disk to device, tensor by tensor: what is on its way is all that the CPU holds beyond what stays.
 
-Owns how a part is built empty, filled and found whole; must not know what the parts compute.
+This module owns how an empty part is filled and found complete. It doesn't know what the parts compute.
 """
 
 import json
@@ -18,7 +18,7 @@ _SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A part's safetensors files, in the order of its index if it has one."""
+    """Return a part's safetensors files, in its index's order if it has one. Raises UserError for a missing one."""
     indexes = [folder / f"{name}.index.json" for name in _SINGLE_FILES]
     for index in (path for path in indexes if path.is_file()):
         names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
 def stream_tensors(
     folder: Path, device: torch.device, dtype: torch.dtype, rename: Callable[[str], str | None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a part's weights, straight to the device. What `rename` turns into None isn't read at all."""
+    """Yield (name, tensor) of a part's weights, straight to the device. What `rename` turns into None isn't read."""
     for file in weight_files(folder):
         with safe_open(file, framework="pt", device=str(device)) as shard:
             for stored in shard.keys():  # noqa: SIM118 (safe_open isn't a mapping)
@@ -43,20 +43,13 @@ def stream_tensors(
                     yield name, shard.get_tensor(stored).to(dtype)
 
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what is queued there."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def fill(
+def fill_parameters(
     module: nn.Module,
     tensors: Iterator[tuple[str, Tensor]],
     source: Path,
     store: Callable[[str, Tensor], bool] = lambda _name, _tensor: False,
 ) -> None:
-    """Put tensors in the place of a module's empty parameters, frozen. Raises UserError for one that doesn't fit.
+    """Replace a module's empty parameters by these tensors, frozen. Raises UserError for one that doesn't fit.
 
     `store` may take one to store it another way, and says so.
     """
@@ -79,7 +72,7 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def check_whole(module: nn.Module, source: Path) -> None:
+def check_complete(module: nn.Module, source: Path) -> None:
     """Raise UserError if a parameter was never filled."""
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if empty:

@@ -1,11 +1,12 @@
-"""Which of the engine's switches a run uses: chosen in this one place, by the memory there is, before it loads.
+"""The memory plan: which of the engine's switches a training or a server uses, chosen here before the model is loaded.
 
-Owns the choice and what is said of it; must not know how a switch works. One more, how many blocks recompute their
-activations, follows from what is really free once the model is there: `fitting.plan_memory`.
+This module owns the choice and what is said of it; it doesn't know how a switch works. How many blocks are
+activation-checkpointed follows from what is really free once the model is there: see `training.recompute`.
 """
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,113 +14,293 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+from torch import nn
+from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from lora_utils import flops, memory, modulation, qwen
-from lora_utils.cards import ALONE, Ranks, least
-from lora_utils.config import QUANTIZATIONS, TrainConfig
+from lora_utils import constants
+from lora_utils.config import QUANTIZATIONS, TrainConfig, choice
 from lora_utils.errors import UserError
-from lora_utils.optimizers import bytes_per_weight
-from lora_utils.quantization import WEIGHT_BYTES, is_quantized
-from lora_utils.sizes import Size
+from lora_utils.model import flops, memory, modulation, quantization
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import read_text_config
 
 log = logging.getLogger(__name__)
 
 # From the exact one to the one that rounds most. int8 is as large as fp8 and as slow; it is there for who asks for it.
-AUTO = ("none", "fp8", "nf4")
+AUTO_SCHEMES = ("none", "fp8", "nf4")
 SHARDED = "sharded"
 
-# On the careful side, for no card has measured them yet (`benchmarks.train --compiled` will).
+# On the careful side, for no GPU has measured them yet (`benchmarks.train --compiled` will).
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
 COMPILED_GAIN = 0.1  # of a step's time
-# FLOP/s of a card that the choice is made for. A measured speed would differ from one start of a run to the next.
+# FLOP/s of a GPU that the choice is made for. A measured speed would differ from one start of a run to the next.
 NOMINAL_SPEED = 4e14
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The switches of a run. All but the quantisation leave its numbers as they are."""
+class MemoryPlan:
+    """The switches that a run or a server uses. All but the quantisation leave its numbers as they are."""
 
     quantization: str  # of the transformer; "none" or a scheme
-    text_encoder_on_card: bool  # or on the host: slower, but there
+    text_encoder_on_device: bool  # or on the CPU: slower, with the same result
     compiled: bool = False  # the blocks' arithmetic
-    sharded: bool = False  # the transformer is shared out over the cards
+    sharded: bool = False  # the transformer over several GPUs
+    checkpointed_blocks: int = 0  # that keep only their inputs for the backward pass
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """Bytes: what is free, and what each part of a run would take of it."""
+class MemoryEstimate:
+    """Bytes: what is free, and what each part of a training or a server would take of it."""
 
     free: float
     text_encoder: float
-    transformer: dict[str, float]  # by scheme, and SHARDED where there are several cards
-    step: float  # with all blocks recomputed
-    timesteps: int = 0  # that a table in place of the modulations holds, on the host; 0: the modulations themselves
+    transformer: dict[str, float]  # by scheme, and SHARDED where there are several GPUs
+    work: float  # a step with all blocks checkpointed, or an image of the official size
+    timesteps: int = 0  # that a table in place of the modulations holds, on the CPU; 0: the modulations themselves
+    purpose: str = "training"
+    work_name: str = "a step at least"
 
     def needed(self, scheme: str, with_text_encoder: bool) -> float:
+        """Return the bytes that a scheme needs, with the text encoder beside the transformer or without it."""
         text = self.text_encoder if with_text_encoder else 0.0
-        return self.transformer[scheme] + self.step + text + memory.SPARE_BYTES
+        return self.transformer[scheme] + self.work + text + memory.SPARE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to hold the model: a scheme, and whether the text encoder stays beside the transformer."""
+
+    scheme: str
+    text_encoder_stays: bool
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """The sizes of a model's parts, read once from their configs."""
+
+    transformer: dict[str, Any]
+    text_encoder: Qwen2_5_VLTextConfig
+    vae_width: int
+
+    @property
+    def blocks(self) -> int:
+        """The number of transformer blocks."""
+        return self.transformer["num_layers"]
+
+    @property
+    def width(self) -> int:
+        """The transformer's width, D."""
+        return self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"]
+
+    @property
+    def of_flops(self) -> flops.Shape:
+        """The sizes that a transformer's operations follow from."""
+        text_width = self.transformer["joint_attention_dim"]
+        return flops.Shape(self.blocks, self.width, constants.PACKED_CHANNELS, text_width)
+
+
+def read_shapes(folder: Path) -> ModelShapes:
+    """Read the sizes of a model folder's parts."""
+    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    return ModelShapes(transformer, read_text_config(folder), vae["base_dim"])
+
+
+def transformer_bytes(config: dict[str, Any], element_bytes: int, table: bool) -> dict[str, float]:
+    """Return what a transformer of this config holds on the device, by scheme; with a table of its modulations or not.
+
+    No weight is made for it.
+    """
+    with init_empty_weights():
+        transformer = cast(nn.Module, QwenImageTransformer2DModel.from_config(config))
+    quantized, others = 0, 0
+    for name, parameter in transformer.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and quantization.is_quantized(layer):
+            quantized += parameter.numel()
+        elif not (table and modulation.is_modulation(name)):
+            others += parameter.numel()
+    weight_bytes = {"none": float(element_bytes), **quantization.WEIGHT_BYTES}
+    return {scheme: quantized * size + others * element_bytes for scheme, size in weight_bytes.items()}
+
+
+def text_encoder_bytes(config: Qwen2_5_VLTextConfig, element_bytes: int) -> float:
+    """Return what a language model of this config holds. No weight is made for it."""
+    with init_empty_weights():
+        language_model = Qwen2_5_VLTextModel(config)
+    return float(element_bytes * sum(parameter.numel() for parameter in language_model.parameters()))
+
+
+def sharded_bytes(complete: float, blocks: int, world_size: int) -> float:
+    """Return what a GPU holds of a sharded transformer: its part, and two complete blocks, one of them on its way."""
+    return complete / world_size + 2 * complete / blocks
+
+
+# --- estimates ------------------------------------------------------------------------------------------------------
+
+
+def step_size(
+    config: TrainConfig, transformer: dict[str, Any], tokens: int, element_bytes: int, optimizer_bytes: float = 12.0
+) -> memory.StepSize:
+    """Return what the memory of a step on `tokens` tokens, image and text, of the largest batch follows from.
+
+    `transformer` is its config. `optimizer_bytes` is what gradient and optimizer hold of a LoRA's weight, AdamW's 12.
+    """
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    # A LoRA's matrices are R x D_in and D_out x R: the attention's layers are D x D, the MLPs' D x 4 D.
+    widths = {
+        layer: 5 if layer in constants.MLP_TARGETS else 2 for layer in constants.LORA_TARGETS[config.lora_targets]
+    }
+    lora = transformer["num_layers"] * config.rank * width * sum(widths.values())
+    return memory.StepSize(
+        transformer["num_layers"], width, tokens, config.lora_targets, element_bytes, lora, optimizer_bytes
+    )
+
+
+def training_estimate(
+    shapes: ModelShapes, step: memory.StepSize, timesteps: int | None, free: float, world_size: int = 1
+) -> MemoryEstimate:
+    """Estimate a training that shows the transformer so many timesteps (None: any), with `free` bytes on each GPU."""
+    table = timesteps is not None and modulation.pays(timesteps, step.width)
+    schemes = transformer_bytes(shapes.transformer, step.element_bytes, table)
+    if world_size > 1:
+        schemes[SHARDED] = sharded_bytes(schemes["none"], step.blocks, world_size)
+    return MemoryEstimate(
+        free,
+        text_encoder_bytes(shapes.text_encoder, step.element_bytes),
+        schemes,
+        step.needed_bytes(step.blocks) + 4.0 * step.lora_parameters,
+        timesteps if timesteps is not None and table else 0,
+    )
+
+
+def sampling_estimate(shapes: ModelShapes, dtype: torch.dtype, free: float) -> MemoryEstimate:
+    """Estimate a server that samples images of the official size."""
+    timesteps = modulation.sampling_timesteps(dtype)
+    table = timesteps is not None and modulation.pays(len(timesteps), shapes.width)
+    size = Size(*constants.OFFICIAL_SIZES_PX["1:1"])
+    forward = memory.sampling_bytes(size.tokens, shapes.width, dtype.itemsize)
+    decode = memory.decode_bytes(size.width_px * size.height_px, dtype.itemsize, shapes.vae_width)
+    return MemoryEstimate(
+        free,
+        text_encoder_bytes(shapes.text_encoder, dtype.itemsize),
+        transformer_bytes(shapes.transformer, dtype.itemsize, table),
+        max(forward, decode),
+        len(timesteps) if timesteps is not None and table else 0,
+        "prediction",
+        "an image of the official size",
+    )
+
+
+# --- choices --------------------------------------------------------------------------------------------------------
+
+
+def choose(candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: str) -> Candidate:
+    """Return the first candidate that fits. Raises UserError with the numbers of the last one if none does."""
+    for candidate in candidates:
+        if estimate.needed(candidate.scheme, candidate.text_encoder_stays) <= estimate.free:
+            return candidate
+    scheme = candidates[-1].scheme
+    least = estimate.needed(scheme, candidates[-1].text_encoder_stays)
+    raise UserError(
+        f"{estimate.purpose} needs {least / 1e9:.3g} GB (the model in {_scheme_name(scheme)} "
+        f"{estimate.transformer[scheme] / 1e9:.3g}, {estimate.work_name} {estimate.work / 1e9:.3g}, to spare "
+        f"{memory.SPARE_BYTES / 1e9:.3g}), and {estimate.free / 1e9:.3g} GB are free; {advice}."
+    )
+
+
+def choose_training_plan(
+    asked: str, estimate: MemoryEstimate, live_text: bool, compiled_s: float = 0.0, shard_base: str = "never"
+) -> MemoryPlan:
+    """Choose how a training holds the model. Raises UserError if nothing fits.
+
+    `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
+    it has no room on the GPU, it runs on the CPU. `compiled_s`: seconds of the run that compiling would shorten.
+    """
+    schemes = schemes_for(asked, shard_base, SHARDED in estimate.transformer)
+    candidates = [
+        Candidate(scheme, stays) for stays in ((True, False) if live_text else (False,)) for scheme in schemes
+    ]
+    advice = "lower resolution or batch_size, or use a larger GPU"
+    if asked not in ("auto", "nf4"):
+        advice += ", or set quantization to auto"
+    chosen = choose(candidates, estimate, advice)
+    alone = estimate.text_encoder + memory.SPARE_BYTES <= estimate.free
+    return MemoryPlan(
+        quantization="none" if chosen.scheme == SHARDED else chosen.scheme,
+        text_encoder_on_device=chosen.text_encoder_stays if live_text else alone,
+        compiled=chosen.scheme == "none" and compiled_s * COMPILED_GAIN > COMPILE_S,
+        sharded=chosen.scheme == SHARDED,
+    )
 
 
 def schemes_for(asked: str, shard_base: str, several: bool) -> tuple[str, ...]:
-    """What may be tried, in this order. Raises UserError for what excludes each other.
+    """Return what may be tried, in this order. Raises UserError for what excludes each other.
 
     Sharding comes before rounding: it costs time, and nothing of the result.
     """
     if not several or shard_base == "never":
-        return AUTO if asked == "auto" else (asked,)
+        return AUTO_SCHEMES if asked == "auto" else (asked,)
     if shard_base == "always":
         if asked not in ("auto", "none"):
-            raise UserError(f"shard_base shares out weights as they are; set quantization to auto, not {asked}.")
+            raise UserError(f"shard_base shards weights as they are; set quantization to auto, not {asked}.")
         return (SHARDED,)
-    return {"auto": ("none", SHARDED, *AUTO[1:]), "none": ("none", SHARDED)}.get(asked, (asked,))
+    return {"auto": ("none", SHARDED, *AUTO_SCHEMES[1:]), "none": ("none", SHARDED)}.get(asked, (asked,))
 
 
-def choose(asked: str, demand: Demand, live_text: bool, compiled_s: float = 0.0, shard_base: str = "never") -> Plan:
-    """The first that fits, of ever smaller ones. Raises UserError if none does.
+def choose_sampling_plan(asked: str, estimate: MemoryEstimate) -> MemoryPlan:
+    """Choose how a server holds the model: all on the GPU, else the text encoder on the CPU, else the rest rounded.
 
-    `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
-    it has no room on the card, it runs on the host. `compiled_s`: seconds of the run that compiling would shorten.
+    `asked` is what QUANTIZATION says. Raises UserError where nothing fits, or for a scheme that doesn't exist.
     """
-    schemes = schemes_for(asked, shard_base, SHARDED in demand.transformer)
-    for stays in (True, False) if live_text else (False,):
-        for scheme in schemes:
-            if demand.needed(scheme, stays) <= demand.free:
-                alone = demand.text_encoder + memory.SPARE_BYTES <= demand.free
-                compiled = scheme == "none" and compiled_s * COMPILED_GAIN > COMPILE_S
-                whole = "none" if scheme == SHARDED else scheme
-                return Plan(whole, stays if live_text else alone, compiled, scheme == SHARDED)
-    least = demand.needed(schemes[-1], False)
-    advice = "lower resolution or batch_size, or use a larger card"
-    if asked not in ("auto", "nf4"):
-        advice += ", or set quantization to auto"
-    raise UserError(
-        f"training needs {least / 1e9:.3g} GB (the model in {_named(schemes[-1])} "
-        f"{demand.transformer[schemes[-1]] / 1e9:.3g}, a step {demand.step / 1e9:.3g}, to spare "
-        f"{memory.SPARE_BYTES / 1e9:.3g}), and {demand.free / 1e9:.3g} GB are free; {advice}."
-    )
+    choice("QUANTIZATION", asked, QUANTIZATIONS)
+    candidates = [Candidate("none", True), *(Candidate(scheme, False) for scheme in AUTO_SCHEMES)]
+    advice = "use a larger GPU"
+    if asked != "auto":
+        candidates = [Candidate(asked, True), Candidate(asked, False)]
+        advice += ", or set QUANTIZATION to auto"
+    chosen = choose(candidates, estimate, advice)
+    return MemoryPlan(chosen.scheme, chosen.text_encoder_stays)
 
 
-def _named(scheme: str) -> str:
-    return {"none": "its own precision", SHARDED: "parts on several cards"}.get(scheme, scheme)
+def compiled_seconds(
+    config: TrainConfig, shapes: ModelShapes, device: torch.device, image_tokens: int, text_tokens: int
+) -> float:
+    """Return what of a run's time may be compiled: on a GPU all of it, at two thirds of the nominal speed; on a CPU 0.
+
+    On a CPU a resumed run is the uninterrupted one bit for bit, and compiled it wouldn't be: the code that the
+    compiler makes for a shape, and how that rounds, depend on the shapes that the process has seen before.
+    """
+    if device.type != "cuda":
+        return 0.0
+    step = config.batch_size * flops.training_flops(shapes.of_flops, image_tokens, text_tokens, 0)
+    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED
 
 
-def describe(plan: Plan, asked: str, demand: Demand) -> list[str]:
-    """What is said of a plan, and why it is so."""
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
+def _scheme_name(scheme: str) -> str:
+    return {"none": "its own precision", SHARDED: "parts on several GPUs"}.get(scheme, scheme)
+
+
+def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> list[str]:
+    """Say what a plan is, and why."""
     scheme = SHARDED if plan.sharded else plan.quantization
     lines = [
-        f"memory: {demand.free / 1e9:.3g} GB free; the transformer in {_named(scheme)} takes "
-        f"{demand.transformer[scheme] / 1e9:.3g}, the text encoder {demand.text_encoder / 1e9:.3g}, a step "
-        f"at least {demand.step / 1e9:.3g}"
+        f"memory: {estimate.free / 1e9:.3g} GB free; the transformer in {_scheme_name(scheme)} takes "
+        f"{estimate.transformer[scheme] / 1e9:.3g}, the text encoder {estimate.text_encoder / 1e9:.3g}, "
+        f"{estimate.work_name} {estimate.work / 1e9:.3g}"
     ]
-    if demand.timesteps:
-        lines.append(f"a table of {demand.timesteps} timesteps stands in for the modulations")
+    if estimate.timesteps:
+        lines.append(f"a table of {estimate.timesteps} timesteps replaces the modulations")
     if plan.quantization != "none":
         why = "as asked" if asked != "auto" else "because it doesn't fit otherwise"
-        lines.append(f"quantised to {plan.quantization} {why}: its weights are rounded, the LoRA isn't")
-    if not plan.text_encoder_on_card:
-        lines.append("the text encoder runs on the host, for want of room on the card: slower, with the same result")
+        lines.append(f"quantised to {plan.quantization} {why}: its weights are rounded, LoRAs aren't")
+    if not plan.text_encoder_on_device:
+        lines.append("the text encoder runs on the CPU, for want of room on the GPU: slower, with the same result")
     if plan.compiled:
         lines.append(
             "the blocks are compiled, which takes a minute or two, because the run is long enough to win it back"
@@ -127,143 +308,7 @@ def describe(plan: Plan, asked: str, demand: Demand) -> list[str]:
     return lines
 
 
-# --- prediction -----------------------------------------------------------------------------------------------------
-
-
-def choose_placement(asked: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Plan:
-    """How a server holds a model: all of it on the card, else the text encoder on the host, else the rest rounded.
-
-    `asked` is a scheme or auto. Raises UserError where no choice fits, or for a scheme that doesn't exist.
-    """
-    if asked not in QUANTIZATIONS:
-        raise UserError(f"QUANTIZATION must be one of {', '.join(QUANTIZATIONS)}, got {asked!r}.")
-    demand = sampling_demand(folder, device, dtype)
-    placements = [("none", True), ("none", False), ("fp8", False), ("nf4", False)]
-    if asked != "auto":
-        placements = [(asked, True), (asked, False)]
-    for scheme, stays in placements:
-        if demand.needed(scheme, stays) <= demand.free:
-            for line in describe_placement(Plan(scheme, stays), asked, demand):
-                log.info(line)
-            return Plan(scheme, stays)
-    least = demand.needed(placements[-1][0], False)
-    raise UserError(
-        f"prediction needs {least / 1e9:.3g} GB with the model in {_named(placements[-1][0])}, and "
-        f"{demand.free / 1e9:.3g} GB are free; use a larger card"
-        + (", or set QUANTIZATION to auto." if asked != "auto" else ".")
-    )
-
-
-def describe_placement(placement: Plan, asked: str, demand: Demand) -> list[str]:
-    """What is said of it at setup."""
-    scheme, why = placement.quantization, "as QUANTIZATION asks" if asked != "auto" else "for want of room"
-    where = "beside it" if placement.text_encoder_on_card else "on the host, for want of room: slower, the same result"
-    lines = [
-        f"memory: {demand.free / 1e9:.3g} GB free; the transformer in {_named(scheme)} takes "
-        f"{demand.transformer[scheme] / 1e9:.3g}, a picture of the official size {demand.step / 1e9:.3g}; the text "
-        f"encoder ({demand.text_encoder / 1e9:.3g}) runs {where}"
-    ]
-    if scheme != "none":
-        lines.append(f"quantised to {scheme} {why}: its weights are rounded, LoRAs aren't")
-    return lines
-
-
-def sampling_demand(folder: Path, device: torch.device, dtype: torch.dtype) -> Demand:
-    """Of a server that draws pictures of the official size, with a table for the modulations where that is smaller."""
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
-    text = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config)
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    timesteps = modulation.sampling_timesteps(dtype)
-    table = timesteps is not None and modulation.pays(len(timesteps), width)
-    size = Size(*qwen.OFFICIAL_SIZES_PX["1:1"])
-    step = memory.sampling_bytes(size.tokens, width, dtype.itemsize)
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    decode = memory.decode_bytes(size.width_px * size.height_px, dtype.itemsize, vae["base_dim"])
-    return Demand(
-        memory.free_bytes(device),
-        text_encoder_bytes(text, dtype.itemsize),
-        transformer_bytes(transformer, dtype.itemsize, table),
-        max(step, decode),
-        len(timesteps) if timesteps is not None and table else 0,
-    )
-
-
-# --- what a run would take ------------------------------------------------------------------------------------------
-
-
-def step_size(config: TrainConfig, transformer: dict[str, Any], tokens: int, element_bytes: int) -> memory.StepSize:
-    """Of a step on `tokens` tokens, image and text, of the largest batch; `transformer` is its config."""
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    # A LoRA's matrices R x D_in and D_out x R: the attention's layers are D x D, the MLPs' D x 4 D.
-    widths = {layer: 5 if layer in qwen.MLP_TARGETS else 2 for layer in qwen.LORA_TARGETS[config.lora_targets]}
-    lora = transformer["num_layers"] * config.rank * width * sum(widths.values())
-    return memory.StepSize(
-        transformer["num_layers"], width, tokens, config.lora_targets, element_bytes, lora, bytes_per_weight(config)
-    )
-
-
-def transformer_bytes(config: dict[str, Any], element_bytes: int, table: bool) -> dict[str, float]:
-    """What a transformer of this config holds on the device, by scheme."""
-    with init_empty_weights():
-        transformer = cast(nn.Module, QwenImageTransformer2DModel.from_config(config))
-    quantized, others = 0, 0
-    for name, parameter in transformer.named_parameters():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and is_quantized(layer):
-            quantized += parameter.numel()
-        elif not (table and modulation.is_modulation(name)):
-            others += parameter.numel()
-    weight_bytes = {"none": float(element_bytes), **WEIGHT_BYTES}
-    return {scheme: quantized * size + others * element_bytes for scheme, size in weight_bytes.items()}
-
-
-def text_encoder_bytes(config: Qwen2_5_VLTextConfig, element_bytes: int) -> float:
-    with init_empty_weights():
-        language_model = Qwen2_5_VLTextModel(config)
-    return float(element_bytes * sum(parameter.numel() for parameter in language_model.parameters()))
-
-
-def sharded_bytes(whole: float, blocks: int, cards: int) -> float:
-    """What a card holds of a transformer that is shared out: its part, and two blocks whole, one of them on its way."""
-    return whole / cards + 2 * whole / blocks
-
-
-def demand_of(
-    config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, tokens: int, timesteps: Tensor | None,
-    ranks: Ranks = ALONE,
-) -> Demand:  # fmt: skip
-    """Of a run whose largest batch has so many tokens, and which shows the transformer these timesteps (None: any).
-
-    On several cards, of the one with the least free memory: all of them choose alike.
-    """
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
-    text = cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config)
-    size = step_size(config, transformer, tokens, dtype.itemsize)
-    table = timesteps is not None and modulation.pays(len(timesteps), size.width)
-    schemes = transformer_bytes(transformer, dtype.itemsize, table)
-    if ranks.count > 1:
-        schemes[SHARDED] = sharded_bytes(schemes["none"], size.blocks, ranks.count)
-    return Demand(
-        least(ranks, memory.free_bytes(device)),
-        text_encoder_bytes(text, dtype.itemsize),
-        schemes,
-        size.needed_bytes(size.blocks) + 4.0 * size.lora_parameters,
-        len(timesteps) if timesteps is not None and table else 0,
-    )
-
-
-def compiled_seconds(
-    config: TrainConfig, folder: Path, device: torch.device, image_tokens: int, text_tokens: int
-) -> float:
-    """Of a run's time, what may be compiled: all of it on a card, at two thirds of the nominal speed; none on a CPU.
-
-    There a run that goes on is the one that was never stopped, bit for bit, and compiled it wouldn't be: the code that
-    the compiler makes for a shape, and how that rounds, hang on the shapes that the process has seen before.
-    """
-    if device.type != "cuda":
-        return 0.0
-    size = json.loads((folder / "transformer" / "config.json").read_text())
-    width = size["num_attention_heads"] * size["attention_head_dim"]
-    shape = flops.Shape(size["num_layers"], width, qwen.PACKED_CHANNELS, size["joint_attention_dim"])
-    step = config.batch_size * flops.training_flops(shape, image_tokens, text_tokens, 0)
-    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED
+def log_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> None:
+    """Log what a plan is, and why."""
+    for line in describe_plan(plan, asked, estimate):
+        log.info(line)

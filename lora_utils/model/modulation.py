@@ -1,7 +1,7 @@
 """The modulation table: what `img_mod` and `txt_mod` would give, for the timesteps that a run will use.
 
 These layers are a third of Qwen-Image's parameters (6.8 of 20.4 billion) and see nothing but the timestep. Frozen,
-they are a table: 4.4 MB per timestep in bf16 in place of 13.6 GB of weights. Owns the table and its lookup.
+they are a table: 4.4 MB per timestep in bf16 in place of 13.6 GB of weights.
 
 Legend: S timesteps, L blocks, D the transformer's width, B batch.
 """
@@ -19,8 +19,9 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_utils import qwen
-from lora_utils.streaming import fill, upload
+from lora_utils import constants
+from lora_utils.model.device import to_device
+from lora_utils.model.loading import fill_parameters
 
 STREAMS = ("img_mod", "txt_mod")
 _AT_ONCE = 64  # timesteps: always so many, for a product of another shape may round a row another way
@@ -28,22 +29,22 @@ _NAME = re.compile(r"transformer_blocks\.(\d+)\.(img_mod|txt_mod)\.1\.(weight|bi
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a weight, by its dotted name in the transformer, is one that a table replaces."""
+    """Return whether a weight, by its dotted name in the transformer, is one that a table replaces."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_modulation_layer(name: str) -> bool:
-    """The same of a layer's name."""
+    """Return whether a layer, by its dotted name, is one that a table replaces."""
     return is_modulation(f"{name}.weight")
 
 
 def pays(timesteps: int, width: int) -> bool:
-    """Whether a table of so many timesteps is smaller than the weights: each takes a row where they have `width`."""
+    """Return whether a table of so many timesteps is smaller than the weights: each takes a row, they have `width`."""
     return timesteps <= width
 
 
 def sampling_timesteps(dtype: torch.dtype) -> Tensor | None:
-    """Every timestep that sampling can show in bf16, [763]; None for another dtype, where they are too many.
+    """Return every timestep that sampling can show in bf16, [763]; None for another dtype, where they are too many.
 
     Model time is 1000 sigma rounded to bf16, and the least sigma is 0.02 (`qwen.SHIFT_TERMINAL`), or above 0.016 for
     100 steps without it: what bf16 can hold from 16 to 1000, each number's bits being the integer after the one before.
@@ -52,22 +53,22 @@ def sampling_timesteps(dtype: torch.dtype) -> Tensor | None:
         return None
     least, most = (torch.tensor(value, dtype=dtype).view(torch.int16).item() for value in (16.0, 1000.0))
     levels = torch.arange(int(least), int(most) + 1, dtype=torch.int16).view(dtype)
-    return levels / qwen.TRAIN_TIMESTEPS  # in bf16, as `flow.model_time` divides
+    return levels / constants.TRAIN_TIMESTEPS  # in bf16, as `flow.model_time` divides
 
 
 @dataclass(slots=True)
 class ModulationTable:
-    """Rows for known timesteps, on the host; the ones of the current forward are on the device."""
+    """A table with a row for each known timestep, on the CPU; the current forward's rows are on the device."""
 
-    timesteps: Tensor  # [S] fp32 on the host, ascending, as `flow.model_time` gives them
-    rows: Tensor  # [S, L, 2, 6D] on the host
+    timesteps: Tensor  # [S] fp32 on the CPU, ascending, as `flow.model_time` gives them
+    rows: Tensor  # [S, L, 2, 6D] on the CPU
     device: torch.device
     current: Tensor | None = None  # [B, L, 2, 6D]
     shown: tuple[float, ...] = ()
     hook: RemovableHandle | None = None  # that shows it each forward's timesteps
 
     def show(self, time: Tensor) -> None:
-        """Make the rows of these timesteps [B], on the host, the current ones. Raises KeyError for an unknown one."""
+        """Make the rows of these timesteps [B], on the CPU, the current ones. Raises KeyError for an unknown one."""
         wanted = time.float()
         values = tuple(wanted.tolist())
         if values == self.shown:
@@ -76,11 +77,11 @@ class ModulationTable:
         if not torch.equal(self.timesteps[index], wanted):
             raise KeyError(f"the modulation table has no timestep {values}")
         with torch.inference_mode(False):  # rows shown while sampling may serve a training step next
-            self.current, self.shown = upload(self.rows[index], self.device), values
+            self.current, self.shown = to_device(self.rows[index], self.device), values
 
 
 class _FromTable(nn.Module):
-    """Stands where a modulation stood, and gives its output without its weights."""
+    """A module that replaces a modulation, and gives its output without its weights."""
 
     def __init__(self, table: ModulationTable, block: int, stream: int):
         super().__init__()
@@ -120,7 +121,7 @@ def build_table(
 def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTable) -> None:
     """Replace the modulations by the table. From then on every forward looks its timestep up.
 
-    It may be given on the host, and had better be: reading it from the card would wait for all that is queued there.
+    It may be given on the CPU, and had better be: reading it from the GPU would wait for all that is queued there.
     """
     for index, block in enumerate(transformer.transformer_blocks):
         for stream, name in enumerate(STREAMS):
@@ -134,15 +135,16 @@ def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTab
 
 
 def remove_table(transformer: QwenImageTransformer2DModel, weights: Iterator[tuple[str, Tensor]], source: Path) -> None:
-    """Put the layers with their weights back where the table stood, for a LoRA that adapts them."""
+    """Replace the table by the layers with their weights, for a LoRA that adapts them."""
     table, width = cast(_FromTable, transformer.transformer_blocks[0].img_mod).table, transformer.inner_dim
     with init_empty_weights():
         for block in transformer.transformer_blocks:
             for name in STREAMS:
                 setattr(block, name, nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)))
-    fill(transformer, weights, source)
+    fill_parameters(transformer, weights, source)
     cast(RemovableHandle, table.hook).remove()
 
 
 def has_table(transformer: QwenImageTransformer2DModel) -> bool:
+    """Return whether a table replaces the modulations."""
     return isinstance(transformer.transformer_blocks[0].img_mod, _FromTable)

@@ -1,7 +1,7 @@
 """Quantised bases: the transformer's large matrices stored in 8 or 4 bits, multiplied in the compute dtype.
 
-Owns which layers are stored so, through diffusers' own configs and quantizers, and what such a layer computes; must not
-know of LoRAs, nor of how much memory there is. Activations are never quantised: only the weights' rounding is lost.
+This module owns which layers are stored so, through diffusers' own configs and quantizers, and what such a layer
+computes. It doesn't know of LoRAs. Activations are never quantised: only the weights' rounding is lost.
 """
 
 import re
@@ -26,7 +26,7 @@ _QUANTIZED = re.compile(r"transformer_blocks\.\d+\.(attn\..*|img_mlp\.net\.0\.pr
 
 
 def is_quantized(layer: str) -> bool:
-    """Whether a linear layer, by its dotted name in the transformer, is one that every scheme quantises."""
+    """Return whether a linear layer, by its dotted name in the transformer, is one that every scheme quantises."""
     return _QUANTIZED.fullmatch(layer) is not None
 
 
@@ -44,7 +44,7 @@ def _config(scheme: str, dtype: torch.dtype, kept: list[str]) -> TorchAoConfig |
 
 
 class Quantizer:
-    """Stores the weights of an empty transformer one by one, as they come from the disk."""
+    """It stores the weights of an empty transformer one by one, as they come from the disk."""
 
     def __init__(self, transformer: QwenImageTransformer2DModel, scheme: str, device: torch.device, dtype: torch.dtype):
         linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
@@ -67,14 +67,14 @@ class Quantizer:
 
 
 def dense(weight: Tensor) -> Tensor:
-    """A stored weight [D_out, D_in] as the compute dtype's numbers."""
+    """Return a stored weight [D_out, D_in] as the compute dtype's numbers."""
     if state := getattr(weight, "quant_state", None):
         return dequantize_4bit(weight.data, state)
     return cast(Any, weight).dequantize()
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x [..., D_in] -> [..., D_out] by a stored weight, which the backward pass makes dense a second time.
+    """A layer by a stored weight, x [..., D_in] -> [..., D_out], which the backward pass makes dense a second time.
 
     Left to autograd, torchao's layers keep the dense matrix from the forward to the backward: all that was saved.
     """

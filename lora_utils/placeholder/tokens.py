@@ -1,149 +1,94 @@
-"""The zero-prior token: a name that no text holds, a row of its own, and nothing of the model changed.
+"""The zero-prior token's name and id: which names are allowed, and how a text with such tokens becomes ids.
 
-Owns which names are allowed, how a prompt with such tokens becomes ids, the fresh row, and its splicing into the text
-encoder's input embeddings. Nothing is written into the tokenizer or the embedding matrix, so removing the hook is all
-that unloading takes.
-
-Legend: D the text encoder's width, B batch, T tokens of the text.
+Nothing is written into the tokenizer: a text is split at the tokens, and their ids are put between the pieces.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2Tokenizer
 
-from lora_utils import qwen
-from lora_utils.config import PLACEHOLDER_PATTERN
+from lora_utils import constants
+from lora_utils.config import PLACEHOLDER_PATTERN, check_token_name
 from lora_utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Placeholders:
-    """Tokens, their ids and their rows [D] fp32, in one order. No tokens: everything here does nothing."""
+    """Tokens, their ids and their embeddings [D] fp32, in one order. Without tokens everything here does nothing."""
 
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
-    rows: tuple[Tensor, ...]
+    embeddings: tuple[Tensor, ...]
 
     @property
-    def slots(self) -> dict[str, int]:
+    def ids_by_token(self) -> dict[str, int]:
+        """The id of each token."""
         return dict(zip(self.tokens, self.ids, strict=True))
 
     def used_in(self, texts: Iterable[str]) -> "Placeholders":
-        """Those that one of the texts holds. The row of any other gets no gradient then, rather than one of zeros."""
+        """Return those that one of the texts holds. Any other's embedding gets no gradient then, rather than zeros."""
         read = "\n".join(texts)
         kept = [index for index, token in enumerate(self.tokens) if token in read]
         return Placeholders(
-            tuple(self.tokens[i] for i in kept), tuple(self.ids[i] for i in kept), tuple(self.rows[i] for i in kept)
+            tuple(self.tokens[i] for i in kept),
+            tuple(self.ids[i] for i in kept),
+            tuple(self.embeddings[i] for i in kept),
         )
 
 
 def no_placeholders() -> Placeholders:
+    """Return no tokens: texts are read as the base model reads them."""
     return Placeholders((), (), ())
 
 
-def check_name(token: str, tokenizer: Qwen2Tokenizer) -> None:
+def placeholders_without_embeddings(tokens: Sequence[str], tokenizer: Qwen2Tokenizer) -> Placeholders:
+    """Return tokens whose embeddings are still to come: enough to read captions before any model is loaded."""
+    for token in tokens:
+        check_token(token, tokenizer)
+    ids = range(len(tokenizer), len(tokenizer) + len(tokens))
+    return Placeholders(tuple(tokens), tuple(ids), tuple(torch.empty(0) for _ in ids))
+
+
+def check_token(token: str, tokenizer: Qwen2Tokenizer) -> None:
     """Refuse a name that the vocabulary holds already, or one that would change how other text is read.
 
     That `add_tokens` returns 1 proves nothing: it does so for `cat` and for `</s>` too.
     """
-    if not PLACEHOLDER_PATTERN.fullmatch(token):
-        raise UserError(
-            f"placeholder token {token!r} must be '<', a letter, up to 30 of letters, digits, '_', '-', '>'."
-        )
+    check_token_name(token)
     if token in tokenizer.get_vocab():
         raise UserError(
             f"placeholder token {token!r} is in the text encoder's vocabulary already; choose another name."
         )
-    if token in qwen.TEMPLATE_PREFIX + qwen.TEMPLATE_SUFFIX:
+    if token in constants.TEMPLATE_PREFIX + constants.TEMPLATE_SUFFIX:
         raise UserError(f"placeholder token {token!r} is part of the prompt template; choose another name.")
 
 
-def assign_slots(tokens: Sequence[str], tokenizer: Qwen2Tokenizer, embedding_rows: int) -> dict[str, int]:
-    """Token -> id: the free rows of the embedding matrix behind the tokenizer's last, 151665 onward for Qwen."""
+def assign_ids(tokens: Sequence[str], tokenizer: Qwen2Tokenizer, embedding_rows: int) -> dict[str, int]:
+    """Return the tokens' ids: the free rows of the embedding matrix behind the tokenizer's last, 151665 on for Qwen."""
     free = embedding_rows - len(tokenizer)
     if len(tokens) > free:
         raise UserError(f"{len(tokens)} placeholder tokens don't fit: the embedding matrix has {free} free rows.")
     for token in tokens:
-        check_name(token, tokenizer)
+        check_token(token, tokenizer)
     return {token: len(tokenizer) + index for index, token in enumerate(tokens)}
 
 
-def tokenize(tokenizer: Qwen2Tokenizer, text: str, slots: Mapping[str, int]) -> list[int]:
-    """Ids of a text, each placeholder token as one id and the pieces between read by the untouched tokenizer.
+def tokenize(tokenizer: Qwen2Tokenizer, text: str, ids_by_token: Mapping[str, int]) -> list[int]:
+    """Return the ids of a text: each placeholder token as one id, the pieces between read by the untouched tokenizer.
 
-    Equal to what a tokenizer with the tokens added (all AddedToken flags False) makes of it.
+    They equal what a tokenizer with the tokens added (all AddedToken flags False) makes of the text.
     """
-    for token, slot in slots.items():
+    for token, token_id in ids_by_token.items():
         if token in text:
             before, after = text.split(token, 1)
-            return [*tokenize(tokenizer, before, slots), slot, *tokenize(tokenizer, after, slots)]
+            return [*tokenize(tokenizer, before, ids_by_token), token_id, *tokenize(tokenizer, after, ids_by_token)]
     return tokenizer(text).input_ids if text else []
 
 
-def fresh_row(width: int, std: float, generator: torch.Generator) -> Tensor:
-    """A near-zero row [D] fp32: noise of this standard deviation.
-
-    The first layer's RMSNorm (eps 1e-6) bounds its gain at 1000, so below 1e-5 the std makes no difference.
-    """
-    return torch.randn(width, generator=generator) * std
-
-
-def undefined_tokens(text: str, tokenizer: Qwen2Tokenizer, slots: Mapping[str, int]) -> list[str]:
-    """What in a prompt looks like a placeholder token but stands for nothing here."""
-    found = dict.fromkeys(PLACEHOLDER_PATTERN.findall(text))
-    return [token for token in found if token not in slots and token not in tokenizer.get_vocab()]
-
-
-def embedding_matrix(text_encoder: nn.Module) -> Tensor:
-    """The text encoder's input embeddings [V, D]. V counts the spare rows too, 152064 for Qwen."""
-    return cast(nn.Embedding, text_encoder.get_submodule("embed_tokens")).weight
-
-
-@contextmanager
-def spliced(text_encoder: nn.Module, placeholders: Placeholders) -> Iterator[None]:
-    """Within it, the text encoder reads the rows where the ids stand. Gradients reach the rows and nothing else.
-
-    The matrix's own rows at these ids are looked up and thrown away, so whatever stands there, NaN even, has no effect.
-    """
-
-    def put_rows(_module: nn.Module, arguments: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-        ids = arguments[0]  # [B, T]
-        for slot, row in zip(placeholders.ids, placeholders.rows, strict=True):
-            embedded = torch.where((ids == slot).unsqueeze(-1), row.to(embedded), embedded)  # [B, T, D]
-        return embedded
-
-    handle = text_encoder.get_submodule("embed_tokens").register_forward_hook(put_rows)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@dataclass(frozen=True, slots=True)
-class RowReport:
-    """How a row stands among the words: its norm, its share of the median word's, and the nearest word."""
-
-    norm: float
-    share_of_median: float
-    nearest: str
-    cosine: float
-
-
-def report_row(row: Tensor, matrix: Tensor, tokenizer: Qwen2Tokenizer) -> RowReport:
-    """Compare a row [D] with the words' rows of the embedding matrix [V, D]."""
-    words = matrix[: len(tokenizer)].detach().float()
-    own = row.detach().float().to(words.device)
-    norms = words.norm(dim=1)
-    cosines = (words @ own) / (norms * own.norm()).clamp_min(1e-12)
-    best = int(cosines.argmax())
-    return RowReport(
-        norm=float(own.norm()),
-        share_of_median=float(own.norm() / norms.median()),
-        nearest=str(tokenizer.decode([best])),
-        cosine=float(cosines[best]),
-    )
+def undefined_tokens(text: str, tokenizer: Qwen2Tokenizer, known: Iterable[str]) -> list[str]:
+    """Return what in a prompt looks like a placeholder token, but is none of `known` and no word of the vocabulary."""
+    found, defined = dict.fromkeys(PLACEHOLDER_PATTERN.findall(text)), set(known)
+    return [token for token in found if token not in defined and token not in tokenizer.get_vocab()]

@@ -1,7 +1,7 @@
-"""Steps that reuse an earlier one's work: where the first block hardly changes, the others are taken to add the same.
+"""The first-block cache: where the first block hardly changes, the other blocks are taken to add what they last added.
 
-The first block's output tells how far the rest would move (the first-block cache of ParaAttention and diffusers).
-Lossy, and off unless asked for. Owns the rule and the blocks' forwards while it is on; must not know sampling.
+The first block's output tells how far the rest would move (as in ParaAttention and diffusers). It is lossy, and off
+unless asked for. This module owns the rule; `model.blocks` asks it at each block while it is on.
 
 Legend: B batch, N image tokens, T text tokens, D the transformer's width.
 """
@@ -9,26 +9,26 @@ Legend: B batch, N image tokens, T text tokens, D the transformer's width.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-Streams = tuple[Tensor, Tensor]  # text [B, T, D] and image [B, N, D]
+from lora_utils.model import blocks
+from lora_utils.model.blocks import Streams
 
 
 @dataclass(slots=True)
 class _Branch:
-    """What one prompt's last whole forward left behind."""
+    """What one prompt's last complete forward left behind."""
 
     change: Tensor | None = None  # that the first block made to the image, [B, N, D]
     rest: Tensor | None = None  # that the other blocks made
 
 
 @dataclass(slots=True)
-class Reuse:
-    """The state while it is on: how it decides, and how many of the forwards computed one block alone."""
+class FirstBlockCache:
+    """The cache's state while it is on, and how many of the forwards computed one block alone."""
 
     threshold: float
     branches: list[_Branch]  # forwards take turns: with guidance the prompt's, then the negative prompt's
@@ -38,7 +38,7 @@ class Reuse:
     after_first: Tensor | None = field(default=None, repr=False)
 
     def decide(self, before: Tensor, after: Tensor) -> None:
-        """On a forward whose first block made `after` of the image. Waits for the device."""
+        """Decide on a forward whose first block made `after` of the image. It waits for the device."""
         branch, change = self.branches[self.forwards % len(self.branches)], after - before
         self.forwards += 1
         self.after_first, self.skips = after, False
@@ -50,7 +50,7 @@ class Reuse:
             branch.change = change
 
     def finish(self, after: Tensor) -> Tensor:
-        """The image after the last block: as it was computed, or as the first block and the kept rest make it."""
+        """Return the image after the last block: as computed, or as the first block and the cached rest make it."""
         branch, first = self.branches[(self.forwards - 1) % len(self.branches)], cast(Tensor, self.after_first)
         if self.skips:
             return first + cast(Tensor, branch.rest)
@@ -58,36 +58,40 @@ class Reuse:
         return after
 
 
-Forward = Callable[..., Streams]
+@dataclass(frozen=True, slots=True)
+class _FirstBlock:
+    """The cache at the first block, which is always computed."""
+
+    cache: FirstBlockCache
+
+    def __call__(self, forward: Callable[[], Streams], hidden_states: Tensor, encoder_hidden_states: Tensor) -> Streams:
+        text, image = forward()
+        self.cache.decide(hidden_states, image)
+        return text, image
 
 
-def _first(reuse: Reuse, forward: Forward, hidden_states: Tensor, **rest: Any) -> Streams:
-    text, image = forward(hidden_states=hidden_states, **rest)
-    reuse.decide(hidden_states, image)
-    return text, image
+@dataclass(frozen=True, slots=True)
+class _OtherBlock:
+    """The cache at another block, which is skipped where the first one said so."""
 
+    cache: FirstBlockCache
+    is_last: bool
 
-def _other(
-    reuse: Reuse, forward: Forward, last: bool, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any
-) -> Streams:
-    text, image = encoder_hidden_states, hidden_states
-    if not reuse.skips:
-        text, image = forward(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **rest)
-    return text, reuse.finish(image) if last else image
+    def __call__(self, forward: Callable[[], Streams], hidden_states: Tensor, encoder_hidden_states: Tensor) -> Streams:
+        text, image = (encoder_hidden_states, hidden_states) if self.cache.skips else forward()
+        return text, self.cache.finish(image) if self.is_last else image
 
 
 @contextmanager
-def reused(transformer: QwenImageTransformer2DModel, threshold: float, branches: int) -> Iterator[Reuse]:
-    """Within it, a forward whose first block changed by less than this share since the last whole one stops there."""
-    blocks, reuse = transformer.transformer_blocks, Reuse(threshold, [_Branch() for _ in range(branches)])
-    computed = [cast(Any, block).forward for block in blocks]
+def first_block_caching(
+    transformer: QwenImageTransformer2DModel, threshold: float, branches: int
+) -> Iterator[FirstBlockCache]:
+    """Let a forward whose first block moved by less than this share since the last complete one stop there."""
+    forwards, cache = blocks.forwards_of(transformer), FirstBlockCache(threshold, [_Branch() for _ in range(branches)])
     try:
-        for index, (block, forward) in enumerate(zip(blocks, computed, strict=True)):
-            if index == 0:
-                block.forward = partial(_first, reuse, forward)
-            else:
-                block.forward = partial(_other, reuse, forward, index == len(blocks) - 1)
-        yield reuse
+        for index, forward in enumerate(forwards):
+            forward.cache = _OtherBlock(cache, index == len(forwards) - 1) if index else _FirstBlock(cache)
+        yield cache
     finally:
-        for block, forward in zip(blocks, computed, strict=True):
-            block.forward = forward
+        for forward in forwards:
+            forward.cache = None

@@ -1,66 +1,84 @@
-"""How a call samples, beyond what it draws: from a picture that it starts with, and fast where that is asked for.
-
-Owns what the inputs image, mask, strength and go_fast come to; must not know Cog, nor how steps are taken.
-"""
+"""Sampling options: what the inputs image, mask, strength and go_fast come to."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lora_utils import flow, models, qwen
+from lora_utils import constants
 from lora_utils.config import SampleRequest
-from lora_utils.dataset import Example, load_pixels
 from lora_utils.errors import UserError
-from lora_utils.masks import load_mask, open_mask, problem_of
-from lora_utils.pictures import open_picture
-from lora_utils.sampling import Start, Ways
-from lora_utils.sizes import Size, picture_size
-from lora_utils.weights import Weights, is_lightning
+from lora_utils.io.images import load_pixels, mask_problem, open_image, open_mask
+from lora_utils.lora.weights import Weights, is_lightning
+from lora_utils.model import flow
+from lora_utils.model.components import Components
+from lora_utils.model.latents import Size, image_size, mask_shares
+from lora_utils.model.vae import encode_images
 
 log = logging.getLogger(__name__)
 
 LIGHTNING_STEPS = 8  # the most that a Lightning LoRA was distilled for
-REUSE_THRESHOLD = 0.1  # by which the first block may move: see README for what it costs and wins
-REPAINTED_SHARE = 0.02  # of a latent's pixels under the mask's white that make it one to be drawn anew
+REUSE_THRESHOLD = 0.1  # by which the first block may move: docs/benchmarks.md has what it costs and wins
+REPAINTED_SHARE = 0.02  # of a latent's pixels under the mask's white from which on it is generated again
 
 
-def starting_point(
-    components: models.Components, request: SampleRequest, image: Path | None, mask: Path | None
-) -> tuple[Size, Start | None]:
-    """The size of the pictures, and what they start from."""
+@dataclass(frozen=True, slots=True)
+class InitImage:
+    """An image to start from, on the CPU."""
+
+    clean: Tensor  # latents [1, N, C] fp32
+    repaint: Tensor | None = None  # [1, N, C] bool: what is generated again, the rest stays; None: all of it
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How a call samples, beyond what its request says."""
+
+    init_image: InitImage | None = None
+    schedule: flow.Schedule | None = None  # in place of the model's own
+    reuse_threshold: float | None = None  # of the first-block cache; None computes every block of every step
+
+
+def load_init_image(
+    components: Components, request: SampleRequest, image: Path | None, mask: Path | None
+) -> tuple[Size, InitImage | None]:
+    """Return the size of the images, and what they start from. Raises UserError for files that can't be used."""
     if image is None:
         if mask is not None:
-            raise UserError("mask says what of image is drawn anew, and there is no image; give both.")
-        return picture_size(request.width, request.height, request.aspect_ratio, request.megapixels), None
+            raise UserError("mask says what of image is generated again, and there is no image; give both.")
+        return image_size(request.width, request.height, request.aspect_ratio, request.megapixels), None
     for path in (image, mask):
         if path is not None and not path.is_file():
-            raise UserError(f"there is no file {str(path)!r}; give a path, a URL or a data URI of a picture.")
-    opened = open_picture(image)
-    size = picture_size(request.width, request.height, request.aspect_ratio, request.megapixels, opened.size)
-    if mask is not None and (problem := problem_of(open_mask(mask), mask.name, opened.size)):
+            raise UserError(f"there is no file {str(path)!r}; give a path, a URL or a data URI of an image.")
+    opened = open_image(image)
+    size = image_size(request.width, request.height, request.aspect_ratio, request.megapixels, opened.size)
+    opened_mask = open_mask(mask) if mask is not None else None
+    if opened_mask is not None and mask is not None and (problem := mask_problem(opened_mask, mask.name, opened.size)):
         raise UserError(problem)
     with torch.inference_mode():
-        clean = models.encode_pictures(components.vae, load_pixels(Example(image, "", size)).unsqueeze(0)).cpu()
-    if mask is None:
-        return size, Start(clean)
-    touched = load_mask(image, mask, size) > REPAINTED_SHARE  # [N, 4], a token's four latents
-    return size, Start(clean, touched.repeat(1, qwen.LATENT_CHANNELS).unsqueeze(0))
+        clean = encode_images(components.need_vae(), load_pixels(image, size.pixels).unsqueeze(0)).cpu()
+    if opened_mask is None:
+        return size, InitImage(clean)
+    touched = mask_shares(opened_mask, size) > REPAINTED_SHARE  # [N, 4], a token's four latents
+    return size, InitImage(clean, touched.repeat(1, constants.LATENT_CHANNELS).unsqueeze(0))  # [1, N, C]
 
 
-def fast_ways(request: SampleRequest, loras: Sequence[Weights], start: Start | None) -> tuple[SampleRequest, Ways]:
-    """How to go fast, if that is asked for, and what is said of it. The number of steps is the caller's."""
+def choose_options(
+    request: SampleRequest, loras: Sequence[Weights], init_image: InitImage | None
+) -> tuple[SampleRequest, SamplingOptions]:
+    """Choose how to go fast, if that is asked for, and log it. The number of steps stays the caller's."""
     lightning = next((weights for weights in loras if is_lightning(weights)), None)
     if not request.go_fast:
         if lightning:
             log.info("hint: %s was made for go_fast, which takes its schedule and turns guidance off", lightning.name)
-        return request, Ways(start)
+        return request, SamplingOptions(init_image)
     if lightning is None:
-        log.info("go_fast: steps that change little reuse earlier work; the picture differs from the full run's")
-        return request, Ways(start, reuse_threshold=REUSE_THRESHOLD)
-    log.info("go_fast: %s draws without guidance, on its own schedule, in %d steps", lightning.name, request.steps)
+        log.info("go_fast: steps that change little reuse earlier work; the image differs from the full run's")
+        return request, SamplingOptions(init_image, reuse_threshold=REUSE_THRESHOLD)
+    log.info("go_fast: %s samples without guidance, on its own schedule, in %d steps", lightning.name, request.steps)
     if request.steps > LIGHTNING_STEPS:
         log.info("hint: such LoRAs were made for 4 or 8 steps; %d take longer and gain nothing", request.steps)
-    return replace(request, guidance=1.0), Ways(start, schedule=flow.LIGHTNING)
+    return replace(request, guidance=1.0), SamplingOptions(init_image, schedule=flow.LIGHTNING)

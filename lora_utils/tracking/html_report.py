@@ -1,7 +1,7 @@
-"""report.html: a run in one file that needs nothing else: settings, curves, samples, dataset, timings.
+"""report.html: a run in one file that needs nothing else: settings, curves, previews, dataset, timings.
 
-Owns how it looks; it reads what the journal and the samples left in the run's folder, so it also tells of the steps
-that an earlier process took. Must not know models.
+It reads what the metrics and the sheets left in the run's folder, so it also tells of the steps that an earlier process
+took.
 """
 
 import base64
@@ -9,17 +9,17 @@ import datetime
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lora_utils import journal, samples
-from lora_utils.config import TrainConfig
-from lora_utils.disk import refusals_named, whole
+from lora_utils.io.files import atomic_path, disk_errors
+from lora_utils.tracking import contact_sheet
+from lora_utils.tracking.metrics import SIGMA_BANDS, band_name, read_metrics
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 760, 240, 64, 28, 12
 _COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea", "#ea580c")
 _POINTS_SHOWN = 400  # of a curve: more than that nobody sees
@@ -34,17 +34,17 @@ Curve = list[tuple[float, float]]  # (step, value), ascending
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What the run's folder doesn't know."""
+class RunSummary:
+    """What a report says of a run beyond what is in its folder."""
 
     base_model: str
-    config: TrainConfig
-    dataset: Sequence[str]  # lines of the preflight's report
+    settings: Mapping[str, object]
+    dataset: Sequence[str]  # lines of the report on it
     timings: Sequence[str]
 
 
 def _smoothed(curve: Curve) -> Curve:
-    """Means of equal parts: so few that the noise is gone, so many that the shape stays."""
+    """Return means of equal parts: so few that the noise is gone, so many that the shape stays."""
     size = max(1, len(curve) // 25)
     parts = [curve[start : start + size] for start in range(0, len(curve), size)]
     return [(sum(s for s, _ in part) / len(part), sum(v for _, v in part) / len(part)) for part in parts]
@@ -55,7 +55,7 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def chart(title: str, curves: Mapping[str, Curve], faint: Curve | None = None) -> str:
-    """An SVG with axes and a legend; `faint` is drawn in grey behind. Empty where there is nothing to draw."""
+    """Return an SVG with axes and a legend; `faint` is grey behind. It is empty where there is no point."""
     curves = {name: curve for name, curve in curves.items() if curve}
     points = [point for curve in [*curves.values(), faint or []] for point in curve]
     if not points:
@@ -67,7 +67,7 @@ def chart(title: str, curves: Mapping[str, Curve], faint: Curve | None = None) -
         high = max([values[int(0.98 * (len(values) - 1))], *(v for curve in curves.values() for _, v in curve)])
     high = high if high > low else low + (abs(low) or 1.0)
 
-    def place(point: tuple[float, float]) -> str:
+    def position(point: tuple[float, float]) -> str:
         x = _LEFT + (point[0] - first) / (last - first) * (_WIDTH - _LEFT - 10)
         y = _HEIGHT - _BOTTOM - (min(point[1], high) - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
         return f"{x:.1f},{y:.1f}"
@@ -82,11 +82,11 @@ def chart(title: str, curves: Mapping[str, Curve], faint: Curve | None = None) -
             f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="middle">{first + share * (last - first):.0f}</text>'
         )
     if faint:
-        drawn = " ".join(map(place, _thinned(faint)))
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="#d1d5db"/>')
+        line = " ".join(map(position, _thinned(faint)))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="#d1d5db"/>')
     for index, (name, curve) in enumerate(curves.items()):
-        colour, drawn = _COLOURS[index % len(_COLOURS)], " ".join(map(place, _thinned(curve)))
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        colour, line = _COLOURS[index % len(_COLOURS)], " ".join(map(position, _thinned(curve)))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         at = _LEFT + 8 + index * 130
         parts.append(f'<text x="{at}" y="{_TOP + 10}" style="fill:{colour}">{html.escape(name)}</text>')
     return f"<h3>{html.escape(title)}</h3>{''.join(parts)}</svg>"
@@ -100,14 +100,14 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[str]:
         return [(line["step"], line[name]) for line in steps if line[name] is not None]
 
     bands = {}
-    for band in journal.BANDS:
-        name = journal.band_name(band)
+    for _, high in SIGMA_BANDS:
+        name = band_name(high)
         found = [(line["step"], sum(own) / len(own)) for line in steps if (own := line["bands"].get(name))]
         bands[f"sigma {name}"] = _smoothed(found)
     held_out = {"held out": [(line["step"], line["validation"]) for line in checks]}
     return [
         chart("Loss, smoothed", {"training": _smoothed(of("loss")), "class": _smoothed(of("class_loss"))}, of("loss")),
-        chart("Loss on pictures held out, at fixed noise", held_out),
+        chart("Loss on images held out, at fixed noise", held_out),
         chart("Loss by level of noise, smoothed", bands),
         chart("Learning rate", {"LoRA": of("learning_rate")}),
         chart("Gradient norm before clipping, smoothed", {"LoRA": _smoothed(of("grad_norm"))}),
@@ -122,7 +122,7 @@ def _sheet(path: Path) -> str:
     packed = io.BytesIO()
     sheet.save(packed, "webp", quality=_SHEET_QUALITY)
     data = base64.b64encode(packed.getvalue()).decode()
-    return f'<h3>{html.escape(path.stem)}</h3><img alt="samples" src="data:image/webp;base64,{data}">'
+    return f'<h3>{html.escape(path.stem)}</h3><img alt="previews" src="data:image/webp;base64,{data}">'
 
 
 def _table(values: Mapping[str, object]) -> str:
@@ -136,26 +136,26 @@ def _pre(lines: Sequence[str]) -> str:
     return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
-def write(folder: Path, told: Told) -> Path:
-    """Into the run's folder, in place of an older one. -> its path
+def write_report(folder: Path, summary: RunSummary) -> Path:
+    """Write the report into the run's folder, in place of an older one. -> its path
 
     Raises UserError for a full disk.
     """
-    sheets = samples.saved(folder)
+    sheets = contact_sheet.list_sheets(folder)
     sections = {
-        "Curves": "".join(_curves(list(journal.read(folder)))),
-        "Samples": "".join(map(_sheet, sheets)),
-        "Settings": _table(asdict(told.config)),
-        "Dataset": _pre(told.dataset),
-        "Timings": _pre(told.timings),
+        "Curves": "".join(_curves(list(read_metrics(folder)))),
+        "Previews": "".join(map(_sheet, sheets)),
+        "Settings": _table(summary.settings),
+        "Dataset": _pre(summary.dataset),
+        "Timings": _pre(summary.timings),
     }
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>LoRA training</title><style>{_STYLE}</style>'
-        f"<h1>LoRA of {html.escape(told.base_model)}</h1><p>{made}</p>{body}</html>\n"
+        f"<h1>LoRA of {html.escape(summary.base_model)}</h1><p>{made}</p>{body}</html>\n"
     )
-    path = folder / FILE
-    with refusals_named(f"{path} can't be written", "free some room."), whole(path) as partial:
+    path = folder / REPORT_FILE
+    with disk_errors(f"{path} can't be written", "free some room."), atomic_path(path) as partial:
         partial.write_text(page)
     return path

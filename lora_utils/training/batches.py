@@ -1,8 +1,8 @@
-"""What a training run draws at random: the order of its pictures, noise, sigmas, dropped captions, from one seed.
+"""Batches: what a run shows at random from one seed: the order of its images, noise, sigmas, dropped captions.
 
-Owns the streams, one for each purpose, so that one more draw here doesn't shift what is drawn there.
+Each purpose has a generator of its own, so that one more random number here doesn't shift those there.
 
-Legend: B batch, N image tokens, C packed channels (64).
+Legend: B batch, N image tokens, C packed channels (64), S timesteps.
 """
 
 import hashlib
@@ -15,47 +15,61 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lora_utils import flow, qwen
-from lora_utils.caching import CachedExample
-from lora_utils.config import TrainConfig
-from lora_utils.sizes import Size
+from lora_utils import constants
+from lora_utils.config import SampleRequest, TrainConfig
+from lora_utils.dataset.cache import CachedExample
+from lora_utils.model import flow, memory
+from lora_utils.model.latents import Size, image_size
 
-# Levels of noise that pictures held out are measured at: evenly spaced, whatever the resolution.
+# Levels of noise that images held out are measured at: evenly spaced, whatever the resolution.
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
-EMPTY_CAPTION = " "  # what a dropped caption becomes: the sampler's default negative prompt
+PROBE_SIGMA = 0.5  # of the step that tries the memory plan, before the first of the run's own
 
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:
+    """Return a generator that follows from the run's seed and what it is for."""
     digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """One micro-batch as the model will see it, on the host."""
+class Batch:
+    """One batch as the model will see it, on the CPU."""
 
     noisy: Tensor  # [B, N, C] fp32
     target: Tensor  # [B, N, C] fp32, the velocity
     sigma: Tensor  # [B]
     captions: tuple[str, ...]
     size: Size
-    names: tuple[str, ...]  # of the pictures
+    names: tuple[str, ...]  # of the images
     weights: Tensor | None = None  # of the loss, [B, N, C]; None where all count alike
-    preserves: bool = False  # the class: the target is what the base model predicts for these captions
+    is_prior: bool = False  # it holds the class: the target is what the base model predicts for these captions
+
+
+@dataclass(frozen=True, slots=True)
+class LargestBatch:
+    """The batch that needs most memory: the plan is made for it, and tried out with it."""
+
+    size: Size
+    caption: str  # the one with most tokens of those that teach
+    text_tokens: int  # of the longest caption that is shown, whether it teaches or holds the class
+    step_size: memory.StepSize
 
 
 class Sized(Protocol):
-    """A picture in its bucket, encoded or not."""
+    """An image in its bucket, encoded or not."""
 
     @property
-    def size(self) -> Size: ...
+    def size(self) -> Size:
+        """The bucket's size."""
+        ...
 
 
-_Picture = TypeVar("_Picture", bound=Sized)
+_Sized = TypeVar("_Sized", bound=Sized)
 
 
-def batches(examples: Sequence[_Picture], batch_size: int, seed: int) -> Iterator[list[_Picture]]:
-    """Endless batches, each of one bucket. An epoch shows every example once; the last of a bucket may be short."""
+def bucket_batches(examples: Sequence[_Sized], batch_size: int, seed: int) -> Iterator[list[_Sized]]:
+    """Yield endless batches, each of one bucket. An epoch shows every example once; a bucket's last may be short."""
     rng = random.Random(seed)
     by_size = [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
     while True:
@@ -67,83 +81,102 @@ def batches(examples: Sequence[_Picture], batch_size: int, seed: int) -> Iterato
         yield from epoch
 
 
-class MicroBatches:
-    """Endless; `gradient_accumulation` of them a card make a step. Its place can be written down, and returned to.
+class BatchStream:
+    """An endless stream of batches; `gradient_accumulation` of them a process make a step.
 
-    With `preserved`, captions by the class's, a share of them (`preservation_weight`) holds the class.
+    With prior captions, by the captions that they replace, a share of the batches (`preservation_weight`) holds the
+    class.
     """
 
     PURPOSES = ("noise", "sigma", "dropout", "preservation")
 
     def __init__(
         self, config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule,
-        preserved: Mapping[str, str] | None = None,
+        prior_captions: Mapping[str, str] | None = None,
     ):  # fmt: skip
-        self.config, self.schedule, self.preserved = config, schedule, preserved or {}
+        """Begin before the first batch of the run's seed."""
+        self.config, self.schedule, self.prior_captions = config, schedule, prior_captions or {}
         self.generators = {purpose: generator_for(config.seed, purpose) for purpose in self.PURPOSES}
-        self.batches = batches(examples, config.batch_size, config.seed)
-        self.drawn = 0
+        self.batches = bucket_batches(examples, config.batch_size, config.seed)
+        self.count = 0  # of batches so far
 
-    def __iter__(self) -> "MicroBatches":
+    def __iter__(self) -> "BatchStream":
         return self
 
-    def __next__(self) -> Drawn:
-        batch, config = next(self.batches), self.config
-        self.drawn += 1
-        clean = torch.stack([example.latents for example in batch])  # [B, N, C]
+    def __next__(self) -> Batch:
+        # Images, noise and sigmas.
+        examples, config = next(self.batches), self.config
+        self.count += 1
+        clean = torch.stack([example.latents for example in examples])  # [B, N, C]
         noise = torch.randn(clean.shape, generator=self.generators["noise"])
-        sigma = flow.draw_sigmas(len(batch), self.schedule.mu(clean.shape[1]), self.generators["sigma"])  # [B]
-        dropped = torch.rand(len(batch), generator=self.generators["dropout"]) < config.caption_dropout
-        captions = [EMPTY_CAPTION if drop else e.caption for drop, e in zip(dropped, batch, strict=True)]
-        preserves = float(torch.rand((), generator=self.generators["preservation"])) < config.preservation_weight
-        held = [self.preserved[example.caption] for example in batch if example.caption in self.preserved]
-        if preserves := preserves and len(held) == len(batch):
-            captions = held
-        return Drawn(
+        sigma = flow.sample_sigmas(len(examples), self.schedule.mu(clean.shape[1]), self.generators["sigma"])  # [B]
+
+        # Captions: dropped ones, or the class's where the batch holds it.
+        dropped = torch.rand(len(examples), generator=self.generators["dropout"]) < config.caption_dropout
+        captions = [constants.EMPTY_PROMPT if drop else e.caption for drop, e in zip(dropped, examples, strict=True)]
+        chosen = float(torch.rand((), generator=self.generators["preservation"])) < config.preservation_weight
+        prior = [self.prior_captions[example.caption] for example in examples if example.caption in self.prior_captions]
+        if is_prior := chosen and len(prior) == len(examples):
+            captions = prior
+        return Batch(
             flow.add_noise(clean, noise, sigma),
             flow.velocity_target(clean, noise),
             sigma,
             tuple(captions),
-            batch[0].size,
-            tuple(example.image_name for example in batch),
-            None if preserves else loss_weights(batch, config.mask_floor),
-            preserves,
+            examples[0].size,
+            tuple(example.image_name for example in examples),
+            None if is_prior else loss_weights(examples, config.mask_floor),
+            is_prior,
         )
 
-    def place(self) -> dict[str, Tensor]:
-        """Where it is: how many were drawn, and the generators' states."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return how many batches there were, and the generators' states."""
         states = {purpose: generator.get_state() for purpose, generator in self.generators.items()}
-        return {"drawn": torch.tensor(self.drawn), **states}
+        return {"drawn": torch.tensor(self.count), **states}
 
-    def return_to(self, place: Mapping[str, Tensor]) -> None:
-        """Be where another one, of the same config and examples, was. The order of the pictures is drawn again."""
-        for _ in range(int(place["drawn"]) - self.drawn):
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue where a stream of the same config and examples was. The order of the images is made again."""
+        for _ in range(int(state["drawn"]) - self.count):
             next(self.batches)
-        self.drawn = int(place["drawn"])
+        self.count = int(state["drawn"])
         for purpose, generator in self.generators.items():
-            generator.set_state(place[purpose])
+            generator.set_state(state[purpose])
 
 
-def loss_weights(batch: Sequence[CachedExample], floor: float) -> Tensor | None:
-    """[B, N, C]: 1 where the mask is white, `floor` where it is black; None where no picture has a mask.
+def loss_weights(examples: Sequence[CachedExample], floor: float) -> Tensor | None:
+    """Return [B, N, C]: 1 where the mask is white, `floor` where it is black; None where no image has a mask.
 
-    A token's C channels are its 2 x 2 latents' 16, with the latent as the faster index: see `sizes.pack`.
+    A token's C channels are its 2 x 2 latents' 16, with the latent as the faster index: see `latents.pack_latents`.
     """
-    shares = [example.shares for example in batch]
+    shares = [example.shares for example in examples]
     if all(share is None for share in shares):
         return None
-    whole = torch.ones(batch[0].size.tokens, qwen.PATCH**2)
-    filled = torch.stack([whole if share is None else share for share in shares])  # [B, N, 4]
-    return (floor + (1 - floor) * filled).repeat(1, 1, qwen.LATENT_CHANNELS)  # [B, N, C]
+    everywhere = torch.ones(examples[0].size.tokens, constants.PATCH**2)
+    filled = torch.stack([everywhere if share is None else share for share in shares])  # [B, N, 4]
+    return (floor + (1 - floor) * filled).repeat(1, 1, constants.LATENT_CHANNELS)  # [B, N, C]
+
+
+# --- timesteps ------------------------------------------------------------------------------------------------------
 
 
 def run_timesteps(
     config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype, processes: int = 1
 ) -> Tensor:
-    """Every timestep [S] that the run will show a transformer, drawn beforehand just as the loop will draw them."""
-    stream, generator = batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")
-    drawn = []
+    """Return every timestep [S] that the run's steps will show the transformer, made beforehand as the stream will."""
+    batches, generator = bucket_batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")
+    sigmas = []
     for _ in range(config.steps * config.gradient_accumulation * processes):
-        batch = next(stream)
-        drawn.append(flow.draw_sigmas(len(batch), schedule.mu(batch[0].size.tokens), generator))
-    return flow.model_time(torch.cat(drawn), dtype).unique()
+        batch = next(batches)
+        sigmas.append(flow.sample_sigmas(len(batch), schedule.mu(batch[0].size.tokens), generator))
+    return flow.model_time(torch.cat(sigmas), dtype).unique()
+
+
+def other_timesteps(
+    config: TrainConfig, previews: Sequence[SampleRequest], schedule: flow.Schedule, dtype: torch.dtype
+) -> Tensor:
+    """Return the timesteps [S] of the probe, of validation and of the previews, each with width and height."""
+    sigmas = [PROBE_SIGMA, *(VALIDATION_SIGMAS if config.validation_share else ())]
+    for request in previews:
+        tokens = image_size(request.width, request.height, request.aspect_ratio).tokens
+        sigmas += schedule.sampling_sigmas(request.steps, tokens)[:-1]
+    return flow.model_time(torch.tensor(sigmas), dtype).unique()

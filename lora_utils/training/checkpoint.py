@@ -1,15 +1,16 @@
-"""Checkpoints: all that a run's next step follows from, on disk, whole or not there.
+"""Checkpoints: all that a run's next step follows from, on disk, complete or not there.
 
-Owns the folders, what must be equal for a run to go on, and how old ones go. A checkpoint is written under another
-name, synced to the disk and renamed: whatever kills the process, at whatever moment, the last one is whole. A run that
-goes on from it is, on the same machine, the run that was never stopped, bit for bit.
+A checkpoint is written under another name, synced to the disk and renamed: whatever kills the process, at whatever
+moment, the last one is complete. A run resumed from it is, on the same machine, the uninterrupted run bit for bit. So
+it keeps the memory plan that it began with; only what the caller asked for is compared.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +19,65 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_utils.disk import refusals_named
-from lora_utils.draws import MicroBatches
 from lora_utils.errors import UserError
-from lora_utils.preparation import Run
+from lora_utils.io.files import disk_errors
+from lora_utils.model.memory_plan import MemoryPlan
+from lora_utils.training.state import StepLoss, TrainState
 
+FORMAT = 2  # the first one had no plan and no losses
 _PREFIX, _PARTIAL = "step-", ".partial"
-_STATE, _SETTINGS = "state.safetensors", "settings.json"
+_STATE_FILE, _SETTINGS_FILE = "state.safetensors", "settings.json"
 _SHOWN = 16  # digits of a hash, enough to tell two apart
 
 
-def _learned(run: Run) -> list[torch.nn.Parameter | Tensor]:
-    return [*run.lora, *run.placeholders.rows]
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint as it was read, but for its tensors."""
+
+    path: Path
+    step: int
+    plan: MemoryPlan
+    settings: dict[str, Any]  # what must be the same for a run to be resumed
+    optimizer: dict[str, Any]
+    recent_losses: list[StepLoss]
+    validated_at: int
+    previewed_at: int
 
 
-def _tensors(run: Run, optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By a name that says whose they are: the weights, what the optimizers keep, and the draws' place."""
-    if run.stream is None:
-        raise RuntimeError("a run that hasn't begun has no place to write down")
-    tensors = {f"learned.{index}": parameter.detach() for index, parameter in enumerate(_learned(run))}
-    tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
-    tensors |= {f"draws.{name}": value for name, value in run.stream.place().items()}
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+# --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _named(tensors: dict[str, Tensor], whose: str) -> dict[str, Tensor]:
-    return {name.removeprefix(whose): value for name, value in tensors.items() if name.startswith(whose)}
+def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
+    """Write the run as it is now, and remove all but the `keep` last checkpoints. -> its folder
 
-
-def _settings(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
-    data = [(example.key, example.caption, str(example.size)) for example in run.examples]  # in the order of the draws
-    return {
-        **asdict(run.config),
-        "base model": run.base[:_SHOWN],
-        "init_weights": run.started_from[:_SHOWN],
-        "cards": run.ranks.count,
-        "pictures and captions": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
-        "device": run.place.device.type,
-        "dtype": str(run.place.dtype),
-        "torch": torch.__version__,
-    }
-
-
-def save(run: Run, folder: Path, keep: int) -> Path:
-    """Write the run as it is now, and remove all but the `keep` last checkpoints. -> its folder.
-
-    Raises UserError for weights that are no numbers, and where the disk is full; older checkpoints are whole then.
+    Raises UserError for weights that are no numbers, and where the disk is full; older checkpoints are complete then.
     """
-    optimizer, numbers = run.optimizers.state()
-    tensors = _tensors(run, optimizer)
+    tensors, optimizer = _tensors_and_numbers(state)
     if not all(value.isfinite().all() for name, value in tensors.items() if name.startswith("learned")):
-        raise UserError(f"the weights aren't finite after step {run.step}, and aren't saved; lower learning_rate.")
-    target = folder / f"{_PREFIX}{run.step:06d}"
+        raise UserError(f"the weights aren't finite after step {state.step}, and aren't saved; lower learning_rate.")
+    written = {
+        "format": FORMAT,
+        "step": state.step,
+        "plan": asdict(state.plan),
+        "settings": _settings(state),
+        "optimizer": optimizer,
+        "recent_losses": [asdict(each) for each in state.recent_losses],
+        "validated_at": state.validated_at,
+        "previewed_at": state.previewed_at,
+    }
+    target = folder / f"{_PREFIX}{state.step:06d}"
     partial = target.with_name(target.name + _PARTIAL)
     remedy = "free some room, lower keep_checkpoints or name another run_dir."
-    if older := saved(folder):
-        remedy += f" {older[-1].name} is whole: resume=auto goes on from it."
-    with refusals_named(f"the checkpoint in {folder} can't be written", remedy):
+    if older := list_checkpoints(folder):
+        remedy += f" {older[-1].name} is complete: resume=auto continues from it."
+    with disk_errors(f"the checkpoint in {folder} can't be written", remedy):
         for left in folder.glob(f"{_PREFIX}*{_PARTIAL}"):  # by a process that was killed
             shutil.rmtree(left)
         try:
             partial.mkdir(parents=True)
-            save_file(tensors, partial / _STATE)
-            told = {"step": run.step, "compiled": run.compiled, "settings": _settings(run), "optimizer": numbers}
-            (partial / _SETTINGS).write_text(json.dumps(told, indent=2) + "\n")
-            for path in (partial / _STATE, partial / _SETTINGS, partial):
+            save_file(tensors, partial / _STATE_FILE)
+            (partial / _SETTINGS_FILE).write_text(json.dumps(written, indent=2) + "\n")
+            for path in (partial / _STATE_FILE, partial / _SETTINGS_FILE, partial):
                 _sync(path)
             if target.exists():  # the same step of a run before this one
                 shutil.rmtree(target)
@@ -92,9 +86,35 @@ def save(run: Run, folder: Path, keep: int) -> Path:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        for old in saved(folder)[: -max(1, keep)]:
+        for old in list_checkpoints(folder)[: -max(1, keep)]:
             shutil.rmtree(old)
     return target
+
+
+def _tensors_and_numbers(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights, the optimizers' state and the stream's, by a name that says whose they are."""
+    optimizer, numbers = state.optimizers.state_dict()
+    tensors = {f"learned.{index}": parameter.detach() for index, parameter in enumerate(state.learned)}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+    tensors |= {f"draws.{name}": value for name, value in state.stream.state_dict().items()}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, numbers
+
+
+def _settings(state: TrainState) -> dict[str, Any]:
+    """Return what must be the same for a run to be resumed."""
+    # In the order in which the stream shows them.
+    data = [(example.key, example.caption, str(example.size)) for example in state.data.examples]
+    placement = state.components.placement
+    return {
+        **asdict(state.config),
+        "base model": state.base_model[:_SHOWN],
+        "init_weights": state.init_weights[:_SHOWN],
+        "processes": state.ranks.world_size,
+        "images and captions": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
+        "device": placement.device.type,
+        "dtype": str(placement.dtype),
+        "torch": torch.__version__,
+    }
 
 
 def _sync(path: Path) -> None:
@@ -106,44 +126,97 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the oldest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if not path.name.endswith(_PARTIAL)]
-    return sorted(path for path in found if (path / _SETTINGS).is_file())
+    return sorted(path for path in found if (path / _SETTINGS_FILE).is_file())
 
 
-def seed_of(checkpoint: Path) -> int:
-    """Of the run that wrote it."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint but for its tensors. Raises UserError for one that can't be read."""
     try:
-        return json.loads((checkpoint / _SETTINGS).read_text())["settings"]["seed"]
+        written = _in_this_format(json.loads((path / _SETTINGS_FILE).read_text()))
+        return Checkpoint(
+            path,
+            written["step"],
+            MemoryPlan(**written["plan"]),
+            written["settings"],
+            written["optimizer"],
+            [StepLoss(**each) for each in written["recent_losses"]],
+            written["validated_at"],
+            written["previewed_at"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(checkpoint, error) from error
+        raise _unreadable(path, error) from error
 
 
-def _unreadable(checkpoint: Path, error: Exception) -> UserError:
-    return UserError(f"the checkpoint {checkpoint} can't be read ({error}); remove it, or name another run_dir.")
+def _in_this_format(written: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's JSON as this version writes it.
+
+    In the first format the quantisation stood in the settings as it came to, and where the text encoder ran wasn't
+    written: it is taken to have been on the GPU. A validation that its stop skipped isn't repeated.
+    """
+    if written.get("format", 1) == FORMAT:
+        return written
+    settings = dict(written["settings"])
+    for old, new in (("cards", "processes"), ("pictures and captions", "images and captions")):
+        settings[new] = settings.pop(old)
+    plan = MemoryPlan(settings["quantization"], text_encoder_on_device=True, compiled=written["compiled"])
+    step = written["step"]
+    settings |= {"quantization": {"auto", settings["quantization"]}}
+    return {
+        **written, "plan": asdict(plan), "settings": settings, "recent_losses": [],
+        "validated_at": step, "previewed_at": step,
+    }  # fmt: skip
 
 
-def restore(run: Run, checkpoint: Path) -> None:
-    """Make a prepared run the one that was saved. Raises UserError for one of other settings or data."""
-    try:
-        written = json.loads((checkpoint / _SETTINGS).read_text())
-        tensors = load_file(checkpoint / _STATE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(checkpoint, error) from error
-    ours, theirs = _settings(run), written["settings"]
-    other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+def with_seed_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a caller's inputs, with the seed of the run that they resume where they name none."""
+    inputs, folder = dict(given), str(given.get("run_dir") or "").strip()
+    resumes = inputs.get("resume") == "auto" and bool(folder)
+    found = list_checkpoints(Path(folder)) if resumes and inputs.get("seed") in (None, -1) else []
+    if found:
+        inputs["seed"] = read_checkpoint(found[-1]).settings["seed"]
+    return inputs
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"the checkpoint {path} can't be read ({error}); remove it, or name another run_dir.")
+
+
+def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Make a run, set up with the checkpoint's plan, the one that was saved.
+
+    Raises UserError for a checkpoint of other settings or data.
+    """
+    ours, theirs = _settings(state), checkpoint.settings
+    other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:
         listed = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other)
         raise UserError(
-            f"the checkpoint {checkpoint} is another run's ({listed}). Give the same inputs and data, or another "
+            f"the checkpoint {checkpoint.path} is another run's ({listed}). Give the same inputs and data, or another "
             "run_dir."
         )
-    run.step = run.resumed_at = written["step"]
-    run.compiled = written["compiled"]  # compiled blocks round another way
+    try:
+        tensors = load_file(checkpoint.path / _STATE_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(checkpoint.path, error) from error
     with torch.no_grad():
-        for index, parameter in enumerate(_learned(run)):
+        for index, parameter in enumerate(state.learned):
             parameter.copy_(tensors[f"learned.{index}"])
-        run.optimizers.restore(_named(tensors, "optimizer."), written["optimizer"])
-    run.stream = MicroBatches(run.config, run.examples, run.schedule, run.preserved)
-    run.stream.return_to(_named(tensors, "draws."))
+        state.optimizers.load_state_dict(_belonging_to(tensors, "optimizer."), checkpoint.optimizer)
+    state.stream.load_state_dict(_belonging_to(tensors, "draws."))
+    state.step = state.resumed_at = checkpoint.step
+    state.plan, state.recent_losses = checkpoint.plan, list(checkpoint.recent_losses)
+    state.validated_at, state.previewed_at = checkpoint.validated_at, checkpoint.previewed_at
+
+
+def _same(ours: object, theirs: object) -> bool:
+    return ours in theirs if isinstance(theirs, set) else ours == theirs
+
+
+def _belonging_to(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

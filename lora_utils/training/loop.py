@@ -1,29 +1,28 @@
-"""Training: a prepared run -> a LoRA and, if asked for, the row of a placeholder token.
+"""The training loop: a run that is set up -> a LoRA and, if asked for, the embedding of a placeholder token.
 
-Owns the loop; must not know Cog, archives or sampling. The loop yields; printing, saving and cancelling
-belong to whoever consumes it. The device is waited for only where a number is read.
+The loop yields; logging, saving and cancelling belong to whoever consumes it. The device is waited for only where a
+number is read.
+
+Legend: B batch.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_utils import flops, fresh_token, memory
-from lora_utils.cards import add_gradients, gather_losses
 from lora_utils.config import TrainConfig
-from lora_utils.draws import Drawn, MicroBatches
 from lora_utils.errors import UserError
-from lora_utils.fitting import plan_memory, within_the_plan
-from lora_utils.lora_file import LoraFile
-from lora_utils.objective import forward_backward
-from lora_utils.placeholder import RowReport
-from lora_utils.preparation import Run, learned
-from lora_utils.sharding import is_sharded
+from lora_utils.model import flops, fsdp
+from lora_utils.model.transformer import transformer_shape
+from lora_utils.training import distributed
+from lora_utils.training.batches import Batch
+from lora_utils.training.loss import forward_backward
+from lora_utils.training.recompute import plan_recompute, within_memory
+from lora_utils.training.state import TrainState
 
 CHECK_EVERY = 25  # steps from one look at whether the numbers are finite to the next: each waits for the device
 
@@ -34,35 +33,93 @@ class StepReport:
 
     step: int
     learning_rate: float
-    pictures: Tensor  # losses [micro-batches, batch_size], NaN behind the last picture of a short batch
-    sigmas: tuple[Tensor, ...]  # of each micro-batch's pictures, on the host
-    preserves: tuple[bool, ...]  # which of them held the class, rather than teach
+    image_losses: Tensor  # [batches, B], NaN behind the last image of a short batch
+    sigmas: tuple[Tensor, ...]  # of each batch's images, on the CPU
+    is_prior: tuple[bool, ...]  # which of the batches held the class, rather than teach
     grad_norm: Tensor  # of the LoRA, before clipping
-    row_grad_norms: dict[str, Tensor]  # of the tokens that the step's captions held, before clipping
+    token_grad_norms: dict[str, Tensor]  # of the tokens that the step's captions held, before clipping
 
     @property
     def losses(self) -> Tensor:
-        """Of its micro-batches: the mean of each one's pictures, NaN if one of these is."""
+        """The mean loss of each batch's images, [batches]; NaN if one of these is."""
         counts = [len(sigma) for sigma in self.sigmas]
-        return torch.stack([row[:count].mean() for row, count in zip(self.pictures, counts, strict=True)])
+        return torch.stack([own[:count].mean() for own, count in zip(self.image_losses, counts, strict=True)])
 
     @property
     def loss(self) -> float:
+        """The mean loss of all batches."""
         return float(self.losses.mean())
 
     @property
-    def taught(self) -> Tensor:
-        """Losses of the micro-batches that taught, of which there may be none."""
-        return self.losses[[index for index, preserves in enumerate(self.preserves) if not preserves]]
+    def instance_losses(self) -> Tensor:
+        """The losses of the batches that taught, of which there may be none."""
+        return self.losses[[index for index, is_prior in enumerate(self.is_prior) if not is_prior]]
 
     @property
-    def kept(self) -> Tensor:
-        """Losses of those that held the class."""
-        return self.losses[[index for index, preserves in enumerate(self.preserves) if preserves]]
+    def prior_losses(self) -> Tensor:
+        """The losses of the batches that held the class."""
+        return self.losses[[index for index, is_prior in enumerate(self.is_prior) if is_prior]]
+
+
+def train(state: TrainState) -> Iterator[StepReport]:
+    """Step through a run from where it is, one report per optimizer step: `state` is then as that step left it."""
+    config, ranks, unchecked = state.config, state.ranks, []
+    plan_recompute(state)
+    for step in range(state.step, config.steps):
+        batches = [next(state.stream) for _ in range(config.gradient_accumulation * ranks.world_size)]
+        report = take_step(state, batches, step)
+        state.step = step + 1
+        unchecked.append((report, batches))
+        if step % CHECK_EVERY == 0 or step + 1 == config.steps:
+            check_numbers(unchecked)
+            unchecked = []
+        yield report
+
+
+def take_step(state: TrainState, batches: Sequence[Batch], step: int) -> StepReport:
+    """Take optimizer step `step`, counted from 0, on all processes' batches."""
+    # This process's losses and gradients, then all processes'.
+    own, needs_base = state.ranks.shard(batches), base_needed(state, batches)
+    losses = within_memory(state, own, partial(forward_backward, state, own, needs_base))
+    state.flops += sum(batch_flops(state, batch, base) for batch, base in zip(own, needs_base, strict=True))
+    image_losses = distributed.all_gather_losses(state.ranks, losses)
+    distributed.all_reduce_gradients(state.ranks, [each for each in state.learned if each.requires_grad])
+
+    # The move.
+    grad_norm, token_grad_norms = clip_and_step(state, step)
+    return StepReport(
+        step + 1,
+        state.optimizers.rate,
+        image_losses,
+        tuple(batch.sigma for batch in batches),
+        tuple(batch.is_prior for batch in batches),
+        grad_norm,
+        token_grad_norms,
+    )
+
+
+def base_needed(state: TrainState, batches: Sequence[Batch]) -> list[bool]:
+    """Return for which of this process's batches the base model runs.
+
+    Where the base is sharded, all GPUs run the same forwards: it also runs where another process's batch needs it.
+    """
+    count = state.ranks.world_size
+    if not fsdp.is_sharded(state.components.transformer):
+        return [batch.is_prior for batch in state.ranks.shard(batches)]
+    together = [batches[start : start + count] for start in range(0, len(batches), count)]
+    return [any(batch.is_prior for batch in group) for group in together]
+
+
+def batch_flops(state: TrainState, batch: Batch, with_base: bool) -> float:
+    """Count the operations of one batch's forward and backward, and of the base model's forward if it ran."""
+    shape, images = transformer_shape(state.components.transformer), len(batch.sigma)
+    tokens = batch.size.tokens, max(state.data.text_tokens[caption] for caption in batch.captions)
+    base = flops.forward_flops(shape, *tokens) if with_base else 0.0
+    return images * (base + flops.training_flops(shape, *tokens, state.plan.checkpointed_blocks))
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
-    """What the learning rates are multiplied by at optimizer step `step`, counted from 0."""
+    """Return what the learning rates are multiplied by at optimizer step `step`, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -71,140 +128,53 @@ def rate_factor(step: int, config: TrainConfig) -> float:
     return 1.0 - progress if config.lr_scheduler == "linear" else 1.0
 
 
-def clip_and_step(run: Run, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clip the LoRA and each row apart, step, clear the gradients. -> their gradient norms before clipping.
+def clip_and_step(state: TrainState, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clip the LoRA and each embedding apart, step, clear the gradients. -> their gradient norms before clipping
 
-    Apart, because a fresh row's first gradient is some 50 times the LoRA's and would stop it from learning. A row that
-    isn't trained, or whose token no caption of the step held, has no gradient and isn't moved.
+    Apart, because a new embedding's first gradient is some 50 times the LoRA's and would stop it from learning. An
+    embedding that isn't trained, or whose token no caption of the step held, has no gradient and isn't moved.
     """
-    most = run.config.max_grad_norm or math.inf
-    lora_norm = nn.utils.clip_grad_norm_(run.lora, most)
-    row_norms = {
-        token: nn.utils.clip_grad_norm_([row], most)
-        for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
-        if row.grad is not None
+    most = state.config.max_grad_norm or math.inf
+    lora_norm = nn.utils.clip_grad_norm_(state.lora, most)
+    token_norms = {
+        token: nn.utils.clip_grad_norm_([embedding], most)
+        for token, embedding in zip(state.placeholders.tokens, state.placeholders.embeddings, strict=True)
+        if embedding.grad is not None
     }
-    run.optimizers.step(rate_factor(step, run.config))
-    run.optimizers.zero_grad()
-    return lora_norm, row_norms
+    state.optimizers.step(rate_factor(step, state.config))
+    state.optimizers.zero_grad()
+    return lora_norm, token_norms
 
 
-def take_step(run: Run, drawn: Sequence[Drawn], step: int) -> StepReport:
-    """Optimizer step `step`, counted from 0, on all processes' micro-batches."""
-    own = run.ranks.part(drawn)
-    accompany = ()
-    if is_sharded(run.transformer):  # all cards run the same forwards
-        together = [drawn[start : start + run.ranks.count] for start in range(0, len(drawn), run.ranks.count)]
-        accompany = [any(batch.preserves for batch in batches) for batches in together]
-    losses = within_the_plan(run, own, partial(forward_backward, run, own, accompany))
-    pictures = gather_losses(run.ranks, losses)
-    add_gradients(run.ranks, [*run.lora, *(row for row in run.placeholders.rows if row.requires_grad)])
-    grad_norm, row_grad_norms = clip_and_step(run, step)
-    return StepReport(
-        step + 1,
-        run.optimizers.rate,
-        pictures,
-        tuple(batch.sigma for batch in drawn),
-        tuple(batch.preserves for batch in drawn),
-        grad_norm,
-        row_grad_norms,
-    )
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _is_sound(report: StepReport) -> Tensor:
-    """Whether the losses and the rows' gradients are numbers that can be: one flag, not read yet.
+def check_numbers(reports: Sequence[tuple[StepReport, Sequence[Batch]]]) -> None:
+    """Raise for the first of these steps with a loss or a token's gradient that can't be. It waits for the device once.
 
-    A row may be on the host while the losses are on the card.
+    UserError is for what the caller's inputs cause, RuntimeError for a gradient that never arrives.
     """
-    rows = [(norm.isfinite() & (norm > 0)).to(report.losses.device) for norm in report.row_grad_norms.values()]
-    return torch.stack([report.losses.isfinite().all(), *rows]).all()
-
-
-def check_numbers(reports: Sequence[tuple[StepReport, Sequence[Drawn]]]) -> None:
-    """Raise for the first of these steps with a loss or a row's gradient that can't be. Waits for the device, once."""
     if torch.stack([_is_sound(report) for report, _ in reports]).all():
         return
-    for report, drawn in reports:
+    for report, batches in reports:
         if not math.isfinite(report.loss):
-            names = ", ".join(name for batch in drawn for name in batch.names)
-            levels = ", ".join(f"{level:.3f}" for batch in drawn for level in batch.sigma.tolist())
+            names = ", ".join(name for batch in batches for name in batch.names)
+            levels = ", ".join(f"{level:.3f}" for batch in batches for level in batch.sigma.tolist())
             raise UserError(
-                f"the loss is {report.loss} at step {report.step} (pictures: {names}; sigma: {levels}); "
+                f"the loss is {report.loss} at step {report.step} (images: {names}; sigma: {levels}); "
                 "lower learning_rate."
             )
-        for token, norm in report.row_grad_norms.items():
+        for token, norm in report.token_grad_norms.items():
             if norm == 0:
-                raise RuntimeError(f"no gradient reaches the row of {token} at step {report.step}")
+                raise RuntimeError(f"no gradient reaches the embedding of {token} at step {report.step}")
             if not norm.isfinite():
                 raise UserError(f"the gradient of {token} is {float(norm)} at step {report.step}; lower its rate.")
 
 
-def train(run: Run) -> Iterator[StepReport]:
-    """Step through the run from where it is, one report per optimizer step: `run` is then as that step left it."""
-    config, unchecked = run.config, []
-    plan_memory(run)
-    if run.stream is None:
-        run.stream = MicroBatches(config, run.examples, run.schedule, run.preserved)
-    for step in range(run.step, config.steps):
-        drawn = [next(run.stream) for _ in range(config.gradient_accumulation * run.ranks.count)]
-        report = take_step(run, drawn, step)
-        run.step = step + 1
-        unchecked.append((report, drawn))
-        if step % CHECK_EVERY == 0 or step + 1 == config.steps:
-            check_numbers(unchecked)
-            unchecked = []
-        yield report
+def _is_sound(report: StepReport) -> Tensor:
+    """Return whether the losses and the tokens' gradients are numbers that can be: one flag, not read yet.
 
-
-# --- the result -----------------------------------------------------------------------------------------------------
-
-
-def finish(run: Run) -> LoraFile:
-    """What has been learned. Raises UserError for weights that are no numbers, RuntimeError for a row at its start."""
-    for token, row, first in zip(run.placeholders.tokens, run.placeholders.rows, run.first_rows, strict=True):
-        if row.requires_grad and torch.equal(row, first):
-            raise RuntimeError(f"the row of {token} hasn't moved in {run.step} steps")
-    lora = learned(run)
-    parts = [part for layer in lora.layers.values() for part in (layer.down, layer.up)]
-    if not all(part.isfinite().all() for part in (*parts, *lora.rows.values())):  # the last step's loss doesn't know
-        raise UserError(f"the weights aren't finite after step {run.step}; lower learning_rate.")
-    return lora
-
-
-def describe_speed(run: Run) -> list[str]:
-    """The run's last lines: how fast it was against what the device can do, its peak of memory, where the time went."""
-    device, steps, seconds = run.place.device, run.step - run.resumed_at, run.seconds["train"]
-    if steps == 0:
-        return [f"no step was left: all {run.step} were taken before"]
-    done, peak = run.flops / seconds, flops.measured_peak(device, run.place.dtype)
-    spent = ", ".join(f"{name} {taken:.1f} s" for name, taken in run.seconds.items())
-    held = "of the card's memory" if device.type == "cuda" else "of memory"
-    return [
-        f"trained {steps} steps, {seconds / steps:.3f} s each, at {done / 1e12:.3g} TFLOP/s: {done / peak:.0%} of the "
-        f"{peak / 1e12:.3g} that a plain matrix product reaches here",
-        f"at most {memory.peak_bytes(device) / 1e9:.2f} GB {held}; {spent}",
-    ]
-
-
-def report_rows(run: Run) -> dict[str, RowReport]:
-    """How each token's row stands among the words now; empty where none is trained."""
-    if run.text_encoder is None:
-        return {}
-    return fresh_token.report(run.placeholders, run.tokenizer, run.text_encoder)
-
-
-def describe_placeholders(run: Run) -> list[dict[str, Any]]:
-    """What meta.json says of each trained row; nothing in baseline mode."""
-    if run.text_encoder is None:
-        return []
-    with run.optimizers.averaged():
-        rows = fresh_token.describe(run.placeholders, run.first_rows, run.tokenizer, run.text_encoder)
-    return [
-        {
-            **described,
-            "init_std": run.config.placeholder_init_std,
-            "learning_rate": run.optimizers.row_rate,
-            "captions_with_token": sum(described["token"] in caption for caption in run.captions),
-        }
-        for described in rows
-    ]
+    An embedding may be on the CPU while the losses are on the GPU.
+    """
+    norms = [(norm.isfinite() & (norm > 0)).to(report.losses.device) for norm in report.token_grad_norms.values()]
+    return torch.stack([report.losses.isfinite().all(), *norms]).all()

@@ -1,148 +1,204 @@
-"""What a person sees of a run on its way: its lines, the loss on pictures held out, samples, and the numbers kept.
+"""The monitor: what a person sees of a run while it is on: log lines, the loss on images held out, previews, metrics.
 
-Owns when each is due and what it says; must not know archives or how a step is taken. Looking moves nothing: a run that
-is watched learns what it would have learned unseen.
+This module owns when each is due and what it says. Looking moves nothing: a run that is monitored learns what it would
+have learned without.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lora_utils import samples, training, validation
-from lora_utils.cards import agree
 from lora_utils.config import RunOptions
-from lora_utils.console import Progress
 from lora_utils.errors import UserError
-from lora_utils.journal import Journal, numbers_of, read
-from lora_utils.preparation import Run
-from lora_utils.samples import Row
-from lora_utils.training import StepReport
+from lora_utils.io.logging import Progress
+from lora_utils.model import flops
+from lora_utils.model.device import peak_bytes
+from lora_utils.placeholder.embedding import EmbeddingReport, report_embeddings
+from lora_utils.tracking import contact_sheet
+from lora_utils.tracking.metrics import MetricsLogger, StepMetrics, band_name
+from lora_utils.training.loop import StepReport
+from lora_utils.training.previews import PreviewRow, generate_previews, preview_due
+from lora_utils.training.state import StepLoss, TrainState
+from lora_utils.training.validation import validate, validation_due
 
 log = logging.getLogger(__name__)
 
 
-class Watch:
-    """Over a run from where it is. On several cards all look, so that they stay in step, and the first one tells."""
+class TrainMonitor:
+    """It looks at a run from where it is. On several GPUs all look, so that they stay in step; the main one writes."""
 
-    def __init__(self, run: Run, options: RunOptions, rows: Sequence[Row], model_folder: Path):
-        self.run, self.options, self.rows, self.model_folder = run, options, rows, model_folder
-        self.folder = Path(options.run_dir) if options.run_dir and run.ranks.first else None
-        self.journal = Journal(self.folder, asdict(run.config))
-        self.progress = Progress(run.config.steps)
+    def __init__(self, state: TrainState, options: RunOptions, rows: Sequence[PreviewRow]):
+        """Take the run, and the previews that are to be sampled of it."""
+        self.state, self.options, self.rows = state, options, rows
+        self.folder = Path(options.run_dir) if options.run_dir and state.ranks.is_main else None
+        self.metrics = MetricsLogger(self.folder, asdict(state.resolved_config))
+        self.progress = Progress(state.config.steps)
         self.began_at = 0  # the step
-        self.reports: list[StepReport] = []
-        self.told = self.noted = 0  # of them, how many the lines and the journal have
-        self.final_loss: float | None = None
+        self.unlogged: list[StepReport] = []  # the steps since the last log line
+        self.unwritten: list[StepReport] = []  # the steps whose numbers aren't written yet
         self.looked_s = 0.0  # between steps
 
     def open(self) -> None:
-        """Begin at the run's step, and look at it if none has yet. Raises UserError if samples have no room."""
-        self.began_at = self.run.step
+        """Begin at the run's step, and look at it if none has yet. Raises UserError if previews have no room."""
+        step = self.began_at = self.state.step
         if self.folder:
-            samples.forget_after(self.folder, self.run.step)
-        self.journal.open(self.run.step)
-        drawn = self.folder is not None and samples.path_of(self.folder, self.run.step).is_file()
-        validated, drawn = agree(self.run.ranks, (self.journal.has_validation(self.run.step), drawn))
-        if not validated:
-            self._validate(self.run.step)
-        if not drawn:
-            self._sample(self.run.step)
-        self.progress, self.looked_s = Progress(self.run.config.steps), 0.0
+            contact_sheet.remove_sheets_after(self.folder, step)
+        self.metrics.open(step)
+        if self.state.validated_at != step:
+            self._validate(step)
+        if self.state.previewed_at != step:
+            self._preview(step)
+        self.progress, self.looked_s = Progress(self.state.config.steps), 0.0
 
     def after(self, report: StepReport, stopped: bool) -> None:
-        """Look at the run as a step has left it. A stop is told at once, and nothing is drawn that would delay it."""
-        self.reports.append(report)
-        if self.progress.is_due(report.step) or stopped:
-            self._tell(report)
+        """Look at the run as a step has left it. A stop is logged at once; nothing is sampled that would delay it."""
+        self.unlogged.append(report)
+        self.unwritten.append(report)
+        if self.progress.should_log(report.step) or stopped:
+            self._log(report)
         if not stopped:
             self._validate(report.step)
             try:
-                self._sample(report.step)
-            except UserError as error:  # a run isn't lost for its samples
-                log.warning("no samples after step %d: %s", report.step, error)
+                self._preview(report.step)
+            except UserError as error:  # a run isn't lost for its previews
+                log.warning("no previews after step %d: %s", report.step, error)
+
+    def flush(self) -> None:
+        """Write the numbers of the steps so far, as before a checkpoint: a run resumed from it lacks none."""
+        metrics = [step_metrics(report) for report in self.unwritten]
+        self.unwritten.clear()
+        self.metrics.steps(metrics)
+        recent = self.state.recent_losses
+        recent += [StepLoss(each.step, each.loss, each.class_loss) for each in metrics]
+        self.state.recent_losses = [each for each in recent if each.step >= self._first_recent()]
 
     def close(self) -> None:
         """Look no more, whatever has happened."""
-        self.journal.close()
+        self.metrics.close()
 
     def sum_up(self) -> None:
-        """Know how long the steps took, and the mean loss of the run's last tenth, whichever process took its steps."""
-        seconds = self.run.seconds
-        looked = seconds.get("probe", 0.0) + self.looked_s
-        seconds["train"] = max(1e-3, self.progress.elapsed_s() - looked)
-        first = self.run.step - max(1, self.run.step // 10) + 1
-        if self.folder:
-            self.final_loss = mean_loss(line for line in read(self.folder) if line["step"] >= first)
-        else:
-            self.final_loss = mean_loss(numbers_of(report) for report in self.reports if report.step >= first)
+        """Note how long the steps took, without what was done between them."""
+        self.flush()
+        seconds = self.state.seconds
+        looked_s = seconds.get("probe", 0.0) + self.looked_s
+        seconds["train"] = max(1e-3, self.progress.elapsed_s() - looked_s)
 
-    def _tell(self, report: StepReport) -> None:
-        new, self.told = self.reports[self.told :], len(self.reports)
+    def _first_recent(self) -> int:
+        """Return the first step of the run's last tenth so far."""
+        return self.state.step - max(1, self.state.step // 10) + 1
+
+    def _log(self, report: StepReport) -> None:
+        losses = describe_losses(self.unlogged)
+        self.unlogged.clear()
+        steps, pace = self.state.config.steps, self.progress.pace(report.step - self.began_at)
         rate, grad = f"lr {report.learning_rate:.1e}", f"grad {float(report.grad_norm):.2f}"
-        pace = self.progress.pace(report.step - self.began_at)
-        print(f"step {report.step}/{self.run.config.steps} {described_losses(new)} {rate} {grad} {pace}", flush=True)
-        for token, row in training.report_rows(self.run).items():
-            near = f"nearest {row.nearest!r} (cosine {row.cosine:.2f})"
-            grad = f"grad {float(report.row_grad_norms.get(token, 0)):.2g}"
-            print(f"  {token} norm {row.norm:.4f}, {row.share_of_median:.1%} of a word's, {grad}, {near}", flush=True)
-        self.note()
-
-    def note(self) -> None:
-        """Write the numbers of the steps so far, as before a checkpoint: a run that goes on from it lacks none."""
-        self.journal.steps(self.reports[self.noted :])
-        self.noted = len(self.reports)
+        log.info("step %d/%d %s %s %s %s", report.step, steps, losses, rate, grad, pace)
+        for token, each in embedding_reports(self.state).items():
+            near = f"nearest {each.nearest!r} (cosine {each.cosine:.2f})"
+            grad = f"grad {float(report.token_grad_norms.get(token, 0)):.2g}"
+            share = f"{each.share_of_median:.1%} of a word's"
+            log.info("  %s norm %.4f, %s, %s, %s", token, each.norm, share, grad, near)
+        self.flush()
 
     def _validate(self, step: int) -> None:
-        if not validation.is_due(self.run, step):
+        if not validation_due(self.state, step):
             return
         began = time.monotonic()
-        self.note()
-        found = validation.validate(self.run)
-        self.journal.validation(step, found)
-        print(f"step {step}: loss on pictures held out {found.loss:.4f}", flush=True)
+        self.flush()
+        found = validate(self.state)
+        self.metrics.validation(step, found.loss, found.by_sigma)
+        self.state.validated_at = step
+        log.info("step %d: loss on images held out %.4f", step, found.loss)
         self._took("validate", began)
 
-    def _sample(self, step: int) -> None:
-        if not samples.is_due(self.rows, self.options.sample_every, step, self.run.config.steps):
+    def _preview(self, step: int) -> None:
+        if not preview_due(self.rows, self.options.sample_every, step, self.state.config.steps):
             return
         began = time.monotonic()
-        drawn = samples.draw(self.run, self.rows, self.model_folder)
+        images = generate_previews(self.state, self.rows)
         if self.folder:
-            sheet = samples.sheet(self.rows, drawn, f"after step {step}")
-            path = samples.save(self.folder, step, sheet)
-            self.note()
-            self.journal.samples(step, sheet)
-            print(f"samples {path}", flush=True)
-        self._took("samples", began)
+            labels = [[request.prompt for request in row] for row in self.rows]
+            sheet = contact_sheet.draw_sheet(labels, images, f"after step {step}")
+            path = contact_sheet.save_sheet(self.folder, step, sheet)
+            self.flush()
+            self.metrics.previews(step, sheet)
+            log.info("previews %s", path)
+        self.state.previewed_at = step
+        self._took("previews", began)
 
     def _took(self, what: str, began: float) -> None:
         took = time.monotonic() - began
-        self.run.seconds[what] = self.run.seconds.get(what, 0.0) + took
+        self.state.seconds[what] = self.state.seconds.get(what, 0.0) + took
         self.looked_s += took
 
 
-def described_losses(reports: Sequence[StepReport]) -> str:
-    """The mean losses of these steps' micro-batches: of those that taught, and of those that held the class."""
-    taught, kept = mean_of([report.taught for report in reports]), mean_of([report.kept for report in reports])
-    parts = ["loss -" if taught is None else f"loss {taught:.4f}", "" if kept is None else f"class {kept:.4f}"]
-    return " ".join(filter(None, parts))
+# --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def mean_loss(steps: Iterable[Mapping[str, Any]]) -> float | None:
-    """Of steps as the journal has them: of those that taught, else of those that held the class."""
-    lines = [line for line in steps if "loss" in line]  # others are of validations
-    for name in ("loss", "class_loss"):
-        if found := [line[name] for line in lines if line[name] is not None]:
+def step_metrics(report: StepReport) -> StepMetrics:
+    """Return the numbers of a step. It waits for the device."""
+    instance, prior = report.instance_losses.tolist(), report.prior_losses.tolist()
+    bands: dict[str, list[float]] = {}
+    for losses, sigmas, is_prior in zip(report.image_losses.tolist(), report.sigmas, report.is_prior, strict=True):
+        for loss, sigma in zip(losses, sigmas.tolist(), strict=False):
+            if not is_prior:
+                bands.setdefault(band_name(sigma), []).append(loss)
+    return StepMetrics(
+        report.step,
+        sum(instance) / len(instance) if instance else None,
+        sum(prior) / len(prior) if prior else None,
+        report.learning_rate,
+        float(report.grad_norm),
+        {token: float(norm) for token, norm in report.token_grad_norms.items()},
+        bands,
+    )
+
+
+def final_loss(state: TrainState) -> float | None:
+    """Return the mean loss of the run's last tenth: of what taught, else of what held the class; None for no step."""
+    for losses in ([each.loss for each in state.recent_losses], [each.class_loss for each in state.recent_losses]):
+        if found := [loss for loss in losses if loss is not None]:
             return sum(found) / len(found)
     return None
 
 
-def mean_of(losses: Sequence[torch.Tensor]) -> float | None:
-    """None where there are none."""
+def embedding_reports(state: TrainState) -> dict[str, EmbeddingReport]:
+    """Return how each token's embedding stands among the words now; nothing where none is trained."""
+    if state.components.text_encoder is None:
+        return {}
+    return report_embeddings(state.placeholders, state.components.tokenizer, state.components.text_encoder)
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def describe_losses(reports: Sequence[StepReport]) -> str:
+    """Return the mean losses of these steps' batches: of those that taught, and of those that held the class."""
+    instance = _mean([report.instance_losses for report in reports])
+    prior = _mean([report.prior_losses for report in reports])
+    parts = ["loss -" if instance is None else f"loss {instance:.4f}", "" if prior is None else f"class {prior:.4f}"]
+    return " ".join(filter(None, parts))
+
+
+def _mean(losses: Sequence[torch.Tensor]) -> float | None:
     some = [loss for loss in losses if len(loss)]
     return float(torch.cat(some).mean()) if some else None
+
+
+def describe_speed(state: TrainState) -> list[str]:
+    """Return the run's last lines: its speed against what the device can do, its peak memory, where the time went."""
+    placement, steps, seconds = state.components.placement, state.step - state.resumed_at, state.seconds["train"]
+    if steps == 0:
+        return [f"no step was left: all {state.step} were taken before"]
+    done, peak = state.flops / seconds, flops.measured_peak(placement.device, placement.dtype)
+    spent = ", ".join(f"{name} {taken:.1f} s" for name, taken in state.seconds.items())
+    held = "of the GPU's memory" if placement.device.type == "cuda" else "of memory"
+    return [
+        f"trained {steps} steps, {seconds / steps:.3f} s each, at {done / 1e12:.3g} TFLOP/s: {done / peak:.0%} of the "
+        f"{peak / 1e12:.3g} that a plain matrix product reaches here",
+        f"at most {peak_bytes(placement.device) / 1e9:.2f} GB {held}; {spent}",
+    ]

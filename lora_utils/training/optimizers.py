@@ -1,8 +1,8 @@
-"""Optimizers: how gradients move the LoRA and the rows, and the average of where the weights have been.
+"""Optimizers: how gradients move the LoRA and the embeddings, and the average of where the weights have been.
 
-Owns which library's optimizer is which, and what of their state a checkpoint needs; must not know losses. The rows have
-an AdamW of their own in full precision, whatever the LoRA has: their rate and first size were measured with it, and
-8 bits or a rank-one estimate save nothing on a single vector.
+This module owns which library's optimizer is which, and what of their state a checkpoint needs. The embeddings have an
+AdamW of their own in full precision, whatever the LoRA has: their rate and first size were measured with it, and 8 bits
+or a rank-one estimate save nothing on a single vector.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ AVERAGE_BYTES_PER_WEIGHT = 4.0
 
 
 def bytes_per_weight(config: TrainConfig) -> float:
-    """Of the LoRA, beyond the weight itself."""
+    """Return what gradient, optimizer and average hold per weight of the LoRA, beyond the weight itself."""
     return BYTES_PER_WEIGHT[config.optimizer] + (AVERAGE_BYTES_PER_WEIGHT if config.ema_decay else 0.0)
 
 
@@ -50,14 +50,14 @@ def _of_the_lora(config: TrainConfig, lora: list[nn.Parameter]) -> Optimizer:
 
 @dataclass(slots=True)
 class Optimizers:
-    """A run's: of the LoRA, of the rows that are trained (None: none is), and the average (None: none is kept)."""
+    """A run's optimizers: of the LoRA, of the embeddings (None: none is trained), and the average (None: none)."""
 
     lora: Optimizer
-    rows: AdamW | None
+    embeddings: AdamW | None
     average: EMAModel | None
-    learned: list[Tensor]  # what moves: the LoRA's weights and all rows
+    learned: list[Tensor]  # what moves: the LoRA's weights and all trained embeddings
     lora_rate: float  # as given, before the schedule
-    row_rate: float
+    embedding_learning_rate: float
 
     def step(self, factor: float) -> None:
         """Move all that has a gradient, at the given rates times `factor`."""
@@ -69,13 +69,14 @@ class Optimizers:
             self.average.step(cast(Any, self.learned))
 
     def zero_grad(self) -> None:
+        """Forget all gradients."""
         for optimizer, _ in self._with_rates():
             optimizer.zero_grad(set_to_none=True)
 
     def try_out(self) -> None:
-        """Make room for all of their state by a step of no size, and forget it: nothing has moved afterwards.
+        """Allocate all of their state by a step of no size, and forget it: nothing has moved afterwards.
 
-        One that has its state already, from a checkpoint, has its room too.
+        An optimizer that has its state already, from a checkpoint, is left alone.
         """
         for optimizer in (each for each, _ in self._with_rates() if not each.state):
             before = [{**group} for group in optimizer.param_groups]
@@ -90,13 +91,13 @@ class Optimizers:
 
     @property
     def rate(self) -> float:
-        """The LoRA's at the last step. Prodigy's is the one that it has found."""
+        """The LoRA's learning rate at the last step. Prodigy's is the one that it has found."""
         group = self.lora.param_groups[0]
         return group["lr"] * (group["d"] if isinstance(self.lora, Prodigy) else 1.0)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it, weights and rows are their averages, if averages are kept."""
+        """Let weights and embeddings be their averages within it, if averages are kept."""
         if self.average is None or not self.average.optimization_step:
             yield
             return
@@ -109,13 +110,13 @@ class Optimizers:
             self.average.restore(weights)
 
     def _with_rates(self) -> list[tuple[Optimizer, float]]:
-        rows: list[tuple[Optimizer, float]] = [(self.rows, self.row_rate)] if self.rows else []
-        return [(self.lora, self.lora_rate), *rows]
+        with_rates: list[tuple[Optimizer, float]] = [(self.lora, self.lora_rate)]
+        return with_rates + ([(self.embeddings, self.embedding_learning_rate)] if self.embeddings else [])
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that their next step follows from: tensors, and numbers that JSON keeps exactly."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that their next step follows from: tensors, and numbers that JSON keeps exactly."""
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
         for which, (optimizer, _) in enumerate(self._with_rates()):
@@ -129,8 +130,8 @@ class Optimizers:
             tensors |= {f"average.{index}": value for index, value in enumerate(self.average.shadow_params)}
         return tensors, numbers
 
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Be as others, of the same config, were."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from the state of optimizers of the same config."""
         for which, (optimizer, _) in enumerate(self._with_rates()):
             (group,) = optimizer.param_groups
             prefix = f"{which}.group."
@@ -155,16 +156,16 @@ def _is_number(value: object) -> bool:
 
 
 def new_optimizers(
-    config: TrainConfig, lora: list[nn.Parameter], rows: tuple[Tensor, ...], row_rate: float
+    config: TrainConfig, lora: list[nn.Parameter], embeddings: tuple[Tensor, ...], embedding_learning_rate: float
 ) -> Optimizers:
-    """For weights and rows where they are now; of the rows, those that require a gradient are trained."""
-    trained = [row for row in rows if row.requires_grad]
+    """Return the optimizers of these weights and embeddings; embeddings that require no gradient aren't trained."""
+    trained = [embedding for embedding in embeddings if embedding.requires_grad]
     learned = [*lora, *trained]
     return Optimizers(
         _of_the_lora(config, lora),
-        AdamW(trained, lr=row_rate, weight_decay=0.0, fused=True) if trained else None,
+        AdamW(trained, lr=embedding_learning_rate, weight_decay=0.0, fused=True) if trained else None,
         EMAModel(cast(Any, learned), decay=config.ema_decay, foreach=True) if config.ema_decay else None,
         cast(list[Tensor], learned),
         config.learning_rate,
-        row_rate,
+        embedding_learning_rate,
     )

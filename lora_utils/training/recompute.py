@@ -1,113 +1,104 @@
-"""A prepared run's steps into the memory there is: how many blocks recompute, tried out, and less when that fails.
-
-Owns the plan while the run is on; which switches it starts with is plan.py's choice. Must not know optimizers.
-"""
+"""A run's steps within the memory there is: how many blocks are checkpointed, tried out, and more when that fails."""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from lora_utils import blocks, memory, models, plan
-from lora_utils.adapters import use_blocks
-from lora_utils.draws import Drawn, generator_for
+from lora_utils import constants
 from lora_utils.errors import UserError
-from lora_utils.objective import forward_backward
-from lora_utils.preparation import PROBE_SIGMA, Run
-from lora_utils.sharding import is_sharded
+from lora_utils.model import blocks, fsdp, memory
+from lora_utils.model.device import free_bytes, release_memory, retry_after
+from lora_utils.training.batches import PROBE_SIGMA, Batch, generator_for
+from lora_utils.training.loss import forward_backward
+from lora_utils.training.state import TrainState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def plan_memory(run: Run) -> None:
-    """Choose how many blocks recompute their activations, by arithmetic, then by a step on the largest batch."""
-    largest = max(run.examples, key=lambda example: example.size.tokens)
-    longest = max(len(models.prompt_ids(run.tokenizer, example.caption, run.placeholders)) for example in run.examples)
-    tokens = run.config.batch_size * (largest.size.tokens + longest)
-    size = plan.step_size(run.config, dict(run.transformer.config), tokens, run.place.dtype.itemsize)
-    free = memory.free_bytes(run.place.device)
-    run.recomputed = memory.blocks_to_recompute(size, free)
-    use_compiled(run, run.compiled)
+def plan_recompute(state: TrainState) -> None:
+    """Choose how many blocks are checkpointed, by arithmetic, then by a step on the largest batch.
+
+    A resumed run checkpoints at least as many as before: it is exact, so more of them change nothing but the time.
+    """
+    size, free = state.largest.step_size, free_bytes(state.components.placement.device)
+    count = max(state.plan.checkpointed_blocks, memory.blocks_to_checkpoint(size, free))
+    change_plan(state, checkpointed_blocks=count)
     log.info(
-        "memory: a step of %d tokens needs %.1f of %.1f GB free; %d of %d blocks recompute their activations",
-        size.tokens, size.needed_bytes(run.recomputed) / 1e9, free / 1e9, run.recomputed, size.blocks,
+        "memory: a step of %d tokens needs %.1f of %.1f GB free; %d of %d blocks are activation-checkpointed",
+        size.tokens, size.needed_bytes(count) / 1e9, free / 1e9, count, size.blocks,
     )  # fmt: skip
-    began = time.monotonic()
-    probe = Drawn(
-        torch.randn(run.config.batch_size, *largest.latents.shape, generator=generator_for(0, "probe")),
-        torch.zeros(run.config.batch_size, *largest.latents.shape),
-        torch.full((run.config.batch_size,), PROBE_SIGMA),
-        (max((example.caption for example in run.examples), key=len),) * run.config.batch_size,
-        largest.size,
-        (largest.image_name,),
-    )
+    began, probe = time.monotonic(), probe_batch(state)
 
     def step() -> None:
-        forward_backward(run, [probe])
-        run.optimizers.try_out()
+        forward_backward(state, [probe], [False])
+        state.optimizers.try_out()
 
-    within_the_plan(run, [probe], step)
-    run.optimizers.zero_grad()
-    run.flops = 0.0
-    run.seconds["probe"] = time.monotonic() - began
-
-
-def use_plan(run: Run, recomputed: int) -> None:
-    run.recomputed = recomputed
-    blocks.recompute_first(run.transformer, recomputed)
+    within_memory(state, [probe], step)
+    state.optimizers.zero_grad()
+    state.seconds["probe"] = time.monotonic() - began
 
 
-def use_compiled(run: Run, compiled: bool) -> None:
-    run.compiled = compiled
-    use_blocks(run.transformer, compiled)
-    use_plan(run, run.recomputed)
+def probe_batch(state: TrainState) -> Batch:
+    """Return a batch as large as the run's largest."""
+    largest, count = state.largest, state.config.batch_size
+    shape = (count, largest.size.tokens, constants.PACKED_CHANNELS)
+    return Batch(
+        torch.randn(*shape, generator=generator_for(0, "probe")),
+        torch.zeros(*shape),
+        torch.full((count,), PROBE_SIGMA),
+        (largest.caption,) * count,
+        largest.size,
+        ("the largest batch",),
+    )
 
 
-def compute_plainly(run: Run, reason: str) -> None:
-    """After blocks couldn't be compiled: drop what the step left, and go on without."""
-    log.warning("the blocks can't be compiled here (%s); going on without", reason)
-    run.optimizers.zero_grad()
-    use_compiled(run, compiled=False)
+def change_plan(state: TrainState, **changes: bool | int) -> None:
+    """Change the plan's `compiled` or `checkpointed_blocks`, and let the blocks follow it."""
+    state.plan = replace(state.plan, **changes)
+    transformer = state.components.transformer
+    if "compiled" in changes or state.plan.compiled:
+        blocks.set_compute(transformer, blocks.compiled_block() if state.plan.compiled else blocks.compute_block)
+    blocks.set_checkpointed(transformer, state.plan.checkpointed_blocks)
 
 
-def step_down(run: Run, drawn: Sequence[Drawn]) -> None:
-    """After a step that ran out of memory: drop what it left and recompute more. Raises UserError if all do.
-
-    Or if the blocks are shared out: a step can't be redone where other cards wait for this one's parts.
-    """
-    run.optimizers.zero_grad()
-    models.release_memory()
-    blocks_there = len(run.transformer.transformer_blocks)
-    if run.recomputed == blocks_there or is_sharded(run.transformer):
-        size = max((batch.size for batch in drawn), key=lambda size: size.tokens)
-        raise UserError(
-            f"a step on {len(drawn[0].sigma)} pictures of {size.width_px}x{size.height_px} doesn't fit into memory, "
-            f"with {run.recomputed} of {blocks_there} blocks recomputed; lower resolution, batch_size or rank, or use "
-            "a larger card."
-        )
-    use_plan(run, memory.more_blocks(run.recomputed, blocks_there))
-    log.warning("out of memory; from here on %d of %d blocks recompute", run.recomputed, blocks_there)
-
-
-def within_the_plan(run: Run, drawn: Sequence[Drawn], step: Callable[[], T]) -> T:
-    """Compute gradients of these micro-batches. Out of memory, the plan steps down and all of them are redone.
+def within_memory(state: TrainState, batches: Sequence[Batch], step: Callable[[], T]) -> T:
+    """Compute gradients of these batches. Out of memory, more blocks are checkpointed and all of them are redone.
 
     Nothing that can't be redone may be part of `step`: no exchange with other processes, and no move of a weight.
     """
-    while True:
-        flops_before = run.flops
-        try:
-            return step()
-        except torch.OutOfMemoryError:
-            reason = None  # dealt with below, where the failed step's tensors are no longer held by its traceback
-        except TorchDynamoException as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        run.flops = flops_before
-        if reason is None:
-            step_down(run, drawn)
+
+    def recover(kind: type[Exception], reason: str) -> None:
+        state.optimizers.zero_grad()
+        if issubclass(kind, TorchDynamoException):
+            log.warning("the blocks can't be compiled here (%s); continuing without", reason)
+            change_plan(state, compiled=False)
         else:
-            compute_plainly(run, reason)
+            checkpoint_more(state, batches)
+
+    return retry_after((torch.OutOfMemoryError, TorchDynamoException), step, recover)
+
+
+def checkpoint_more(state: TrainState, batches: Sequence[Batch]) -> None:
+    """Checkpoint more blocks. Raises UserError if all of them are, or if the blocks are sharded.
+
+    A sharded step can't be redone, because other GPUs wait for this one's parts.
+    """
+    release_memory()
+    transformer, checkpointed = state.components.transformer, state.plan.checkpointed_blocks
+    count = len(transformer.transformer_blocks)
+    if checkpointed == count or fsdp.is_sharded(transformer):
+        size = max((batch.size for batch in batches), key=lambda size: size.tokens)
+        raise UserError(
+            f"a step on {len(batches[0].sigma)} images of {size} doesn't fit into memory, with {checkpointed} of "
+            f"{count} blocks activation-checkpointed; lower resolution, batch_size or rank, or use a larger GPU."
+        )
+    change_plan(state, checkpointed_blocks=memory.more_blocks(checkpointed, count))
+    log.warning(
+        "out of memory; from here on %d of %d blocks are activation-checkpointed", state.plan.checkpointed_blocks, count
+    )

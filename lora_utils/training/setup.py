@@ -1,6 +1,7 @@
-"""Preparing a training run: what is fixed is encoded once, what is done with is freed, then the transformer comes.
+"""Setting up a run: what is fixed is encoded once, what has no more to do is freed, then the transformer is loaded.
 
-Owns the run's state and the order in which the parts of the model are on the device; must not know the loop.
+The order is: dataset, plan, texts, latents, transformer with LoRA. Everything that can be refused without loading a
+model was refused before.
 
 Legend: T text tokens, D the text encoder's width, S timesteps.
 """
@@ -9,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,229 +18,292 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
-from lora_utils import flow, fresh_token, memory, models
-from lora_utils import plan as plans
-from lora_utils.adapters import attach_trainable_lora, set_trainable_lora, trained_lora
-from lora_utils.autocaption import write_captions
-from lora_utils.bundle import unpack_weights
-from lora_utils.caching import CachedExample, cache_examples, encode_captions, find_captions
-from lora_utils.captions import preserved_caption
-from lora_utils.cards import ALONE, Ranks, agree, first_goes_first
+from lora_utils import constants
 from lora_utils.config import SampleRequest, TrainConfig
-from lora_utils.dataset import Dataset, first_of, refuse
-from lora_utils.draws import EMPTY_CAPTION, VALIDATION_SIGMAS, MicroBatches, Sized, generator_for, run_timesteps
+from lora_utils.dataset.autocaption import write_captions
+from lora_utils.dataset.cache import CachedExample, cache_examples, encode_captions, find_captions
+from lora_utils.dataset.captions import prior_caption
+from lora_utils.dataset.examples import Dataset, listed_names
+from lora_utils.dataset.scan import check_captions
 from lora_utils.errors import UserError
-from lora_utils.lora_file import LoraFile, read_lora_file
-from lora_utils.optimizers import Optimizers, new_optimizers
-from lora_utils.placeholder import Placeholders, no_placeholders
-from lora_utils.preflight import caption_problems
-from lora_utils.sizes import picture_size
-from lora_utils.store import fingerprint, key_of, open_store
+from lora_utils.io.tensor_store import TensorStore, content_key, folder_fingerprint, open_tensor_store
+from lora_utils.lora.adapter import attach_trainable_lora, load_trainable_lora
+from lora_utils.lora.formats import LoraFile, read_lora_file
+from lora_utils.lora.weights_zip import extract_weights
+from lora_utils.model import flow, memory_plan
+from lora_utils.model.components import Components, load_schedule
+from lora_utils.model.device import Placement, free_bytes, release_memory, reset_peak
+from lora_utils.model.memory_plan import MemoryPlan
+from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer, prompt_ids
+from lora_utils.model.transformer import Storage, load_transformer
+from lora_utils.placeholder.embedding import embedding_learning_rate, new_placeholders
+from lora_utils.placeholder.tokens import Placeholders, no_placeholders, placeholders_without_embeddings
+from lora_utils.training import distributed
+from lora_utils.training.batches import BatchStream, LargestBatch, generator_for, other_timesteps, run_timesteps
+from lora_utils.training.distributed import SINGLE_PROCESS, Ranks
+from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
+from lora_utils.training.state import TrainData, TrainState
 
 log = logging.getLogger(__name__)
 
-PROBE_SIGMA = 0.5  # of the step that tries the memory plan out, before the first of the run's own
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """What a run is set up from."""
+
+    config: TrainConfig
+    dataset: Dataset  # checked
+    model_folder: Path
+    placement: Placement
+    ranks: Ranks = SINGLE_PROCESS
+    previews: Sequence[SampleRequest] = ()  # each with width and height; their prompts are encoded too
+    shard_base: str = "auto"  # see `RunOptions`
+    plan: MemoryPlan | None = None  # of the run that is resumed, which is kept; None: one is chosen
+    init_weights: LoraFile | None = None  # to continue learning from
+    any_timestep: bool = False  # others than the run's own will be shown, so a table of the modulations won't do
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The encoded captions, and what is left of the text encoder: it stays only while a token is trained."""
+
+    texts: Mapping[str, Tensor]
+    text_encoder: Qwen2_5_VLTextModel | None
+    placeholders: Placeholders
+    load_s: float
 
 
 @dataclass(slots=True)
-class Run:
-    """A training run, ready to step: made by `prepare`, advanced by `train`, read by `finish`."""
+class _Clock:
+    """Where the time goes."""
 
-    config: TrainConfig
-    place: models.Place
-    schedule: flow.Schedule
-    transformer: QwenImageTransformer2DModel
-    lora: list[nn.Parameter]
-    examples: list[CachedExample]
-    texts: Mapping[str, Tensor]  # [T, D] each; captions with the token are missing, they are encoded at every step
-    placeholders: Placeholders
-    text_encoder: Qwen2_5_VLTextModel | None  # kept only while a row is trained
-    tokenizer: Qwen2Tokenizer
-    optimizers: Optimizers
-    first_rows: tuple[Tensor, ...]  # as they were drawn
-    captions: list[str] = field(default_factory=list)  # one a picture
-    preserved: dict[str, str] = field(default_factory=dict)  # captions with the class word in place of what is taught
-    ranks: Ranks = ALONE
-    base: str = ""  # fingerprint of the model
-    started_from: str = ""  # SHA-256 of the LoRA file, if it didn't start fresh
-    held_out: list[CachedExample] = field(default_factory=list)  # to measure on
-    step: int = 0  # optimizer steps taken
-    resumed_at: int = 0  # of these, the ones that an earlier process took
-    stream: MicroBatches | None = None  # what is drawn, once it has begun
-    recomputed: int = 0  # blocks that recompute their activations in the backward pass
-    compiled: bool = False  # the blocks' arithmetic
-    flops: float = 0.0  # done so far
-    seconds: dict[str, float] = field(default_factory=dict)  # where the time went
+    began: float = field(default_factory=time.monotonic)
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        now = time.monotonic()
+        seconds, self.began = now - self.began, now
+        return seconds
 
 
-def prepare(
-    config: TrainConfig, dataset: Dataset, model_folder: Path, place: models.Place, any_timestep: bool = False,
-    ranks: Ranks = ALONE, samples: Sequence[SampleRequest] = (), shard_base: str = "auto",
-) -> Run:  # fmt: skip
-    """Encode what is fixed, free what is done with, then load the transformer and attach the LoRA.
+def setup(job: TrainJob) -> TrainState:
+    """Encode what is fixed, free what has no more to do, then load the transformer and attach the LoRA."""
+    release_memory()  # of a run that was cancelled
+    reset_peak(job.placement.device)
+    clock, seconds = _Clock(), dict[str, float]()
+    tokenizer, schedule = load_tokenizer(job.model_folder), load_schedule(job.model_folder)
 
-    `any_timestep`: the caller will show the transformer others than the run's own, so a table won't do. `samples`: what
-    is to be drawn on the way, each with width and height; their prompts are encoded too. `shard_base`: whether several
-    cards share the transformer out; see `RunOptions`.
-    """
-    models.release_memory()  # of a run that was cancelled
-    memory.forget_peak(place.device)
-    began = time.monotonic()
-    tokenizer, schedule = models.load_tokenizer(model_folder), models.load_schedule(model_folder)
-    dataset = _captioned(config, dataset, model_folder, tokenizer, place, ranks)
-    described = time.monotonic()
-    dataset, held_out = _held_out(config, dataset, tokenizer)
-    captions = {caption: preserved_caption(caption, config) for caption in dataset.captions}
-    preserved = {caption: held for caption, held in captions.items() if held != caption}
-    shown = shown_timesteps(config, dataset.examples, schedule, place.dtype, ranks, samples)
-    timesteps = None if any_timestep else shown
-    plan = make_plan(config, dataset, model_folder, tokenizer, place, timesteps, ranks, shard_base)
-    config = replace(config, quantization=plan.quantization)
-    text_place = place if plan.text_encoder_on_card else replace(place, device=torch.device("cpu"))
-    store = open_store()
-    fixed = _fixed_texts(config, [*captions, *preserved.values(), *held_out.captions], samples)
-    looked_up = find_captions(fixed, tokenizer, model_folder, text_place, store)
-    text_encoder: Qwen2_5_VLTextModel | None = None
-    if config.tokens or looked_up.new:
-        text_encoder = models.load_text_encoder(model_folder, text_place)
-    loaded = time.monotonic()
-    placeholders = no_placeholders()
-    if config.tokens and text_encoder is not None:
-        rows = generator_for(config.seed, "row")
-        placeholders = fresh_token.new_placeholders(config, tokenizer, text_encoder, rows)
-    with first_goes_first(ranks):
-        again = looked_up if ranks.first else find_captions(fixed, tokenizer, model_folder, text_place, store)
-        texts = encode_captions(again, text_encoder, tokenizer, store)
-    if not config.tokens:
-        text_encoder = None
-    models.release_memory()
-    with first_goes_first(ranks):
-        cached = cache_examples([*dataset.examples, *held_out.examples], model_folder, place, store)
-    examples = cached[: len(dataset.examples)]
-    if ranks.first:
-        store.trim()
-    log.info("%d pictures and %d captions are ready", len(cached), len(texts) - 1)
-    encoded = time.monotonic()
+    # The dataset, with all its captions.
+    learned, held_out = _split_dataset(job, tokenizer)
+    if job.config.autocaption:
+        seconds["describe"] = clock.lap()
+    prior = {caption: prior_caption(caption, job.config) for caption in learned.captions}
+    prior = {caption: replaced for caption, replaced in prior.items() if replaced != caption}
+    text_tokens = _text_tokens(job.config, [*learned.captions, *prior.values()], tokenizer)
 
-    shards = ranks.count if plan.sharded else 1
-    transformer = models.load_transformer(model_folder, place, timesteps, config.quantization, shards)
-    lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
-    log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
-    row_rate = 0.0 if text_encoder is None else fresh_token.learning_rate(config, tokenizer, text_encoder)
-    optimizers = new_optimizers(config, lora, placeholders.rows, row_rate)
-    first_rows = tuple(row.detach().clone() for row in placeholders.rows)
-    base = key_of(**{part: fingerprint(model_folder / part) for part in ("transformer", "text_encoder", "vae")})
-    run = Run(
-        config, place, schedule, transformer, lora, examples, texts, placeholders, text_encoder, tokenizer, optimizers,
-        first_rows, dataset.captions, preserved, ranks, base, compiled=plan.compiled,
-        held_out=cached[len(dataset.examples) :],
-    )  # fmt: skip
-    describing = {"describe": described - began} if config.autocaption else {}
-    run.seconds = {**describing, "load": loaded - described + time.monotonic() - encoded, "cache": encoded - loaded}
-    return run
+    # The plan.
+    timesteps = _timesteps(job, learned, schedule)
+    largest = largest_batch(job, learned, text_tokens)
+    plan = job.plan or _choose_plan(job, largest, timesteps)
+
+    # Texts and latents.
+    store, planning_s = open_tensor_store(), clock.lap()
+    encoded = _encode_texts(job, plan, tokenizer, store, [*learned.captions, *prior.values(), *held_out.captions])
+    cached = _encode_images(job, [learned, held_out], store)
+    log.info("%d images and %d captions are ready", len(cached), len(encoded.texts) - 1)
+    examples, encoding_s = cached[: len(learned.examples)], clock.lap()
+
+    # The transformer with its LoRA, and what moves it.
+    transformer, lora = _load_transformer(job, plan, timesteps)
+    placeholders = encoded.placeholders
+    if job.init_weights is not None:
+        start_from_weights(transformer, placeholders, job.init_weights)
+    rate = 0.0
+    if encoded.text_encoder is not None:
+        rate = embedding_learning_rate(job.config, tokenizer, encoded.text_encoder)
+    parts = ("transformer", "text_encoder", "vae")
+    state = TrainState(
+        config=job.config,
+        ranks=job.ranks,
+        base_model=content_key(**{part: folder_fingerprint(job.model_folder / part) for part in parts}),
+        init_weights=job.init_weights.sha256 if job.init_weights else "",
+        data=TrainData(examples, cached[len(learned.examples) :], learned.captions, prior, encoded.texts, text_tokens),
+        largest=largest,
+        components=Components(
+            tokenizer, schedule, encoded.text_encoder, None, transformer, job.placement, job.model_folder
+        ),
+        plan=plan,
+        lora=lora,
+        placeholders=placeholders,
+        initial_embeddings=tuple(embedding.detach().clone() for embedding in placeholders.embeddings),
+        optimizers=new_optimizers(job.config, lora, placeholders.embeddings, rate),
+        stream=BatchStream(job.config, examples, schedule, prior),
+    )
+    seconds["load"] = planning_s + encoded.load_s + clock.lap()
+    state.seconds = {**seconds, "cache": encoding_s - encoded.load_s}
+    return state
 
 
-def _captioned(
-    config: TrainConfig, dataset: Dataset, model_folder: Path, tokenizer: Qwen2Tokenizer, place: models.Place,
-    ranks: Ranks,
-) -> Dataset:  # fmt: skip
-    """With captions for all pictures, if they are to be written; checked, whoever wrote them."""
-    refuse(caption_problems(dataset, config, tokenizer))
-    if not (config.autocaption and dataset.uncaptioned):
-        return dataset
-    if ranks.first:
-        dataset = write_captions(dataset, config, model_folder, tokenizer, place)
-    captions = agree(ranks, dataset.captions)  # not the dataset: each process has unpacked files of its own
-    dataset = dataset.with_captions(dict(zip(dataset.captions_by_picture, captions, strict=True)))
-    refuse(caption_problems(dataset, config, tokenizer))
-    return dataset
+# --- dataset --------------------------------------------------------------------------------------------------------
 
 
-def _fixed_texts(config: TrainConfig, captions: Sequence[str], samples: Sequence[SampleRequest]) -> list[str]:
-    """Those that hold no token: what the text encoder makes of them never changes."""
-    prompts = [text for request in samples for text in (request.prompt, request.negative_prompt)]
-    return [text for text in (*captions, *prompts, EMPTY_CAPTION) if not any(token in text for token in config.tokens)]
-
-
-def _held_out(config: TrainConfig, dataset: Dataset, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, Dataset]:
-    """What is learned from, and what is measured on; the first still has to hold every token."""
-    learned_from, held_out = dataset.held_out(config.validation_share)
+def _split_dataset(job: TrainJob, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, Dataset]:
+    """Return what is learned from and what is measured on, with captions for all images if they are to be written."""
+    dataset, config = job.dataset, job.config
+    if config.autocaption and dataset.uncaptioned:
+        if job.ranks.is_main:
+            dataset = write_captions(dataset, config, job.model_folder, tokenizer, job.placement)
+        # The captions, not the dataset: each process has extracted files of its own.
+        captions = distributed.broadcast(job.ranks, dataset.captions)
+        dataset = dataset.with_captions(dict(zip(dataset.captions_by_image, captions, strict=True)))
+        dataset = check_captions(dataset, config, tokenizer)
+    learned, held_out = dataset.split(config.validation_share)
     if held_out.examples:
-        names = first_of([path.name for path in held_out.captions_by_picture])
-        log.info("held out to measure on: %d pictures, %s", held_out.num_images, names)
-        refuse(caption_problems(learned_from, config, tokenizer))
-    return learned_from, held_out
+        names = listed_names([path.name for path in held_out.captions_by_image])
+        log.info("held out to measure on: %d images, %s", held_out.num_images, names)
+    return learned, held_out
 
 
-def make_plan(
-    config: TrainConfig, dataset: Dataset, model_folder: Path, tokenizer: Qwen2Tokenizer, place: models.Place,
-    timesteps: Tensor | None, ranks: Ranks, shard_base: str,
-) -> plans.Plan:  # fmt: skip
-    """The run's switches, and what is said of them."""
-    image_tokens = max(example.size.tokens for example in dataset.examples)
-    shown = [*dataset.captions, *(preserved_caption(caption, config) for caption in dataset.captions)]
-    text_tokens = max(len(models.prompt_ids(tokenizer, caption, no_placeholders())) for caption in dict.fromkeys(shown))
-    tokens = config.batch_size * (image_tokens + text_tokens)
-    demand = plans.demand_of(config, model_folder, place.device, place.dtype, tokens, timesteps, ranks)
-    seconds = plans.compiled_seconds(config, model_folder, place.device, image_tokens, text_tokens)
-    plan = plans.choose(config.quantization, demand, bool(config.tokens), seconds, shard_base)
-    for line in plans.describe(plan, config.quantization, demand):
-        log.info(line)
+def _text_tokens(config: TrainConfig, captions: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """Return the text tokens T that the transformer sees of each caption."""
+    placeholders = placeholders_without_embeddings(config.tokens, tokenizer)
+    shown = dict.fromkeys((*captions, constants.EMPTY_PROMPT))
+    dropped = constants.TEMPLATE_PREFIX_TOKENS
+    return {caption: len(prompt_ids(tokenizer, caption, placeholders)) - dropped for caption in shown}
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+def largest_batch(job: TrainJob, learned: Dataset, text_tokens: Mapping[str, int]) -> LargestBatch:
+    """Return the batch that needs most memory: the largest size, with the longest caption that is shown."""
+    size = max((example.size for example in learned.examples), key=lambda size: size.tokens)
+    longest = max(text_tokens.values())
+    shapes = memory_plan.read_shapes(job.model_folder)
+    step = memory_plan.step_size(
+        job.config,
+        shapes.transformer,
+        job.config.batch_size * (size.tokens + longest),
+        job.placement.dtype.itemsize,
+        bytes_per_weight(job.config),
+    )
+    caption = max(learned.captions, key=lambda caption: text_tokens[caption])
+    return LargestBatch(size, caption, longest, step)
+
+
+def _timesteps(job: TrainJob, learned: Dataset, schedule: flow.Schedule) -> Tensor | None:
+    """Return all timesteps [S] that the transformer will be shown; None where others may come."""
+    if job.any_timestep:
+        return None
+    dtype = job.placement.dtype
+    own = run_timesteps(job.config, learned.examples, schedule, dtype, job.ranks.world_size)
+    return torch.cat([own, other_timesteps(job.config, job.previews, schedule, dtype)]).unique()
+
+
+def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None) -> MemoryPlan:
+    """Choose the run's plan by the memory that is free, and log it. On several GPUs the fullest one decides for all."""
+    config, device = job.config, job.placement.device
+    shapes = memory_plan.read_shapes(job.model_folder)
+    free = distributed.all_reduce_min(job.ranks, free_bytes(device))
+    count = None if timesteps is None else len(timesteps)
+    estimate = memory_plan.training_estimate(shapes, largest.step_size, count, free, job.ranks.world_size)
+    compiled_s = memory_plan.compiled_seconds(config, shapes, device, largest.size.tokens, largest.text_tokens)
+    plan = memory_plan.choose_training_plan(
+        config.quantization, estimate, bool(config.tokens), compiled_s, job.shard_base
+    )
+    memory_plan.log_plan(plan, config.quantization, estimate)
     return plan
 
 
-def shown_timesteps(
-    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype,
-    ranks: Ranks = ALONE, samples: Sequence[SampleRequest] = (),
-) -> Tensor:  # fmt: skip
-    """The run's own timesteps, the probe's, and those of validation and samples, [S]."""
-    sigmas = [PROBE_SIGMA, *(VALIDATION_SIGMAS if config.validation_share else ())]
-    for request in samples:
-        tokens = picture_size(request.width, request.height, request.aspect_ratio).tokens
-        sigmas += schedule.sampling_sigmas(request.steps, tokens)[:-1]
-    own = run_timesteps(config, examples, schedule, dtype, ranks.count)
-    return torch.cat([own, flow.model_time(torch.tensor(sigmas), dtype)]).unique()
+# --- texts and latents ----------------------------------------------------------------------------------------------
 
 
-def learned(run: Run) -> LoraFile:
-    """The LoRA with the rows of its tokens as they are now, or the average of them, on the CPU."""
-    with run.optimizers.averaged():
-        rows = {
-            token: row.detach().float().cpu().clone().view(1, -1)
-            for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True)
-        }
-        return LoraFile(trained_lora(run.transformer), rows)
+def _encode_texts(
+    job: TrainJob, plan: MemoryPlan, tokenizer: Qwen2Tokenizer, store: TensorStore, captions: Sequence[str]
+) -> _Texts:
+    """Encode the texts that hold no token: what the text encoder makes of them never changes.
+
+    The text encoder is loaded only if it is needed, and freed unless a token is trained.
+    """
+    config, began = job.config, time.monotonic()
+    placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
+    prompts = [text for request in job.previews for text in (request.prompt, request.negative_prompt)]
+    fixed = [
+        text
+        for text in (*captions, *prompts, constants.EMPTY_PROMPT)
+        if not any(token in text for token in config.tokens)
+    ]
+    found = find_captions(fixed, tokenizer, job.model_folder, placement, store)
+    text_encoder: Qwen2_5_VLTextModel | None = None
+    if config.tokens or found.new:
+        text_encoder = load_text_encoder(job.model_folder, placement)
+    load_s = time.monotonic() - began
+    placeholders = no_placeholders()
+    if config.tokens and text_encoder is not None:
+        generator = generator_for(config.seed, "row")
+        placeholders = new_placeholders(config, tokenizer, text_encoder, generator)
+    with distributed.main_process_first(job.ranks):
+        if not job.ranks.is_main:
+            found = find_captions(fixed, tokenizer, job.model_folder, placement, store)
+        texts = encode_captions(found, text_encoder, tokenizer, store)
+    if not config.tokens:
+        text_encoder = None
+    release_memory()
+    return _Texts(texts, text_encoder, placeholders, load_s)
 
 
-def read_start(path: Path, config: TrainConfig) -> LoraFile:
-    """A LoRA of any layout to go on learning from, before a model is there.
+def _encode_images(job: TrainJob, parts: Sequence[Dataset], store: TensorStore) -> list[CachedExample]:
+    """Encode the examples of these datasets, in their order."""
+    examples = [example for part in parts for example in part.examples]
+    with distributed.main_process_first(job.ranks):
+        cached = cache_examples(examples, job.model_folder, job.placement, store)
+    if job.ranks.is_main:
+        store.trim()
+    return cached
+
+
+# --- transformer ----------------------------------------------------------------------------------------------------
+
+
+def _load_transformer(
+    job: TrainJob, plan: MemoryPlan, timesteps: Tensor | None
+) -> tuple[QwenImageTransformer2DModel, list[nn.Parameter]]:
+    """Load the transformer as the plan says, and attach the LoRA that is to be trained."""
+    config = job.config
+    storage = Storage(plan.quantization, timesteps, job.ranks.world_size if plan.sharded else 1)
+    transformer = load_transformer(job.model_folder, job.placement, storage)
+    lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
+    log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
+    return transformer, lora
+
+
+def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
+    """Read a LoRA of any layout to continue learning from, before a model is loaded.
 
     Raises UserError where its rank or tokens aren't the run's, with what to set.
     """
     with tempfile.TemporaryDirectory() as folder:
-        lora_path, _ = unpack_weights(path, Path(folder))
+        lora_path, _ = extract_weights(path, Path(folder))
         lora = read_lora_file(lora_path, path.name)
     if others := sorted({layer.rank for layer in lora.layers.values()} - {config.rank}):
         raise UserError(
             f"init_weights {path.name} is of rank {others[-1]}, and rank is {config.rank}; set rank={others[-1]}."
         )
-    if unused := [token for token in lora.rows if token not in config.tokens]:
+    if unused := [token for token in lora.embeddings if token not in config.tokens]:
         raise UserError(
             f"init_weights {path.name} has learned {', '.join(unused)}; set train_placeholder_token and name them in "
-            "placeholder_token, or their rows would be lost."
+            "placeholder_token, or their embeddings would be lost."
         )
     return lora
 
 
-def start_from(run: Run, lora: LoraFile) -> None:
-    """Let a run go on learning from this LoRA and the rows of its tokens. Raises UserError for another model's."""
-    set_trainable_lora(run.transformer, lora.layers)
-    for token, row in zip(run.placeholders.tokens, run.placeholders.rows, strict=True):
-        if token in lora.rows:
-            if lora.rows[token].numel() != row.numel():
-                raise UserError(f"the row of {token} in init_weights is of another width than the model's.")
+def start_from_weights(transformer: QwenImageTransformer2DModel, placeholders: Placeholders, lora: LoraFile) -> None:
+    """Copy a LoRA and the embeddings of its tokens into what is trained. Raises UserError for another model's."""
+    load_trainable_lora(transformer, lora.layers)
+    for token, embedding in zip(placeholders.tokens, placeholders.embeddings, strict=True):
+        if token in lora.embeddings:
+            if lora.embeddings[token].numel() != embedding.numel():
+                raise UserError(f"the embedding of {token} in init_weights is of another width than the model's.")
             with torch.no_grad():
-                row.copy_(lora.rows[token].view(-1))
-    run.first_rows = tuple(row.detach().clone() for row in run.placeholders.rows)
-    run.started_from = lora.sha256
-    log.info("going on from init_weights: %d layers, %d rows", len(lora.layers), len(lora.rows))
+                embedding.copy_(lora.embeddings[token].view(-1))
+    log.info("continuing from init_weights: %d layers, %d embeddings", len(lora.layers), len(lora.embeddings))

@@ -1,8 +1,6 @@
-"""The loss on pictures held out: at fixed levels of noise and in fixed noise, so that it is smooth over a run and
-comparable between runs.
+"""Validation: the loss on images held out, at fixed levels of noise and in fixed noise.
 
-Owns what is measured and when; must not know what is done with the numbers. It moves nothing, and draws nothing that
-the run draws.
+So it is smooth over a run and comparable between runs. It moves nothing, and uses none of the run's random numbers.
 
 Legend: B batch, N image tokens, C packed channels (64).
 """
@@ -12,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_utils import flow
-from lora_utils.caching import CachedExample
-from lora_utils.draws import VALIDATION_SIGMAS, Drawn, generator_for, loss_weights
-from lora_utils.objective import picture_losses
-from lora_utils.preparation import Run
+from lora_utils.dataset.cache import CachedExample
+from lora_utils.model import flow
+from lora_utils.training.batches import VALIDATION_SIGMAS, Batch, generator_for, loss_weights
+from lora_utils.training.loss import flow_matching_loss
+from lora_utils.training.state import TrainState
 
-TIMES_A_RUN = 10  # with four levels and the smallest sizes a few percent of a run's time for ten pictures
+TIMES_A_RUN = 10  # with four levels and the smallest sizes a few percent of a run's time for ten images
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +27,20 @@ class Validation:
     by_sigma: tuple[float, ...]
 
 
-def is_due(run: Run, step: int) -> bool:
-    """After `step` steps: before the first, TIMES_A_RUN times on the way, and after the last."""
-    return bool(run.held_out) and (step % max(1, run.config.steps // TIMES_A_RUN) == 0 or step == run.config.steps)
+def validation_due(state: TrainState, step: int) -> bool:
+    """Return whether to measure after `step` steps: before the first, TIMES_A_RUN times on the way, after the last."""
+    every, last = max(1, state.config.steps // TIMES_A_RUN), state.config.steps
+    return bool(state.data.held_out) and (step % every == 0 or step == last)
 
 
-def batches(examples: Sequence[CachedExample], batch_size: int, mask_floor: float) -> Iterator[Drawn]:
-    """Every picture at every level, in noise that follows from its place among them alone."""
+def validation_batches(examples: Sequence[CachedExample], batch_size: int, mask_floor: float) -> Iterator[Batch]:
+    """Yield every image at every level, in noise that follows from its index alone."""
     for index, example in enumerate(examples):
         noise = torch.randn(example.latents.shape, generator=generator_for(0, f"validation {index}"))  # [N, C]
         for levels in torch.tensor(VALIDATION_SIGMAS).split(batch_size):
             count = len(levels)
             clean, same = (part.expand(count, -1, -1) for part in (example.latents, noise))  # [B, N, C]
-            yield Drawn(
+            yield Batch(
                 flow.add_noise(clean, same, levels),
                 flow.velocity_target(clean, same),
                 levels,
@@ -53,12 +52,11 @@ def batches(examples: Sequence[CachedExample], batch_size: int, mask_floor: floa
 
 
 @torch.no_grad()
-def validate(run: Run) -> Validation:
+def validate(state: TrainState) -> Validation:
     """Measure what would be written now: the average of the weights, where one is kept."""
-    done, losses = run.flops, []
-    with run.optimizers.averaged():
-        for drawn in batches(run.held_out, run.config.batch_size, run.config.mask_floor):
-            losses.append(picture_losses(run, drawn))
-    run.flops = done  # of training alone
-    by_picture = torch.cat(losses).view(len(run.held_out), len(VALIDATION_SIGMAS))
-    return Validation(float(by_picture.mean()), tuple(by_picture.mean(dim=0).tolist()))
+    held_out, config = state.data.held_out, state.config
+    with state.optimizers.averaged():
+        batches = validation_batches(held_out, config.batch_size, config.mask_floor)
+        losses = [flow_matching_loss(state, batch) for batch in batches]
+    by_image = torch.cat(losses).view(len(held_out), len(VALIDATION_SIGMAS))
+    return Validation(float(by_image.mean()), tuple(by_image.mean(dim=0).tolist()))

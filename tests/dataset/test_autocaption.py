@@ -1,4 +1,4 @@
-"""Pictures that the text encoder describes. The small model's vision tower knows nothing: these test the mechanics."""
+"""Images that the text encoder describes. The small model's vision tower knows nothing: these test the mechanics."""
 
 import weakref
 from dataclasses import replace
@@ -8,10 +8,14 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from lora_utils import autocaption, memory, models, preparation, training
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import read_dataset
+from lora_utils.dataset import autocaption, load
 from lora_utils.errors import UserError
+from lora_utils.model import memory, transformer
+from lora_utils.model.device import Placement, default_placement
+from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer
+from lora_utils.training import loop
+from lora_utils.training.setup import setup
 
 CONFIG = TrainConfig(
     resolution="64", autocaption=True, autocaption_prefix="a photo of <zwx>, ", autocaption_suffix=" [drawn]", seed=0,
@@ -21,19 +25,19 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def found(tmp_path):
-    """Two pictures of unequal shape without a caption, and one with."""
+    """Two images of unequal shape without a caption, and one with."""
     for name, size, colour in (("a", (64, 64), "red"), ("b", (96, 48), "blue"), ("c", (64, 64), "green")):
         picture = Image.new("RGB", size, colour)
         picture.paste("white", (5, 5, 30, 20))
         picture.save(tmp_path / f"{name}.png")
     (tmp_path / "c.txt").write_text("a <zwx> with a caption of its own")
-    return read_dataset(tmp_path, CONFIG)
+    return load(tmp_path, CONFIG)
 
 
 @pytest.fixture
 def captioned(found, random_model):
-    tokenizer = models.load_tokenizer(random_model)
-    return autocaption.write_captions(found, CONFIG, random_model, tokenizer, models.default_place())
+    tokenizer = load_tokenizer(random_model)
+    return autocaption.write_captions(found, CONFIG, random_model, tokenizer, default_placement())
 
 
 def test_pictures_without_a_caption_get_one_with_prefix_and_suffix(captioned):
@@ -44,16 +48,18 @@ def test_pictures_without_a_caption_get_one_with_prefix_and_suffix(captioned):
         assert caption.endswith(" [drawn]")
         assert caption.isprintable()
         assert len(caption) > 30
-    assert one != other, "what is said depends on the picture"
+    assert one != other, "what is said depends on the image"
     assert not captioned.uncaptioned
 
 
 def test_the_same_picture_is_described_the_same_way_as_transformers_own_model_does(random_model, found):
     """Our loading of the weights, part by part, against from_pretrained."""
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_model / "text_encoder").eval()
-    tokenizer, picture = models.load_tokenizer(random_model), Image.new("RGB", (64, 48), "red")
-    with autocaption._describer(random_model, models.default_place()) as ours:
-        assert autocaption.describe(ours, tokenizer, picture) == autocaption.describe(stock, tokenizer, picture)
+    tokenizer, picture = load_tokenizer(random_model), Image.new("RGB", (64, 48), "red")
+    with autocaption._vision_language_model(random_model, default_placement()) as ours:
+        assert autocaption.describe_image(ours, tokenizer, picture) == autocaption.describe_image(
+            stock, tokenizer, picture
+        )
         state, expected = ours.state_dict(), stock.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], value) for name, value in expected.items())
@@ -61,7 +67,7 @@ def test_the_same_picture_is_described_the_same_way_as_transformers_own_model_do
 
 def test_it_is_freed_before_anything_else_is_loaded(random_model, found, monkeypatch):
     seen = []
-    describe, load = autocaption.describe, models.load_text_encoder
+    describe, load = autocaption.describe_image, load_text_encoder
     monkeypatch.setattr(
         autocaption, "describe", lambda model, *given: seen.append(weakref.ref(model)) or describe(model, *given)
     )
@@ -71,11 +77,11 @@ def test_it_is_freed_before_anything_else_is_loaded(random_model, found, monkeyp
         assert all(reference() is None for reference in seen)
         return load(*given)
 
-    monkeypatch.setattr(models, "load_text_encoder", loading)
-    run = preparation.prepare(CONFIG, found, random_model, models.default_place())
-    assert {example.caption for example in run.examples} == set(run.captions)
-    assert sum("[drawn]" in caption for caption in run.captions) == 2
-    assert len(list(training.train(run))) == 2
+    monkeypatch.setattr(transformer, "load_text_encoder", loading)
+    run = setup(CONFIG, found, random_model, default_placement())
+    assert {example.caption for example in run.data.examples} == set(run.data.captions)
+    assert sum("[drawn]" in caption for caption in run.data.captions) == 2
+    assert len(list(loop.train(run))) == 2
     assert run.seconds["describe"] > 0
 
 
@@ -83,9 +89,9 @@ def test_without_room_on_the_card_it_runs_on_the_host(random_model, monkeypatch,
     caplog.set_level("INFO", "lora_utils")
     monkeypatch.setattr(autocaption.log, "propagate", True)
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 0.0)
-    with autocaption._describer(random_model, models.Place(torch.device("meta"), torch.float32)) as model:
+    with autocaption._vision_language_model(random_model, Placement(torch.device("meta"), torch.float32)) as model:
         assert model.device.type == "cpu"
-    assert "on the host" in caplog.text
+    assert "on the CPU" in caplog.text
 
 
 def test_a_token_that_no_written_caption_could_hold_is_refused_at_once():
@@ -98,6 +104,6 @@ def test_trigger_and_trigger_word_stand_in_written_captions(found, random_model)
     config = replace(
         CONFIG, train_placeholder_token=False, trigger_word="ohwx", autocaption_prefix="", autocaption_suffix=""
     )
-    tokenizer = models.load_tokenizer(random_model)
-    written = autocaption.write_captions(found, config, random_model, tokenizer, models.default_place())
+    tokenizer = load_tokenizer(random_model)
+    written = autocaption.write_captions(found, config, random_model, tokenizer, default_placement())
     assert written.captions[0].startswith("ohwx, ")

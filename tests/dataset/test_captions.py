@@ -6,16 +6,15 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from lora_utils import captions
-from lora_utils.captions import with_trigger
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import read_dataset
+from lora_utils.dataset import captions, load
+from lora_utils.dataset.captions import with_trigger
 from lora_utils.errors import UserError
 
 
 @pytest.fixture
 def read(tmp_path):
-    """Captions by picture, of a folder with these files; pictures are made for the names that are none."""
+    """Captions by image, of a folder with these files; images are made for the names that are none."""
 
     def make(files, pictures=("one.png", "two.png"), default="", **given):
         for index, name in enumerate(pictures):
@@ -26,7 +25,7 @@ def read(tmp_path):
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        found = read_dataset(tmp_path, TrainConfig(resolution="64", default_caption=default, seed=0, **given))
+        found = load(tmp_path, TrainConfig(resolution="64", default_caption=default, seed=0, **given))
         return {str(e.image_path.relative_to(tmp_path)): e.caption for e in found.examples}, found
 
     return make
@@ -100,7 +99,7 @@ def test_what_is_wrong_is_named_with_its_file(files, message, read):
 
 
 def test_all_that_is_wrong_is_said_at_once(read):
-    files = {"one.txt": b"\xff", "broken.png": b"no picture", "metadata.csv": "file_name,text\nthree.png,x\n"}
+    files = {"one.txt": b"\xff", "broken.png": b"no image", "metadata.csv": "file_name,text\nthree.png,x\n"}
     with pytest.raises(UserError) as caught:
         read({**files, "two.txt": "[trigger]"})
     lines = str(caught.value).splitlines()

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lora_utils.archive import unpack
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import load_pixels, load_shares, read_dataset
+from lora_utils.dataset import load
+from lora_utils.dataset.examples import load_pixels, load_shares
 from lora_utils.errors import UserError
+from lora_utils.io.archive import extract_archive
 
 # Three thousand cases in all, spread over the kinds of damage.
 CASES = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -106,8 +107,8 @@ def open_files() -> int:
 def refusal_of(upload: Path, work: Path, mask_from: str = "none") -> str | None:
     """What a UserError says of it; None if it is a dataset. Anything else that is raised fails the test."""
     try:
-        unpack(upload, work)
-        for example in read_dataset(work, TrainConfig(resolution="64", mask_from=mask_from, seed=0)).examples:
+        extract_archive(upload, work)
+        for example in load(work, TrainConfig(resolution="64", mask_from=mask_from, seed=0)).examples:
             load_pixels(example)
             load_shares(example)
     except UserError as error:
@@ -182,4 +183,4 @@ def test_an_upload_of_nothing(content, tmp_path):
     (tmp_path / "work").mkdir()
     said = refusal_of(tmp_path / "upload", tmp_path / "work")
     assert said is not None
-    assert "neither a zip nor a tar" in said or "holds no pictures" in said
+    assert "neither a zip nor a tar" in said or "holds no images" in said

@@ -9,13 +9,22 @@ from PIL import Image
 
 from benchmarks import dataset_inputs
 from examples.shapes import Prompt
-from lora_utils import draws, flow, masks, models, objective, preparation, training
-from lora_utils.archive import unpack
-from lora_utils.caching import CachedExample
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import load_pixels, load_shares, read_dataset
+from lora_utils.dataset import load
+from lora_utils.dataset.cache import CachedExample
+from lora_utils.dataset.examples import load_pixels, load_shares
 from lora_utils.errors import UserError
-from lora_utils.sizes import Size, pack
+from lora_utils.io.archive import extract_archive
+from lora_utils.io.images import open_mask
+from lora_utils.model import flow
+from lora_utils.model.device import default_placement
+from lora_utils.model.latents import Size, pack_latents
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.training import loop
+from lora_utils.training.batches import BatchStream, loss_weights
+from lora_utils.training.loss import batch_text, flow_matching_loss
+from lora_utils.training.setup import setup
+from lora_utils.training.state import TrainState
 
 CONFIG = TrainConfig(resolution="64", mask_from="file", seed=0)
 ALPHA = replace(CONFIG, mask_from="alpha")
@@ -43,7 +52,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["a__mask__png", "a__MASK__png", "a__png__mask__png", "A__mask__webp"])
 def test_a_mask_is_found_by_its_name_and_is_no_picture(name, folder):
-    found = read_dataset(folder(a__png=picture(), **{name: left_half()}), CONFIG)
+    found = load(folder(a__png=picture(), **{name: left_half()}), CONFIG)
     assert found.num_images == 1
     assert not found.left_out
     assert found.examples[0].masked
@@ -55,38 +64,38 @@ def test_a_mask_is_found_by_its_name_and_is_no_picture(name, folder):
 
 
 def test_shares_stand_where_their_latents_do():
-    """A mask and a picture of the same pattern: each share lies on the latent that sees that part of the picture."""
+    """A mask and an image of the same pattern: each share lies on the latent that sees that part of the image."""
     pattern = torch.rand(1, 1, 8, 8)  # of latents
-    shares = pack(pattern)[0]  # [N, 4], as load_mask packs
+    shares = pack_latents(pattern)[0]  # [N, 4], as load_mask packs
     example = CachedExample({"latents": torch.zeros(16, 64), "shares": shares}, "", Size(64, 64), "a")
-    weights = draws.loss_weights([example], 0.0)
-    assert torch.equal(weights, pack(pattern.repeat(1, 16, 1, 1)))
+    weights = loss_weights([example], 0.0)
+    assert torch.equal(weights, pack_latents(pattern.repeat(1, 16, 1, 1)))
 
 
 def test_a_mask_is_cut_as_its_picture_is(folder):
     wide = Image.new("RGB", (200, 64), "black")
     wide.paste("white", (60, 10, 130, 40))
-    found = read_dataset(folder(a__png=wide, a__mask__png=wide.resize((400, 128)).convert("L")), CONFIG)
+    found = load(folder(a__png=wide, a__mask__png=wide.resize((400, 128)).convert("L")), CONFIG)
     (example,) = found.examples
     grey = load_pixels(example).mean(dim=0) / 2 + 0.5  # [H, W]
     by_latent = torch.nn.functional.avg_pool2d(grey[None, None], 8)
-    assert (pack(by_latent)[0] - load_shares(example)).abs().max() < 0.06
+    assert (pack_latents(by_latent)[0] - load_shares(example)).abs().max() < 0.06
 
 
 def test_alpha_as_a_mask(folder):
     cut_out = picture().convert("RGBA")
     cut_out.putalpha(left_half())
-    found = read_dataset(folder(a__png=cut_out, b__png=picture(colour="blue")), ALPHA)
+    found = load(folder(a__png=cut_out, b__png=picture(colour="blue")), ALPHA)
     assert [example.masked for example in found.examples] == [True, False]
     assert load_shares(found.examples[0]).mean() == 0.5
     assert load_shares(found.examples[1]) is None
-    assert "1 pictures have a mask, 1 without one are learned whole" in found.notes
+    assert "1 images have a mask, 1 without one are learned whole" in found.notes
 
 
 def test_a_transparent_mask_counts_where_it_is_painted(folder):
     painted = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     painted.paste((255, 255, 255, 255), (0, 0, 32, 64))
-    assert np.array_equal(np.asarray(masks.open_mask(folder(a__png=painted) / "a.png")), np.asarray(left_half()))
+    assert np.array_equal(np.asarray(open_mask(folder(a__png=painted) / "a.png")), np.asarray(left_half()))
 
 
 def test_an_alpha_follows_the_exif_orientation(folder, tmp_path):
@@ -95,28 +104,28 @@ def test_an_alpha_follows_the_exif_orientation(folder, tmp_path):
     cut_out = picture((64, 32)).convert("RGBA")
     cut_out.putalpha(left_half((64, 32)))
     cut_out.save(tmp_path / "a.webp", exif=exif, lossless=True)
-    shares = load_shares(read_dataset(tmp_path, ALPHA).examples[0])
+    shares = load_shares(load(tmp_path, ALPHA).examples[0])
     rows, _ = Size(48, 96).grid
     assert shares.view(rows, -1)[0].eq(1).all(), "what was left is on top"
 
 
 @pytest.mark.parametrize(
-    ("pictures", "config", "message"),
+    ("images", "config", "message"),
     [
-        ({"a__mask__png": left_half((64, 32))}, CONFIG, r"a\.mask\.png has 64x32 pixels, its picture 64x64"),
+        ({"a__mask__png": left_half((64, 32))}, CONFIG, r"a\.mask\.png has 64x32 pixels, its image 64x64"),
         ({"a__mask__png": Image.new("L", (64, 64), 0)}, CONFIG, r"a\.mask\.png is black all over"),
-        ({"b__mask__png": left_half()}, CONFIG, r"b\.mask\.png is the mask of no picture"),
-        ({}, CONFIG, r"mask_from is file, and none of the 1 pictures has a NAME\.mask\.png"),
-        ({}, ALPHA, r"mask_from is alpha, and none of the 1 pictures is transparent"),
+        ({"b__mask__png": left_half()}, CONFIG, r"b\.mask\.png is the mask of no image"),
+        ({}, CONFIG, r"mask_from is file, and none of the 1 images has a NAME\.mask\.png"),
+        ({}, ALPHA, r"mask_from is alpha, and none of the 1 images is transparent"),
     ],
 )
 def test_what_is_wrong_with_masks_is_said(pictures, config, message, folder):
     with pytest.raises(UserError, match=message):
-        read_dataset(folder(a__png=picture(), **pictures), config)
+        load(folder(a__png=picture(), **pictures), config)
 
 
 def test_masks_that_are_not_asked_for_are_no_pictures_and_are_mentioned(folder):
-    found = read_dataset(folder(a__png=picture(), a__mask__png=left_half()), replace(CONFIG, mask_from="none"))
+    found = load(folder(a__png=picture(), a__mask__png=left_half()), replace(CONFIG, mask_from="none"))
     assert found.num_images == 1
     assert not found.examples[0].masked
     assert "1 masks aren't used; set mask_from to file to use them" in found.notes
@@ -124,19 +133,21 @@ def test_masks_that_are_not_asked_for_are_no_pictures_and_are_mentioned(folder):
 
 @pytest.fixture
 def run(folder, random_model):
-    """One picture with a mask and one without."""
+    """One image with a mask and one without."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(2)]
     pictures = folder(a__png=noise[0], b__png=noise[1], a__mask__png=left_half())
     config = replace(CONFIG, steps=80, rank=8, learning_rate=3e-3, batch_size=2, caption_dropout=0.0)
-    return preparation.prepare(config, read_dataset(pictures, config), random_model, models.default_place())
+    return setup(config, load(pictures, config), random_model, default_placement())
 
 
 def test_the_loss_is_weighted_by_the_mask(run):
-    drawn = next(draws.MicroBatches(run.config, run.examples, run.schedule))
-    loss = objective.picture_losses(run, drawn).mean()
-    text = objective.batch_text(run, drawn.captions)
-    error = (models.predict_velocity(run.transformer, drawn.noisy, drawn.sigma, text, drawn.size) - drawn.target) ** 2
+    drawn = next(BatchStream(run.config, run.data.examples, run.components.schedule))
+    loss = flow_matching_loss(run, drawn).mean()
+    text = batch_text(run, drawn.captions)
+    error = (
+        predict_velocity(run.components.transformer, drawn.noisy, drawn.sigma, text, drawn.size) - drawn.target
+    ) ** 2
     masked = drawn.names.index("a.png")
     columns = error[masked].view(4, 4, 64)
     by_hand = (columns[:, :2].sum() + 0.1 * columns[:, 2:].sum() + error[1 - masked].sum()) / error.numel()
@@ -145,7 +156,7 @@ def test_the_loss_is_weighted_by_the_mask(run):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, tiny_model):
-    """How much of the error each half of a picture loses in training, with and without a mask on its left half.
+    """How much of the error each half of an image loses in training, with and without a mask on its left half.
 
     The right half holds another object, of which the caption doesn't speak.
     """
@@ -154,13 +165,11 @@ def learned(tmp_path_factory, tiny_model):
     for mask_from in ("none", "file"):
         folder = tmp_path_factory.mktemp(mask_from)
         dataset_inputs.write(folder / "set.zip", taught)
-        unpack(folder / "set.zip", folder / "set")
+        extract_archive(folder / "set.zip", folder / "set")
         config = replace(CONFIG, **TRAINING, steps=100, mask_from=mask_from)
-        run = preparation.prepare(
-            config, read_dataset(folder / "set", config), tiny_model, models.default_place(), any_timestep=True
-        )
+        run = setup(config, load(folder / "set", config), tiny_model, default_placement(), any_timestep=True)
         before = errors_by_half(run)
-        list(training.train(run))
+        list(loop.train(run))
         learned[mask_from] = (1 - errors_by_half(run) / before).tolist()
     return learned
 
@@ -168,15 +177,15 @@ def learned(tmp_path_factory, tiny_model):
 TRAINING = {"train_placeholder_token": True, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "mask_floor": 0.0}
 
 
-def errors_by_half(run: preparation.Run) -> torch.Tensor:
+def errors_by_half(run: TrainState) -> torch.Tensor:
     """[2]: the mean error in the left and right halves, over the same noise and sigmas each time."""
     generator, total = torch.Generator().manual_seed(1), torch.zeros(2)
-    for example in run.examples:
-        text = objective.batch_text(run, [example.caption])
+    for example in run.data.examples:
+        text = batch_text(run, [example.caption])
         for sigma in torch.linspace(0.5, 0.95, 6):
             noise = torch.randn(1, 16, 64, generator=generator)
             noisy = flow.add_noise(example.latents[None], noise, sigma[None])
-            velocity = models.predict_velocity(run.transformer, noisy, sigma[None], text, example.size)
+            velocity = predict_velocity(run.components.transformer, noisy, sigma[None], text, example.size)
             error = (velocity - flow.velocity_target(example.latents[None], noise)).square().view(4, 2, 2, 64)
             total += error.detach().mean(dim=(0, 2, 3))
     return total

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_utils import models, preflight
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import ALIKE_BITS, alike
+from lora_utils.dataset.report import ROWS_SHOWN, describe_dataset, load, main
+from lora_utils.dataset.scan import NEAR_DUPLICATE_BITS, near_duplicates
 from lora_utils.errors import UserError
-from tests.test_dataset import GRADIENT, save
+from lora_utils.model.text_encoder import load_tokenizer
+from tests.dataset.test_scan import GRADIENT, save
 
 CONFIG = TrainConfig(resolution="64", steps=40, seed=0)
 TOKEN = replace(CONFIG, train_placeholder_token=True)
@@ -18,12 +19,12 @@ TOKEN = replace(CONFIG, train_placeholder_token=True)
 
 @pytest.fixture
 def tokenizer(random_model):
-    return models.load_tokenizer(random_model)
+    return load_tokenizer(random_model)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Different pictures with these captions, 0.png and on; None is a picture without one."""
+    """Different images with these captions, 0.png and on; None is an image without one."""
 
     def write(*captions: str | None):
         rng = np.random.default_rng(0)
@@ -37,14 +38,14 @@ def folder(tmp_path):
 
 
 def report(folder, config, tokenizer) -> str:
-    return "\n".join(preflight.describe(preflight.read_dataset(folder, config, tokenizer), config, tokenizer))
+    return "\n".join(describe_dataset(load(folder, config, tokenizer), config, tokenizer))
 
 
 def test_the_report_counts_buckets_and_names_what_was_left_out(tmp_path, tokenizer):
     save(GRADIENT.resize((130, 130)), tmp_path / "one.png")
     (tmp_path / "x.mp4").write_bytes(b"")
     said = report(tmp_path, replace(CONFIG, resolution="64,128"), tokenizer)
-    for part in ("1 pictures", "40 times", "bucket 64x64: 1", "bucket 128x128: 1", "no caption: one.png", "x.mp4"):
+    for part in ("1 images", "40 times", "bucket 64x64: 1", "bucket 128x128: 1", "no caption: one.png", "x.mp4"):
         assert part in said
 
 
@@ -59,7 +60,7 @@ def test_the_table_has_a_row_for_each_picture_with_its_captions_tokens(folder, t
 
 def test_a_long_table_is_cut(folder, tokenizer):
     said = report(folder(*["a red circle"] * 30), CONFIG, tokenizer)
-    assert said.count(".png") == preflight.ROWS_SHOWN
+    assert said.count(".png") == ROWS_SHOWN
     assert "and 10 more" in said
 
 
@@ -70,10 +71,10 @@ def test_captions_longer_than_the_model_was_trained_on_are_named(folder, tokeniz
 
 def test_all_that_is_wrong_is_said_at_once(folder, tokenizer):
     pictures = folder("red " * 1100, "a red circle", "[trigger]")
-    (pictures / "3.png").write_bytes(b"no picture")
+    (pictures / "3.png").write_bytes(b"no image")
     (pictures / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
     with pytest.raises(UserError) as caught:
-        preflight.read_dataset(pictures, replace(TOKEN, placeholder_token="<anna>,<ben>"), tokenizer)
+        load(pictures, replace(TOKEN, placeholder_token="<anna>,<ben>"), tokenizer)
     said = str(caught.value)
     assert "6 problems" in said
     for part in (
@@ -86,7 +87,7 @@ def test_all_that_is_wrong_is_said_at_once(folder, tokenizer):
 def test_pictures_to_be_described_are_counted_and_their_captions_not_judged(folder, tokenizer):
     config = replace(TOKEN, autocaption=True, autocaption_prefix="<zwx>, ")
     said = report(folder(None, "a red circle"), config, tokenizer)
-    assert "1 pictures have no caption; the text encoder will describe them" in said
+    assert "1 images have no caption; the text encoder will describe them" in said
     assert "(to be written)" in said
 
 
@@ -95,29 +96,29 @@ def test_the_report_alone_of_a_folder_or_an_archive(tmp_path, write_zip, capsys,
     save(GRADIENT, tmp_path / "set" / "one.png")
     (tmp_path / "set" / "one.txt").write_text("[trigger]")
     given = ["--resolution", "64", "--trigger_word", "ohwx", "--no-autocaption"]
-    assert preflight.main([str(tmp_path / "set"), *given]) == 0
+    assert main([str(tmp_path / "set"), *given]) == 0
     of_folder = capsys.readouterr().out
-    assert "1 pictures, each seen about 1000 times" in of_folder
+    assert "1 images, each seen about 1000 times" in of_folder
     assert "tokens" in of_folder
     archive = write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"})
-    assert preflight.main([str(archive), *given]) == 0
+    assert main([str(archive), *given]) == 0
     assert capsys.readouterr().out == of_folder
 
 
 def test_without_a_base_model_only_the_counts_are_missing(folder, capsys, monkeypatch):
     monkeypatch.delenv("BASE_MODEL", raising=False)
-    assert preflight.main([str(folder("a red circle")), "--resolution", "64"]) == 0
+    assert main([str(folder("a red circle")), "--resolution", "64"]) == 0
     said = capsys.readouterr()
     assert "a red circle" in said.out
     assert "tokens aren't counted" in said.err
 
 
 def test_a_dataset_that_a_training_would_refuse_says_why(tmp_path, write_zip, capsys):
-    assert preflight.main([str(write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"}))]) == 1
+    assert main([str(write_zip({"one.png": GRADIENT, "one.txt": "[trigger]"}))]) == 1
     assert "set trigger_word" in capsys.readouterr().err
-    assert preflight.main([str(tmp_path / "missing.zip")]) == 1
+    assert main([str(tmp_path / "missing.zip")]) == 1
     assert "there is no file" in capsys.readouterr().err
-    assert preflight.main([str(tmp_path), "--resolution", "77"]) == 1
+    assert main([str(tmp_path), "--resolution", "77"]) == 1
     assert "multiples of 16" in capsys.readouterr().err
 
 
@@ -125,9 +126,9 @@ def test_hashes_that_differ_in_a_few_bits_are_alike():
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2, (2000, 256), np.uint8)
     bits[700] = bits[5]
-    bits[700, :ALIKE_BITS] ^= 1
+    bits[700, :NEAR_DUPLICATE_BITS] ^= 1
     bits[1900] = bits[5]
     bits[8] = bits[6]
-    bits[8, : ALIKE_BITS + 1] ^= 1
-    assert alike([row.tobytes() for row in np.packbits(bits, axis=1)]) == [[5, 700, 1900]]
-    assert alike([]) == []
+    bits[8, : NEAR_DUPLICATE_BITS + 1] ^= 1
+    assert near_duplicates([row.tobytes() for row in np.packbits(bits, axis=1)]) == [[5, 700, 1900]]
+    assert near_duplicates([]) == []

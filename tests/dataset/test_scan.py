@@ -1,4 +1,4 @@
-"""Pictures and captions as users have them."""
+"""Images and captions as users have them."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import Example, load_pixels, read_dataset
+from lora_utils.dataset import load
+from lora_utils.dataset.examples import Example, load_pixels
 from lora_utils.errors import UserError
-from lora_utils.pictures import open_picture
-from lora_utils.sizes import Size
+from lora_utils.io.images import open_image
+from lora_utils.model.latents import Size
 
 GRADIENT = Image.fromarray(np.dstack([np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))] * 3))
 
@@ -23,9 +24,9 @@ def save(picture, path, **options):
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "bmp", "avif", "heic", "PNG"])
 def test_every_format_is_read(ending, tmp_path):
     save(GRADIENT, tmp_path / f"one.{ending}")
-    found = read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="x", seed=0))
+    found = load(tmp_path, TrainConfig(resolution="64", default_caption="x", seed=0))
     assert found.num_images == 1
-    pixels = np.asarray(open_picture(tmp_path / f"one.{ending}"), float)
+    pixels = np.asarray(open_image(tmp_path / f"one.{ending}"), float)
     assert np.abs(pixels - np.asarray(GRADIENT, float)).mean() < 3
 
 
@@ -33,7 +34,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter: stored 64x48, meant 48x64
     path = save(GRADIENT, tmp_path / "one.jpg", exif=exif)
-    assert open_picture(path).size == (48, 64)
+    assert open_image(path).size == (48, 64)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -41,7 +42,7 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
     picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
     path = save(picture.convert(mode), tmp_path / "one.png")
-    assert open_picture(path).getpixel((60, 5)) == (255, 255, 255)
+    assert open_image(path).getpixel((60, 5)) == (255, 255, 255)
 
 
 def test_captions_stand_beside_their_pictures_else_the_default(tmp_path):
@@ -50,8 +51,8 @@ def test_captions_stand_beside_their_pictures_else_the_default(tmp_path):
     save(GRADIENT, tmp_path / "b" / "one.png")
     save(GRADIENT, tmp_path / "b" / "two.png")
     (tmp_path / "b" / "two.txt").write_text("  \n")
-    (tmp_path / "b" / "notes.txt").write_text("no picture has this name")
-    found = read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="a default", seed=0))
+    (tmp_path / "b" / "notes.txt").write_text("no image has this name")
+    found = load(tmp_path, TrainConfig(resolution="64", default_caption="a default", seed=0))
     assert found.captions == ["ein Bär", "a default", "a default"]
     assert found.left_out == ["b/notes.txt"]
 
@@ -60,23 +61,23 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     save(GRADIENT, tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
     with pytest.raises(UserError, match=r"broken\.png can't be read"):
-        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
-    (tmp_path / "broken.png").write_bytes(b"no picture at all")
+        load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
+    (tmp_path / "broken.png").write_bytes(b"no image at all")
     with pytest.raises(UserError, match=r"broken\.png can't be read"):
-        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
+        load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
 def test_a_caption_that_is_not_text_is_named(tmp_path):
     save(GRADIENT, tmp_path / "one.png")
     (tmp_path / "one.txt").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(UserError, match=r"one\.txt isn't UTF-8"):
-        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
+        load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
     (tmp_path / "movie.mp4").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no pictures.*movie\.mp4"):
-        read_dataset(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
+    with pytest.raises(UserError, match=r"no images.*movie\.mp4"):
+        load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
 def test_pixels_cover_the_bucket_and_are_cropped_about_the_centre(tmp_path):

@@ -7,7 +7,10 @@ import torch
 
 from benchmarks import start, train, zero_prior, zero_prior_report, zero_prior_run
 from examples import demo
-from lora_utils import models
+from lora_utils.model import transformer
+from lora_utils.model.components import load_components
+from lora_utils.model.device import Placement, default_placement
+from lora_utils.model.text_encoder import pad_embeddings
 
 
 def points(*fidelities, metric=()):
@@ -68,23 +71,23 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
 
 
 def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random_model):
-    base = models.load_components(random_model, models.default_place())
+    base = load_components(random_model, default_placement())
     bench = zero_prior_run.Bench(random_model, base, zero_prior_run.Length(steps=1, measured_at=()))
     prepared = {name: zero_prior_run.prepare_arm(bench, arm, "fish", 3) for name, arm in zero_prior_run.ARMS.items()}
     reference = prepared["fresh token, trained"]
     for name, run in prepared.items():
         told = zero_prior_run.ARMS[name].told("fish")
-        pairs = list(zip(run.examples, reference.examples, strict=True))
+        pairs = list(zip(run.data.examples, reference.examples, strict=True))
         assert all(torch.equal(one.latents, other.latents) for one, other in pairs)
         assert all(torch.equal(one, other) for one, other in zip(run.lora, reference.lora, strict=True))
         same = {(one.caption.replace(told.noun, demo.TOKEN), other.caption) for one, other in pairs}
         assert name == "phrase" or all(one == other for one, other in same)
-        trained = [row for row in run.placeholders.rows if row.requires_grad]
+        trained = [row for row in run.placeholders.embeddings if row.requires_grad]
         assert len(trained) == (zero_prior_run.ARMS[name].row == "trained")
 
 
 def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
-    place = models.Place(torch.device("cpu"), torch.float32)
+    place = Placement(torch.device("cpu"), torch.float32)
     losses = []
     for recomputed in (0, 6):
         job = train.Job(train.PRESETS["tiny"], place, rank=4, batch=2, recomputed=recomputed)
@@ -95,9 +98,9 @@ def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
 
 
 def test_the_token_is_timed_on_a_text_of_the_same_length(monkeypatch):
-    lengths, join = [], models.join_text
-    monkeypatch.setattr(models, "join_text", lambda states: lengths.append(len(states[0])) or join(states))
-    job = train.Job(train.PRESETS["tiny"], models.default_place(), rank=4, batch=2, recomputed=0)
+    lengths, join = [], pad_embeddings
+    monkeypatch.setattr(transformer, "join_text", lambda states: lengths.append(len(states[0])) or join(states))
+    job = train.Job(train.PRESETS["tiny"], default_placement(), rank=4, batch=2, recomputed=0)
     for way in ("ours", "token"):
         train.WAYS[way](job)()
     assert lengths == [train.PRESETS["tiny"].text_tokens] * 2

@@ -7,8 +7,7 @@ from dataclasses import asdict, fields
 import pytest
 import yaml
 
-from examples import cog_contract
-from lora_utils import qwen
+from lora_utils import constants
 from lora_utils.config import (
     LR_SCHEDULERS,
     OPTIMIZERS,
@@ -18,7 +17,8 @@ from lora_utils.config import (
     SampleRequest,
     TrainConfig,
 )
-from lora_utils.recipes import GOALS
+from lora_utils.presets import PRESETS
+from scripts import cog_contract
 from tests.conftest import ROOT
 
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "predict")}
@@ -51,8 +51,8 @@ def test_literals_are_the_defaults_of_the_dataclass_behind_them(name, settings):
     known = [item for kind in settings for item in fields(kind)]
     own = {item.name: item.default for item in known if item.name not in ("seed", "prompt")}
     if name == "train":  # empty: what the goal chooses, which without one is the dataclass's own
-        assert {name: own[name] for name in asdict(GOALS["none"])} == asdict(GOALS["none"])
-        own |= dict.fromkeys(asdict(GOALS["none"]))
+        assert {name: own[name] for name in asdict(PRESETS["none"])} == asdict(PRESETS["none"])
+        own |= dict.fromkeys(asdict(PRESETS["none"]))
     assert {item: declared[item].literal("default") for item in own} == own
     extra = set(declared) - set(own)
     assert (
@@ -83,13 +83,13 @@ def test_ranges_are_those_of_the_dataclass(name, settings):
 
 def test_choices_are_the_librarys():
     declared = {item.name: item for name in SOURCES for item in cog_contract.inputs(SOURCES[name])}
-    assert declared["lora_targets"].literal("choices") == list(qwen.LORA_TARGETS)
+    assert declared["lora_targets"].literal("choices") == list(constants.LORA_TARGETS)
     assert declared["lr_scheduler"].literal("choices") == list(LR_SCHEDULERS)
     assert declared["optimizer"].literal("choices") == list(OPTIMIZERS)
-    assert declared["goal"].literal("choices") == list(GOALS)
+    assert declared["goal"].literal("choices") == list(PRESETS)
     assert declared["shard_base"].literal("choices") == list(SHARDINGS)
     assert declared["output_format"].literal("choices") == list(OUTPUT_FORMATS)
-    assert declared["aspect_ratio"].literal("choices") == list(qwen.OFFICIAL_SIZES_PX)
+    assert declared["aspect_ratio"].literal("choices") == list(constants.OFFICIAL_SIZES_PX)
 
 
 def test_whole_numbers_may_come_as_floats_and_broken_ones_are_refused():
@@ -153,14 +153,14 @@ FLOORS = [
         "quantization",
         "optimizers",
         "first_block",
-        "cards",
+        "GPUs",
         "sharding",
     },
     {
         "dataset",
         "captions",
         "masks",
-        "pictures",
+        "images",
         "archive",
         "bundle",
         "lora_file",
@@ -190,7 +190,7 @@ SIDEWAYS = {  # within a floor, only these
     ("report", "journal"),
     ("report", "samples"),
     ("plan", "optimizers"),
-    ("plan", "cards"),
+    ("plan", "GPUs"),
     ("models", "sharding"),
     ("hub", "bundle"),
     ("hub", "fetch"),
@@ -206,7 +206,7 @@ SIDEWAYS = {  # within a floor, only these
     ("autocaption", "memory"),
     ("dataset", "masks"),
     ("masks", "captions"),
-    ("masks", "pictures"),
+    ("masks", "images"),
     ("adapters", "blocks"),
     ("adapters", "models"),
     ("caching", "models"),
@@ -224,7 +224,7 @@ SIDEWAYS = {  # within a floor, only these
     ("dataset", "archive"),
     ("bundle", "archive"),
     ("dataset", "captions"),
-    ("dataset", "pictures"),
+    ("dataset", "images"),
     ("config", "errors"),
     ("config", "checks"),
     ("config", "recipes"),

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from examples import cog_contract
 from examples.demo import call, write_dataset
 from examples.shapes import Prompt
 from predict import Predictor
+from scripts import cog_contract
 from tests.cog_server import cog_server
 from tests.conftest import ROOT
 from train import train
@@ -94,7 +94,7 @@ def test_the_report_on_a_dataset_runs_as_written(folder, random_model):
         [sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "10 pictures" in done.stdout
+    assert "10 images" in done.stdout
 
 
 def test_training_and_sampling_without_cog_run_as_written(folder, random_model, tmp_path):
@@ -107,7 +107,7 @@ def test_training_and_sampling_without_cog_run_as_written(folder, random_model, 
         command = [sys.executable, *words, *fewer[words[2]].split()]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    assert len(list((tmp_path / "images").iterdir())) == 1
     again = subprocess.run(
         [sys.executable, "-m", "lora_utils", "train", "dataset.zip"], cwd=tmp_path, env=environment,
         capture_output=True, text=True, check=False,

@@ -8,9 +8,10 @@ import zipfile
 import pytest
 from PIL import Image
 
-from lora_utils import archive, bundle
-from lora_utils.bundle import LORA_MEMBER, META_MEMBER, Meta
 from lora_utils.errors import UserError
+from lora_utils.io import archive
+from lora_utils.io.archive import extract_archive
+from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER, Meta, extract_weights, write_weights_zip
 
 PICTURE = Image.new("RGB", (64, 64), "red")
 
@@ -34,14 +35,14 @@ def test_a_nested_zip_is_unpacked_without_litter(write_zip, tmp_path):
             "a/._one.png": b"x",
         }
     )
-    files = archive.unpack(path, tmp_path / "out")
+    files = extract_archive(path, tmp_path / "out")
     assert sorted(str(file.relative_to(tmp_path / "out")) for file in files) == ["a/b/one.png", "a/b/one.txt"]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_tars_are_told_by_content_whatever_their_name(tmp_path, mode):
     path = tar(tmp_path / "download", {"x/one.txt": b"hello"}, mode)
-    (file,) = archive.unpack(path, tmp_path / "out")
+    (file,) = extract_archive(path, tmp_path / "out")
     assert file.read_text() == "hello"
 
 
@@ -49,7 +50,7 @@ def test_tars_are_told_by_content_whatever_their_name(tmp_path, mode):
 def test_paths_out_of_the_folder_are_refused_and_nothing_is_written(name, write_zip, tmp_path):
     path = write_zip({name: b"x"})
     with pytest.raises(UserError, match="unsafe path"):
-        archive.unpack(path, tmp_path / "out")
+        extract_archive(path, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*"))
     assert not (tmp_path / "evil.png").exists()
 
@@ -60,13 +61,13 @@ def test_links_in_tars_and_zips_are_refused(tmp_path):
     with tarfile.open(tmp_path / "l.tar", "w") as packed:
         packed.addfile(link)
     with pytest.raises(UserError, match=r"'link.png', a link or device"):
-        archive.unpack(tmp_path / "l.tar", tmp_path / "out")
+        extract_archive(tmp_path / "l.tar", tmp_path / "out")
     info = zipfile.ZipInfo("link.png")
     info.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "l.zip", "w") as packed:
         packed.writestr(info, "/etc/passwd")
     with pytest.raises(UserError, match=r"the link 'link.png'"):
-        archive.unpack(tmp_path / "l.zip", tmp_path / "out")
+        extract_archive(tmp_path / "l.zip", tmp_path / "out")
 
 
 def test_a_truncated_zip_a_damaged_member_and_a_stranger_are_named(write_zip, tmp_path):
@@ -75,15 +76,15 @@ def test_a_truncated_zip_a_damaged_member_and_a_stranger_are_named(write_zip, tm
     damaged[60] ^= 0xFF  # within the first member's data
     (tmp_path / "damaged.zip").write_bytes(damaged)
     with pytest.raises(UserError, match=r"damaged.zip is damaged"):
-        archive.unpack(tmp_path / "damaged.zip", tmp_path / "out")
+        extract_archive(tmp_path / "damaged.zip", tmp_path / "out")
     (tmp_path / "cut.tar.gz").write_bytes(tar(tmp_path / "t.tgz", {"a": b"x" * 9999}, "w:gz").read_bytes()[:60])
     with pytest.raises(UserError, match=r"cut.tar.gz"):
-        archive.unpack(tmp_path / "cut.tar.gz", tmp_path / "out")
+        extract_archive(tmp_path / "cut.tar.gz", tmp_path / "out")
     (tmp_path / "text.zip").write_text("no archive")
     with pytest.raises(UserError, match="neither a zip nor a tar"):
-        archive.unpack(tmp_path / "text.zip", tmp_path / "out")
+        extract_archive(tmp_path / "text.zip", tmp_path / "out")
     with pytest.raises(UserError, match="there is no file"):
-        archive.unpack(tmp_path / "missing.zip", tmp_path / "out")
+        extract_archive(tmp_path / "missing.zip", tmp_path / "out")
 
 
 def test_an_encrypted_zip_is_named_as_such(write_zip, tmp_path):
@@ -94,21 +95,21 @@ def test_an_encrypted_zip_is_named_as_such(write_zip, tmp_path):
     raw[central + 8] |= 1  # and in the central directory
     path.write_bytes(raw)
     with pytest.raises(UserError, match="encrypted"):
-        archive.unpack(path, tmp_path / "out")
+        extract_archive(path, tmp_path / "out")
 
 
 def test_unpacking_stops_at_the_limit_whatever_the_archive_claims(write_zip, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 10**6)
     path = write_zip({"zeros.png": b"\0" * (3 * 10**6)})
     with pytest.raises(UserError, match="unpacks to more than"):
-        archive.unpack(path, tmp_path / "out")
+        extract_archive(path, tmp_path / "out")
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
     assert written <= 10**6
 
 
 def test_weights_zip_holds_exactly_two_members_stored_uncompressed(tmp_path):
     (tmp_path / "lora").write_bytes(b"\0" * 1000)
-    bundle.write_weights(tmp_path / "weights.zip", tmp_path / "lora", Meta(base_model="m", rank=4))
+    write_weights_zip(tmp_path / "weights.zip", tmp_path / "lora", Meta(base_model="m", rank=4))
     with zipfile.ZipFile(tmp_path / "weights.zip") as packed:
         assert packed.namelist() == [LORA_MEMBER, META_MEMBER]
         assert {info.compress_type for info in packed.infolist()} == {zipfile.ZIP_STORED}
@@ -118,9 +119,9 @@ def test_weights_zip_holds_exactly_two_members_stored_uncompressed(tmp_path):
 
 def test_weights_are_found_in_a_zip_a_tar_or_bare(tmp_path):
     (tmp_path / "bare.safetensors").write_bytes(b"not read here")
-    assert bundle.unpack_weights(tmp_path / "bare.safetensors", tmp_path) == (tmp_path / "bare.safetensors", None)
+    assert extract_weights(tmp_path / "bare.safetensors", tmp_path) == (tmp_path / "bare.safetensors", None)
     path = tar(tmp_path / "w.tar", {LORA_MEMBER: b"abc", META_MEMBER: b'{"rank": 8}'})
-    lora_path, meta = bundle.unpack_weights(path, tmp_path)
+    lora_path, meta = extract_weights(path, tmp_path)
     assert lora_path.read_bytes() == b"abc"
     assert meta == Meta(rank=8)
 
@@ -142,20 +143,20 @@ def test_a_meta_whose_placeholder_is_broken_and_a_damaged_stream_are_named(tmp_p
         raw[len(raw) // 2] ^= 0xFF
         path.write_bytes(raw)
         with pytest.raises(UserError, match=r"w\.tar"):
-            archive.unpack(path, tmp_path / "out")
+            extract_archive(path, tmp_path / "out")
 
 
 def test_an_archive_with_two_loras_or_none_is_refused(tmp_path):
     for members in ({"a.safetensors": b"", "b.safetensors": b""}, {"readme.txt": b""}):
         with pytest.raises(UserError, match="expected one"):
-            bundle.unpack_weights(tar(tmp_path / "w.tar", members), tmp_path)
+            extract_weights(tar(tmp_path / "w.tar", members), tmp_path)
 
 
 def test_an_archive_within_an_archive_is_unpacked_too(write_zip, tmp_path):
     inner = write_zip({"a/one.png": PICTURE, "a/one.txt": "x"}, "inner.zip")
     middle = tar(tmp_path / "middle.tar.gz", {"Inner.ZIP": inner.read_bytes()}, "w:gz")
     outer = write_zip({"sets/middle.tar.gz": middle.read_bytes(), "notes.gz": b"no archive"}, "outer.zip")
-    files = archive.unpack(outer, tmp_path / "out")
+    files = extract_archive(outer, tmp_path / "out")
     assert [file.name for file in files] == ["one.png", "one.txt", "notes.gz"]
     assert all(file.is_file() for file in files)
     assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 3
@@ -166,7 +167,7 @@ def test_archives_nested_without_end_are_refused(write_zip, tmp_path):
     for depth in range(1, 5):
         path = write_zip({f"{depth - 1}.zip": path.read_bytes()}, f"{depth}.zip")
     with pytest.raises(UserError, match="nested 3 archives deep"):
-        archive.unpack(path, tmp_path / "out")
+        extract_archive(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -181,7 +182,7 @@ def test_what_swells_two_hundredfold_is_a_bomb(nested, tmp_path, monkeypatch):
             packed.write(path, "bomb.zip")
         path = tmp_path / "outer.zip"
     with pytest.raises(UserError, match=rf"{path.name} unpacks to more than 20 GB, or to more than 200 times its size"):
-        archive.unpack(path, tmp_path / "out")
+        extract_archive(path, tmp_path / "out")
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
     assert written <= 10**6 + 200 * path.stat().st_size + 10**6
 
@@ -189,7 +190,7 @@ def test_what_swells_two_hundredfold_is_a_bomb(nested, tmp_path, monkeypatch):
 def test_too_many_files_are_refused_before_one_is_written(write_zip, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 10)
     with pytest.raises(UserError, match="more than 10 files; pack fewer"):
-        archive.unpack(write_zip({f"{index}.txt": "x" for index in range(11)}), tmp_path / "out")
+        extract_archive(write_zip({f"{index}.txt": "x" for index in range(11)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -204,7 +205,7 @@ def test_a_name_that_stands_twice_or_is_too_long_is_named(tmp_path):
             for name in names:
                 packed.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
         with pytest.raises(UserError, match=message):
-            archive.unpack(path, tmp_path / f"out{path.stem}")
+            extract_archive(path, tmp_path / f"out{path.stem}")
 
 
 def test_names_in_any_script_survive_packers_that_forget_the_flag(tmp_path):
@@ -216,7 +217,7 @@ def test_names_in_any_script_survive_packers_that_forget_the_flag(tmp_path):
         raw[raw.index(header) + flags + 1] &= ~0x08
     path.write_bytes(raw)
     assert zipfile.ZipFile(path).namelist() != ["狐 Bär.txt"], "the flag is gone"
-    assert [file.name for file in archive.unpack(path, tmp_path / "out")] == ["狐 Bär.txt"]
+    assert [file.name for file in extract_archive(path, tmp_path / "out")] == ["狐 Bär.txt"]
     with tarfile.open(tmp_path / "d.tar", "w") as packed:
         packed.addfile(tarfile.TarInfo("caf\udce9.txt"), io.BytesIO(b""))
-    assert [file.name for file in archive.unpack(tmp_path / "d.tar", tmp_path / "out")] == ["caf\ufffd.txt"]
+    assert [file.name for file in extract_archive(tmp_path / "d.tar", tmp_path / "out")] == ["caf\ufffd.txt"]

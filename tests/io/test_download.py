@@ -11,8 +11,8 @@ import threading
 import pytest
 from diffusers import QwenImagePipeline
 
-from lora_utils import fetch
 from lora_utils.errors import UserError
+from lora_utils.io import download
 from tests import hub_server
 
 
@@ -28,7 +28,7 @@ def files(tmp_path):
 
 
 def test_a_model_folder_is_taken_as_it_is(random_model):
-    assert fetch.fetch_model(str(random_model)) == random_model
+    assert download.download_model(str(random_model)) == random_model
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ def test_what_is_no_model_is_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
     with pytest.raises(UserError, match=message):
-        fetch.fetch_model(name)
+        download.download_model(name)
 
 
 def test_a_hub_name_without_a_network_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="nor to be had from the hub"):
-        fetch.fetch_model("Qwen/Qwen-Image-2512")
+        download.download_model("Qwen/Qwen-Image-2512")
 
 
 def fetch_in_a_fresh_process(name, endpoint, cache):
@@ -67,7 +67,7 @@ def test_a_hub_model_is_fetched_once_only_the_needed_files_with_a_line_of_their_
     repository = tmp_path / "repository"
     shutil.copytree(tiny_model, repository)
     (repository / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"another format")
-    (repository / "demo.png").write_bytes(b"a picture")
+    (repository / "demo.png").write_bytes(b"an image")
     with hub_server.serving(repository) as (endpoint, served):
         printed, folder = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
         needed = {str(file.relative_to(tiny_model)) for file in tiny_model.rglob("*") if file.is_file()} - {"README.md"}
@@ -86,36 +86,36 @@ def test_a_hub_model_is_fetched_once_only_the_needed_files_with_a_line_of_their_
 
 def test_base_model_alone_selects_the_model(monkeypatch):
     monkeypatch.delenv("BASE_MODEL", raising=False)
-    assert fetch.base_model_name() == "Qwen/Qwen-Image"
+    assert download.base_model_name() == "Qwen/Qwen-Image"
     monkeypatch.setenv("BASE_MODEL", "Qwen/Qwen-Image-2512")
-    assert fetch.base_model_name() == "Qwen/Qwen-Image-2512"
+    assert download.base_model_name() == "Qwen/Qwen-Image-2512"
 
 
 def test_a_url_is_downloaded_once_and_whole(files, tmp_path):
     folder, url = files
     (folder / "w.zip").write_bytes(b"abc" * 1000)
-    path = fetch.fetch_weights(f"{url}/w.zip", tmp_path / "cache")
+    path = download.download_weights(f"{url}/w.zip", tmp_path / "cache")
     assert path.read_bytes() == b"abc" * 1000
     (folder / "w.zip").unlink()
-    assert fetch.fetch_weights(f"{url}/w.zip", tmp_path / "cache") == path
+    assert download.download_weights(f"{url}/w.zip", tmp_path / "cache") == path
 
 
 def test_a_url_that_fails_or_is_too_large_leaves_nothing(files, tmp_path, monkeypatch):
     folder, url = files
     with pytest.raises(UserError, match="404"):
-        fetch.fetch_weights(f"{url}/missing.zip", tmp_path / "cache")
+        download.download_weights(f"{url}/missing.zip", tmp_path / "cache")
     (folder / "w.zip").write_bytes(b"abc" * 1000)
-    monkeypatch.setattr(fetch, "MAX_DOWNLOAD_BYTES", 100)
+    monkeypatch.setattr(download, "MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(UserError, match="larger than"):
-        fetch.fetch_weights(f"{url}/w.zip", tmp_path / "cache")
+        download.download_weights(f"{url}/w.zip", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_path_is_itself_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "w.zip").write_bytes(b"")
-    assert fetch.fetch_weights(str(tmp_path / "w.zip"), tmp_path) == tmp_path / "w.zip"
+    assert download.download_weights(str(tmp_path / "w.zip"), tmp_path) == tmp_path / "w.zip"
     with pytest.raises(UserError, match="there is no"):
-        fetch.fetch_weights("weights.zip", tmp_path)
+        download.download_weights("weights.zip", tmp_path)
 
 
 # --- weights of a hub repository ------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_redirect_is_followed_to_http_alone(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match="can't be downloaded"):
-            fetch.fetch_weights(f"http://127.0.0.1:{server.server_address[1]}/w.zip", tmp_path / "cache")
+            download.download_weights(f"http://127.0.0.1:{server.server_address[1]}/w.zip", tmp_path / "cache")
         server.shutdown()
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -212,5 +212,5 @@ def test_a_redirect_is_followed_to_http_alone(tmp_path):
 def test_a_download_keeps_its_name_for_messages_and_for_lightning(files, tmp_path):
     folder, url = files
     (folder / "Qwen-Image-Lightning.safetensors").write_bytes(b"x")
-    path = fetch.fetch_weights(f"{url}/Qwen-Image-Lightning.safetensors?download=true", tmp_path / "cache")
+    path = download.download_weights(f"{url}/Qwen-Image-Lightning.safetensors?download=true", tmp_path / "cache")
     assert path.name == "Qwen-Image-Lightning.safetensors"

@@ -1,4 +1,4 @@
-"""Picture files of every kind: upright, in sRGB, or refused by name before much is spent on them."""
+"""Image files of every kind: upright, in sRGB, or refused by name before much is spent on them."""
 
 import io
 
@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lora_utils import pictures
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import read_dataset
+from lora_utils.dataset import load
 from lora_utils.errors import UserError
-from lora_utils.pictures import difference_hash, open_picture
+from lora_utils.io.images import difference_hash, open_image
 
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))  # [48, 64], dark to bright
 COLOURS = np.dstack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 90)])
 
 
 def pixels(path):
-    return np.asarray(open_picture(path), float)
+    return np.asarray(open_image(path), float)
 
 
 @pytest.mark.parametrize("ending", ["gif", "tif", "tiff", "webp"])
@@ -69,14 +68,14 @@ def test_the_content_counts_and_not_the_ending(tmp_path):
     assert np.array_equal(pixels(tmp_path / "one.jpg"), COLOURS)
     (tmp_path / "two.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(UserError, match=r"two\.jpg can't be read"):
-        open_picture(tmp_path / "two.jpg")
+        open_image(tmp_path / "two.jpg")
 
 
 def test_a_picture_that_would_swell_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (15_000, 10_000)).save(tmp_path / "large.png")  # 150 megapixels in some 20 kB
     monkeypatch.setattr(Image.Image, "load", lambda _self: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match=r"large\.png has 15000x10000 pixels; scale it down to 100 megapixels"):
-        open_picture(tmp_path / "large.png")
+        open_image(tmp_path / "large.png")
 
 
 def test_a_picture_that_claims_more_than_any_decoder_takes_is_refused(tmp_path):
@@ -86,7 +85,7 @@ def test_a_picture_that_claims_more_than_any_decoder_takes_is_refused(tmp_path):
     raw[18:26] = (60_000).to_bytes(4, "little") * 2
     (tmp_path / "bomb.bmp").write_bytes(raw)
     with pytest.raises(UserError, match=r"bomb\.bmp has more than 100 megapixels"):
-        open_picture(tmp_path / "bomb.bmp")
+        open_image(tmp_path / "bomb.bmp")
 
 
 def test_duplicates_and_small_ones_are_named(tmp_path):
@@ -94,7 +93,7 @@ def test_duplicates_and_small_ones_are_named(tmp_path):
     big.save(tmp_path / "a.png")
     big.resize((600, 450)).save(tmp_path / "b.jpg", quality=80)
     Image.fromarray(COLOURS).rotate(90, expand=True).save(tmp_path / "c.png")
-    said = "\n".join(read_dataset(tmp_path, TrainConfig(resolution="256", seed=0)).notes)
+    said = "\n".join(load(tmp_path, TrainConfig(resolution="256", seed=0)).notes)
     assert "look the same, and count as often: a.png, b.jpg" in said
     assert "too small for the smallest bucket, and enlarged: c.png" in said
 
@@ -103,4 +102,4 @@ def test_the_hash_tells_other_pictures_apart():
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(20)]
     assert len({difference_hash(picture) for picture in noise}) == 20
-    assert pictures.difference_hash(noise[0].resize((80, 70), Image.Resampling.BOX)) is not None
+    assert difference_hash(noise[0].resize((80, 70), Image.Resampling.BOX)) is not None

@@ -11,8 +11,9 @@ from PIL import Image
 
 from examples import demo, evaluate, shapes
 from examples.shapes import Prompt
-from lora_utils import models
-from lora_utils.weights import load_weights
+from lora_utils.lora.weights import load_weights
+from lora_utils.model.components import load_components
+from lora_utils.model.device import default_placement
 from train import train
 
 
@@ -53,11 +54,11 @@ def test_unrelated_prompts_still_score_as_the_base_does(scores):
 
 
 def test_the_learned_row_is_part_of_what_is_drawn(demo_run, tiny_model):
-    """A fresh row in its place gives other pictures: an archive that forgot the row would be found out.
+    """A fresh row in its place gives other images: an archive that forgot the row would be found out.
 
     How much the row adds to the score is README's to say: little, in this small world.
     """
-    components = models.load_components(tiny_model, models.default_place())
+    components = load_components(tiny_model, default_placement())
     learned = load_weights(demo_run / "weights.zip", components)
     forgotten = replace(learned, lora=replace(learned.lora, rows=evaluate.fresh_rows(learned)))
     prompt = [f"a photo of {demo.TOKEN} on a {demo.NEW[0]} background"]
@@ -80,7 +81,7 @@ def two_tokens(tmp_path_factory, tiny_model):
         patch.setenv("BASE_MODEL", str(tiny_model))
         settings = {**demo.TRAINING, "placeholder_token": ",".join(objects), "learning_rate": 1e-3}
         trained = demo.call(train, dataset=folder / "both.zip", **settings)
-    components = models.load_components(tiny_model, models.default_place())
+    components = load_components(tiny_model, default_placement())
     return components, load_weights(Path(str(trained.weights)), components)
 
 
@@ -88,7 +89,7 @@ def drawn(components, weights, rows):
     """What the two tokens draw with these rows in place of the learned ones: shares of house and fish for each."""
     changed = replace(weights, lora=replace(weights.lora, rows=rows))
     shares = {}
-    for token in weights.lora.rows:
+    for token in weights.lora.embeddings:
         texts = [question.text for question in evaluate.object_prompts(Prompt(token), 20)]
         kinds = [shapes.read(picture).kind for picture in evaluate.sample_with(components, texts, changed)]
         shares[token] = {kind: kinds.count(kind) / len(kinds) for kind in ("house", "fish")}
@@ -98,7 +99,7 @@ def drawn(components, weights, rows):
 def test_exchanging_two_rows_exchanges_what_their_tokens_draw(two_tokens):
     """The proof that a row means something: one LoRA, the same prompts and seeds, and only the rows changed places."""
     components, weights = two_tokens
-    rows = weights.lora.rows
+    rows = weights.lora.embeddings
     learned = drawn(components, weights, rows)
     assert learned["<anna>"]["house"] >= learned["<ben>"]["house"] + 0.5, learned
     exchanged = drawn(components, weights, {"<anna>": rows["<ben>"], "<ben>": rows["<anna>"]})
@@ -110,7 +111,7 @@ def test_without_its_own_row_a_token_no_longer_draws_its_object(change, two_toke
     components, weights = two_tokens
     order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
     spoil = {"zeroed": torch.zeros_like, "permuted": lambda row: row[:, order]}[change]
-    learned = drawn(components, weights, weights.lora.rows)
-    spoiled = drawn(components, weights, {token: spoil(row) for token, row in weights.lora.rows.items()})
+    learned = drawn(components, weights, weights.lora.embeddings)
+    spoiled = drawn(components, weights, {token: spoil(row) for token, row in weights.lora.embeddings.items()})
     right, wrong = (shares["<anna>"]["house"] + shares["<ben>"]["fish"] for shares in (learned, spoiled))
     assert wrong <= right - 0.4, (learned, spoiled)

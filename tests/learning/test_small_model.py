@@ -9,7 +9,9 @@ from transformers import AutoTokenizer
 
 from examples import evaluate, shapes
 from examples.pretrain_vae import psnr_db, to_tensor, world_picture
-from lora_utils import models, qwen
+from lora_utils import constants
+from lora_utils.model.device import default_placement
+from lora_utils.model.vae import load_vae
 
 
 def test_the_folder_opens_with_the_true_classes_and_is_small(tiny_model):
@@ -25,13 +27,13 @@ def test_the_folder_opens_with_the_true_classes_and_is_small(tiny_model):
     config = json.loads((tiny_model / "scheduler" / "scheduler_config.json").read_text())
     assert (config["max_image_seq_len"], config["max_shift"], config["shift_terminal"]) == (8192, 0.9, 0.02)
     tokenizer = pipeline.tokenizer
-    assert len(tokenizer(qwen.TEMPLATE_PREFIX).input_ids) == qwen.TEMPLATE_PREFIX_TOKENS
-    assert len(tokenizer(qwen.TEMPLATE_SUFFIX).input_ids) == qwen.TEMPLATE_SUFFIX_TOKENS
+    assert len(tokenizer(constants.TEMPLATE_PREFIX).input_ids) == constants.TEMPLATE_PREFIX_TOKENS
+    assert len(tokenizer(constants.TEMPLATE_SUFFIX).input_ids) == constants.TEMPLATE_SUFFIX_TOKENS
     assert pipeline.text_encoder.get_input_embeddings().weight.shape[0] >= len(tokenizer) + 32
 
 
 def test_its_autoencoder_keeps_drawings_that_it_has_not_seen(tiny_model):
-    vae, rng = models.load_vae(tiny_model, models.default_place()), np.random.default_rng(123)
+    vae, rng = load_vae(tiny_model, default_placement()), np.random.default_rng(123)
     assert psnr_db(vae, to_tensor([world_picture(rng) for _ in range(48)])) >= 28
 
 

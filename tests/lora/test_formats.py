@@ -9,13 +9,18 @@ from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_utils import adapters, convert, lora_file, models, qwen
+from lora_utils import constants
+from lora_utils.convert import main
 from lora_utils.errors import UserError
-from lora_utils.lora_file import HEADER_KEY, LoraFile, LowRank, read_lora_file, write_lora_file
-from lora_utils.sizes import Size
+from lora_utils.lora.adapter import attach_trainable_lora, trained_lora
+from lora_utils.lora.formats import HEADER_KEY, LAYOUTS, LoraFile, LowRank, read_lora_file, write_lora_file
+from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import TextEmbeddings
+from lora_utils.model.transformer import load_transformer, predict_velocity
 
 RANK = 3
-NAMES = [f"transformer_blocks.{block}.{layer}" for block in (0, 1) for layer in qwen.LORA_TARGETS["attention_mlp"]]
+NAMES = [f"transformer_blocks.{block}.{layer}" for block in (0, 1) for layer in constants.LORA_TARGETS["attention_mlp"]]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_every_layout_reads_as_the_same_lora(name, alpha, lora, tmp_path):
         assert layer.alpha == (alpha or RANK)
 
 
-@pytest.mark.parametrize("name", lora_file.LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_that_is_written_reads_as_the_same_lora(name, lora, tmp_path):
     """Alphas that aren't the rank, and unequal ranks, too: the update of each layer is what counts."""
     layers = {**lora.layers, NAMES[0]: replace(lora.layers[NAMES[0]], alpha=1.5)}
@@ -89,12 +94,12 @@ def test_the_command_converts_there_and_back(lora, tmp_path, capsys):
     steps = [("a", "kohya", "b"), ("b", "comfyui", "c"), ("c", "diffusers", "d")]
     for source, layout, target in steps:
         paths = [str(tmp_path / f"{name}.safetensors") for name in (source, target)]
-        assert convert.main([*paths, "--to", layout]) == 0
+        assert main([*paths, "--to", layout]) == 0
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
     assert "24 layers in the layout of kohya" in capsys.readouterr().out
-    assert convert.main([str(tmp_path / "a.safetensors"), str(tmp_path / "d.safetensors")]) == 1
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "d.safetensors")]) == 1
     assert "is there already" in capsys.readouterr().err
-    assert convert.main([str(tmp_path / "none"), str(tmp_path / "e")]) == 1
+    assert main([str(tmp_path / "none"), str(tmp_path / "e")]) == 1
     assert not (tmp_path / "e").exists()
 
 
@@ -170,22 +175,22 @@ def test_a_header_that_is_no_json_is_named(lora, tmp_path):
 
 def predict(components, text, latents):
     with torch.inference_mode():
-        return models.predict_velocity(components.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
+        return predict_velocity(components.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
 
 
 @pytest.fixture(scope="module")
 def inputs(components):
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(1, 7, 128, generator=generator)
-    return models.Text(states, None), torch.randn(1, 16, 64, generator=generator)
+    return TextEmbeddings(states, None), torch.randn(1, 16, 64, generator=generator)
 
 
 def test_an_applied_lora_is_w_plus_scale_b_a_and_leaves_no_trace(lora, components, inputs):
     before = predict(components, *inputs)
-    placed = adapters.place_lora(lora, components.transformer, components.place)
-    with adapters.applied(components.transformer, [(placed, 0.7)]):
+    placed = move_lora(lora, components.transformer, components.placement)
+    with applied_loras(components.transformer, [(placed, 0.7)]):
         applied = predict(components, *inputs)
-    with adapters.applied(components.transformer, [(placed, 0.0)]):
+    with applied_loras(components.transformer, [(placed, 0.0)]):
         assert torch.equal(predict(components, *inputs), before)
     assert torch.equal(predict(components, *inputs), before)
     assert (applied - before).abs().max() > 0.01
@@ -204,17 +209,17 @@ def test_an_applied_lora_is_w_plus_scale_b_a_and_leaves_no_trace(lora, component
 
 def test_hooks_are_gone_after_an_exception(lora, components, inputs):
     before = predict(components, *inputs)
-    placed = adapters.place_lora(lora, components.transformer, components.place)
-    with pytest.raises(KeyboardInterrupt), adapters.applied(components.transformer, [(placed, 1.0)]):
+    placed = move_lora(lora, components.transformer, components.placement)
+    with pytest.raises(KeyboardInterrupt), applied_loras(components.transformer, [(placed, 1.0)]):
         raise KeyboardInterrupt
     assert torch.equal(predict(components, *inputs), before)
 
 
 def test_two_loras_add_up(lora, components, inputs):
-    placed = adapters.place_lora(lora, components.transformer, components.place)
-    with adapters.applied(components.transformer, [(placed, 0.3), (placed, 0.4)]):
+    placed = move_lora(lora, components.transformer, components.placement)
+    with applied_loras(components.transformer, [(placed, 0.3), (placed, 0.4)]):
         twice = predict(components, *inputs)
-    with adapters.applied(components.transformer, [(placed, 0.7)]):
+    with applied_loras(components.transformer, [(placed, 0.7)]):
         torch.testing.assert_close(twice, predict(components, *inputs), atol=1e-4, rtol=1e-3)
 
 
@@ -233,36 +238,34 @@ def test_our_file_is_what_stock_diffusers_loads_whole(lora, components, inputs, 
     assert sorted(adapted) == sorted(NAMES)
     text, latents = inputs
     with torch.inference_mode():
-        theirs = models.predict_velocity(stock.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
+        theirs = predict_velocity(stock.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
     read = read_lora_file(path)
     assert torch.equal(read.rows["<zwx>"], row)
-    with adapters.applied(
-        components.transformer, [(adapters.place_lora(read, components.transformer, components.place), 1.0)]
-    ):
+    with applied_loras(components.transformer, [(move_lora(read, components.transformer, components.placement), 1.0)]):
         torch.testing.assert_close(predict(components, *inputs), theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_a_lora_that_fits_only_in_part_is_refused_with_the_count(lora, components):
     stray = {**lora.layers, "transformer_blocks.59.attn.to_q": lora.layers[NAMES[0]]}
     with pytest.raises(UserError, match=r"24 of its 25 layers match .*, 1 don't exist here \(.*\.59\.attn\.to_q\)"):
-        adapters.place_lora(LoraFile(stray), components.transformer, components.place)
+        move_lora(LoraFile(stray), components.transformer, components.placement)
     wide = {NAMES[0]: LowRank(torch.zeros(2, 3072), torch.zeros(3072, 2), 2.0)}
     with pytest.raises(UserError, match="takes and gives"):
-        adapters.place_lora(LoraFile(wide), components.transformer, components.place)
+        move_lora(LoraFile(wide), components.transformer, components.placement)
     bad = {NAMES[0]: LowRank(torch.full((2, 128), torch.nan), torch.zeros(128, 2), 2.0)}
     with pytest.raises(UserError, match="NaN"):
-        adapters.place_lora(LoraFile(bad), components.transformer, components.place)
+        move_lora(LoraFile(bad), components.transformer, components.placement)
 
 
 def test_a_trainable_lora_covers_its_targets_and_starts_as_no_change(random_model, components, inputs):
-    transformer = models.load_transformer(random_model, components.place)
-    before = models.predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
-    parameters = adapters.attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(0))
+    transformer = load_transformer(random_model, components.placement)
+    before = predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
+    parameters = attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(0))
     assert len(parameters) == 2 * 12 * 2
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert {id(p) for p in transformer.parameters() if p.requires_grad} == {id(p) for p in parameters}
-    after = models.predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
+    after = predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
     assert torch.equal(before, after)
-    lora = adapters.trained_lora(transformer)
+    lora = trained_lora(transformer)
     assert {(layer.rank, layer.alpha) for layer in lora.values()} == {(4, 4.0)}
     assert all(isinstance(components.transformer.get_submodule(name), nn.Linear) for name in lora)

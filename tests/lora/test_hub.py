@@ -15,10 +15,14 @@ from cog import Secret
 from PIL import Image, ImageChops
 
 from examples.demo import call
-from lora_utils import fetch, hub, samples, session
-from lora_utils.bundle import LORA_MEMBER, Meta
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.io import download
+from lora_utils.lora import hub
+from lora_utils.lora.weights_zip import LORA_MEMBER, Meta
+from lora_utils.tracking import contact_sheet
+from lora_utils.training import run
+from lora_utils.training.run import train_once
 from predict import Predictor
 from tests import hub_server
 from tests.conftest import ROOT
@@ -51,14 +55,14 @@ def test_weights_samples_and_a_card_are_pushed_to_a_private_repository(train_and
     assert f"pushed to {pushed.url}/me/it" in done.stdout
     assert [repo["visibility"] for repo in pushed.created] == ["private"]
     assert pushed.tokens == {f"Bearer {TOKEN}"}
-    sheets = {f"samples/{path.name}" for path in samples.saved(tmp_path / "run")}
+    sheets = {f"samples/{path.name}" for path in contact_sheet.list_sheets(tmp_path / "run")}
     assert set(pushed.files) == {"weights.zip", hub.LORA_NAME, "meta.json", "README.md", *sheets}
     assert len(sheets) == 2
     assert pushed.files["weights.zip"] == (tmp_path / "weights.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "weights.zip") as packed:
         assert pushed.files[hub.LORA_NAME] == packed.read(LORA_MEMBER)
         assert json.loads(pushed.files["meta.json"]) == json.loads(packed.read("meta.json"))
-    assert fetch._chosen("me/it", list(pushed.files), None) == "weights.zip", "which predict's extra_lora finds"
+    assert download._choose_file("me/it", list(pushed.files), None) == "weights.zip", "which predict's extra_lora finds"
     everything = done.stdout.encode() + done.stderr.encode() + b"".join(pushed.files.values())
     assert TOKEN.encode() not in everything
     kept = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
@@ -98,12 +102,12 @@ def test_a_token_that_may_not_write_is_found_before_the_training(token, message,
 def test_without_a_token_a_repository_is_refused(monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="hub_repo me/it needs hub_token"):
-        hub.open_repository("me/it", None, private=True)
+        hub.ensure_repository("me/it", None, private=True)
 
 
 def test_without_a_network_it_is_a_clear_error():
     with pytest.raises(UserError, match="can't be written to"):
-        hub.open_repository("me/it", TOKEN, private=True)  # HF_HUB_OFFLINE is set
+        hub.ensure_repository("me/it", TOKEN, private=True)  # HF_HUB_OFFLINE is set
 
 
 @pytest.mark.parametrize("name", ["it", "me/it/too", "me /it", "/it"])
@@ -114,7 +118,7 @@ def test_a_repository_has_an_owner_and_a_name(name):
 
 def test_cogs_secret_is_passed_on_and_stands_in_nothing_that_is_kept(archive, monkeypatch, tmp_path):
     given = {}
-    monkeypatch.setattr(session, "run", lambda *args, **named: given.update(args=args, named=named) or tmp_path)
+    monkeypatch.setattr(run, "run", lambda *args, **named: given.update(args=args, named=named) or tmp_path)
     call(train, dataset=archive, hub_repo="me/it", hub_token=Secret(TOKEN), seed=0)
     assert given["named"]["hub_token"] == TOKEN
     assert TOKEN not in repr(given["args"])
@@ -159,7 +163,7 @@ def test_the_cards_code_draws_what_predict_draws(archive, random_model, tmp_path
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     config = TrainConfig(steps=8, rank=4, resolution="64", train_placeholder_token=True, learning_rate=1e-2, seed=0,
                          placeholder_learning_rate=0.05)  # fmt: skip
-    weights = session.run(config, RunOptions(), archive, tmp_path / "weights.zip")
+    weights = train_once(config, RunOptions(), archive, tmp_path / "weights.zip")
     with zipfile.ZipFile(weights) as packed:
         (tmp_path / hub.LORA_NAME).write_bytes(packed.read(LORA_MEMBER))
         card = hub.model_card("me/it", Meta.from_json(packed.read("meta.json").decode(), "weights.zip"), [])

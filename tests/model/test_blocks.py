@@ -7,8 +7,12 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_utils import adapters, blocks, memory, models
-from lora_utils.sizes import Size
+from lora_utils.lora import adapter
+from lora_utils.lora.adapter import _project_together, attach_trainable_lora
+from lora_utils.model import blocks, memory
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import TextEmbeddings
+from lora_utils.model.transformer import predict_velocity
 
 WIDTH, TEXT_WIDTH = 128, 48
 SMALL, OBLONG, LARGE = Size(64, 64), Size(96, 64), Size(128, 128)
@@ -36,13 +40,13 @@ def ours_of(transformer):
 
 def attach(transformer, targets="attention_mlp", own=True):
     """A LoRA that does something. `own` False: computed by peft itself."""
-    parameters = adapters.attach_trainable_lora(transformer, targets, 4, torch.Generator().manual_seed(1))
+    parameters = attach_trainable_lora(transformer, targets, 4, torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     if not own:
         for module in transformer.modules():
-            if isinstance(module, adapters.LoraLayer):
+            if isinstance(module, adapter.LoraLayer):
                 del module.forward
         blocks.install_forward(transformer)
     return parameters
@@ -53,9 +57,7 @@ def velocity(transformer, batch, masked=False, size=OBLONG):
     dtype = transformer.dtype
     latents, states = torch.randn(batch, size.tokens, 64).to(dtype), torch.randn(batch, 7, TEXT_WIDTH).to(dtype)
     mask = (torch.arange(7) < torch.tensor([[7], [4], [5]])[:batch]) if masked else None
-    return models.predict_velocity(
-        transformer, latents, torch.linspace(0.2, 0.9, batch), models.Text(states, mask), size
-    )
+    return predict_velocity(transformer, latents, torch.linspace(0.2, 0.9, batch), TextEmbeddings(states, mask), size)
 
 
 def assert_same(one, other, share=1e-6):
@@ -110,7 +112,7 @@ def test_the_lora_layers_give_pefts_numbers_and_gradients(targets):
         if mine is not None:
             reached += 1
             assert_same(mine, peft, 1e-5)
-    assert reached >= len(our_gradients) - 6, "only the last block's text beyond attention shows in no picture"
+    assert reached >= len(our_gradients) - 6, "only the last block's text beyond attention shows in no image"
 
 
 def test_a_projection_whose_neighbours_have_no_lora_is_computed_alone():
@@ -119,7 +121,7 @@ def test_a_projection_whose_neighbours_have_no_lora_is_computed_alone():
     attn = transformer.transformer_blocks[0].attn
     x = torch.randn(2, 5, WIDTH)
     expected = [attn.to_q(x), attn.to_k.base_layer(x), attn.to_v(x)]
-    got = adapters._project_together((attn.to_q, attn.to_k.base_layer, attn.to_v), x)
+    got = _project_together((attn.to_q, attn.to_k.base_layer, attn.to_v), x)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 

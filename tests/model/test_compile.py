@@ -10,19 +10,23 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from lora_utils import blocks, fitting, models, plan, preparation, training
 from lora_utils.config import TrainConfig
-from tests.test_plan import demand
+from lora_utils.model import blocks, memory_plan
+from lora_utils.model.device import default_placement
+from lora_utils.training import loop
+from lora_utils.training.recompute import use_plan
+from lora_utils.training.setup import setup
+from tests.model.test_memory_plan import demand
 
 CONFIG = TrainConfig(steps=20, rank=4, learning_rate=1e-3, batch_size=2, resolution="64,128", seed=0)
 
 
 def losses(folder, dataset, compiled, steps=20, recomputed=None):
-    run = preparation.prepare(replace(CONFIG, steps=steps), dataset, folder, models.default_place())
-    run.compiled = compiled
-    stream = training.train(run)
+    run = setup(replace(CONFIG, steps=steps), dataset, folder, default_placement())
+    run.plan.compiled = compiled
+    stream = loop.train(run)
     if recomputed is not None:
-        fitting.use_plan(run, recomputed)
+        use_plan(run, recomputed)
     return [report.loss for report in stream], run
 
 
@@ -35,9 +39,9 @@ def test_the_loss_curve_is_that_of_the_plain_blocks(dataset, random_model):
     torch._dynamo.reset()
     counters.clear()
     compiled, run = losses(random_model, dataset, compiled=True)
-    assert run.compiled, "it didn't fall back"
+    assert run.plan.compiled, "it didn't fall back"
     # One for the first block, whose inputs have no gradient, one for the others; a short last batch may ask for more,
-    # blocks and picture sizes may not.
+    # blocks and image sizes may not.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     plain, _ = losses(random_model, dataset, compiled=False)
     assert compiled == pytest.approx(plain, rel=1e-5)
@@ -64,13 +68,13 @@ def test_blocks_that_cannot_be_compiled_are_computed_plainly(fails_in, dataset, 
     monkeypatch.setattr(blocks, "compiled_block", lambda: compute)
     got, run = losses(random_model, dataset, compiled=True, steps=4)
     assert got == pytest.approx(expected, rel=1e-6)
-    assert not run.compiled
+    assert not run.plan.compiled
     assert "can't be compiled here (no compiler here); going on without" in caplog.text
 
 
 def steps_done_and_compiled(folder, dataset):
     got, run = losses(folder, dataset, compiled=True, steps=2)
-    return len(got), run.compiled
+    return len(got), run.plan.compiled
 
 
 def test_without_a_compiler_a_run_goes_on(dataset, random_model, monkeypatch, tmp_path):
@@ -83,20 +87,20 @@ def test_without_a_compiler_a_run_goes_on(dataset, random_model, monkeypatch, tm
 
 def test_on_a_cpu_no_run_is_compiled(dataset, random_model):
     """However long: one that goes on wouldn't be the one that was never stopped, bit for bit."""
-    run = preparation.prepare(replace(CONFIG, steps=20000), dataset, random_model, models.default_place())
-    assert not run.compiled
+    run = setup(replace(CONFIG, steps=20000), dataset, random_model, default_placement())
+    assert not run.plan.compiled
 
 
 def test_on_a_card_only_a_run_long_enough_to_win_it_back_is_compiled(random_model):
     def compiled(**given):
-        return plan.choose("auto", demand(80e9), live_text=False, **given).compiled
+        return memory_plan.choose("auto", demand(80e9), live_text=False, **given).compiled
 
-    assert not compiled(compiled_s=plan.COMPILE_S)
-    assert compiled(compiled_s=1.01 * plan.COMPILE_S / plan.COMPILED_GAIN)
-    assert not plan.choose("nf4", demand(80e9), live_text=False, compiled_s=1e6).compiled
+    assert not compiled(compiled_s=memory_plan.COMPILE_S)
+    assert compiled(compiled_s=1.01 * memory_plan.COMPILE_S / memory_plan.COMPILED_GAIN)
+    assert not memory_plan.choose("nf4", demand(80e9), live_text=False, compiled_s=1e6).compiled
     card = torch.device("cuda")
     once, twice = (
-        plan.compiled_seconds(replace(CONFIG, steps=steps), random_model, card, 64, 8) for steps in (100, 200)
+        memory_plan.compiled_seconds(replace(CONFIG, steps=steps), random_model, card, 64, 8) for steps in (100, 200)
     )
     assert twice == pytest.approx(2 * once)
     assert once > 0
@@ -106,10 +110,10 @@ def test_on_a_card_only_a_run_long_enough_to_win_it_back_is_compiled(random_mode
 def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_model):
     """Past torch's own limit it would silently run uncompiled. The graphs are run as they are, which is quick."""
     torch._dynamo.reset()
-    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+    run = setup(CONFIG, dataset, random_model, default_placement())
     compute = blocks.compiled_block(backend="eager")
-    block, project = run.transformer.transformer_blocks[0], blocks.project_each
-    width, rope = run.transformer.inner_dim, run.transformer.pos_embed
+    block, project = run.components.transformer.transformer_blocks[0], blocks.project_each
+    width, rope = run.components.transformer.inner_dim, run.components.transformer.pos_embed
     kinds = product((1, 2), (1, 2, 3), (False, True), ((False, False), (False, True), (True, True)))
     counters.clear()
     for batch, text_tokens, masked, (image_learns, text_learns) in kinds:

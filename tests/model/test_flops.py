@@ -6,8 +6,11 @@ from diffusers import QwenImageTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_utils import adapters, blocks, flops, models
-from lora_utils.sizes import Size
+from lora_utils.lora.adapter import attach_trainable_lora
+from lora_utils.model import blocks, flops
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import TextEmbeddings
+from lora_utils.model.transformer import predict_velocity
 
 SIZE, TEXT_TOKENS = Size(128, 96), 20
 SHAPE = flops.Shape(blocks=3, width=256, channels=64, text_width=128)
@@ -18,12 +21,12 @@ def counted(recomputed):
     transformer = QwenImageTransformer2DModel(
         num_layers=3, attention_head_dim=32, num_attention_heads=8, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
     ).requires_grad_(False)
-    for parameter in adapters.attach_trainable_lora(transformer, "attention", 1, torch.Generator().manual_seed(0)):
+    for parameter in attach_trainable_lora(transformer, "attention", 1, torch.Generator().manual_seed(0)):
         torch.nn.init.ones_(parameter)
     blocks.recompute_first(transformer, recomputed)
-    latents, text = torch.randn(1, SIZE.tokens, 64), models.Text(torch.randn(1, TEXT_TOKENS, 128), None)
+    latents, text = torch.randn(1, SIZE.tokens, 64), TextEmbeddings(torch.randn(1, TEXT_TOKENS, 128), None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        velocity = models.predict_velocity(transformer, latents, torch.tensor([0.5]), text, SIZE)
+        velocity = predict_velocity(transformer, latents, torch.tensor([0.5]), text, SIZE)
         forward = counter.get_total_flops()
         velocity.square().mean().backward()
         return forward, counter.get_total_flops()

@@ -9,8 +9,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from examples.small_model import new_scheduler
-from lora_utils import flow
-from lora_utils.sizes import Size, buckets, choose_buckets, pack, picture_size, round_to_token, unpack
+from lora_utils.dataset.buckets import buckets, choose_buckets
+from lora_utils.model import flow
+from lora_utils.model.latents import Size, image_size, pack_latents, round_to_token, unpack_latents
 
 SCHEDULE = flow.Schedule()
 
@@ -42,7 +43,7 @@ def test_shift_by_resolution_is_qwen_images_and_not_fluxs(side_px, shift):
 
 def test_drawn_sigmas_follow_the_resolutions_shift():
     mu = SCHEDULE.mu(4096)
-    sigma = flow.draw_sigmas(200_000, mu, torch.Generator().manual_seed(0))
+    sigma = flow.sample_sigmas(200_000, mu, torch.Generator().manual_seed(0))
     assert sigma.min() > 0
     assert sigma.max() < 1
     m = math.exp(mu)  # the median of sigmoid(normal) is 0.5, which the shift moves to m / (1 + m)
@@ -73,17 +74,17 @@ def test_time_is_cast_before_it_is_divided_as_the_pipeline_does():
 
 def test_packing_is_the_pipelines():
     latents = torch.randn(2, 16, 12, 8)
-    ours = pack(latents)
+    ours = pack_latents(latents)
     assert torch.equal(ours, QwenImagePipeline._pack_latents(latents.unsqueeze(1), 2, 16, 12, 8))
-    assert torch.equal(unpack(ours, Size(64, 96)), latents)
+    assert torch.equal(unpack_latents(ours, Size(64, 96)), latents)
     assert torch.equal(QwenImagePipeline._unpack_latents(ours, 96, 64, 8)[:, :, 0], latents)
 
 
 def test_sizes_round_to_sixteen_and_default_to_the_official_ones():
     assert [round_to_token(px) for px in (64, 71, 73, 1000)] == [64, 64, 80, 992]
-    assert picture_size(1000, 520, "1:1") == Size(992, 512)
-    assert picture_size(None, None, "16:9") == Size(1664, 928)
-    assert picture_size(None, None, "1:1").tokens == 83 * 83
+    assert image_size(1000, 520, "1:1") == Size(992, 512)
+    assert image_size(None, None, "16:9") == Size(1664, 928)
+    assert image_size(None, None, "1:1").tokens == 83 * 83
 
 
 @pytest.mark.parametrize("resolution_px", [64, 512, 768, 1024])

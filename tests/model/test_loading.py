@@ -11,10 +11,13 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from lora_utils import models, streaming
 from lora_utils.errors import UserError
+from lora_utils.model.device import Placement, default_placement
+from lora_utils.model.loading import check_complete, fill_parameters
+from lora_utils.model.text_encoder import load_text_encoder
+from lora_utils.model.transformer import load_transformer
 
-PLACE = models.default_place()
+PLACE = default_placement()
 
 
 def assert_same_state(ours, theirs):
@@ -28,7 +31,7 @@ def assert_same_state(ours, theirs):
 
 def test_the_transformer_is_what_diffusers_loads(random_model):
     theirs = QwenImageTransformer2DModel.from_pretrained(random_model / "transformer")
-    ours = models.load_transformer(random_model, PLACE)
+    ours = load_transformer(random_model, PLACE)
     assert_same_state(ours, theirs)
     assert not ours.training
     assert not any(parameter.requires_grad for parameter in ours.parameters())
@@ -36,7 +39,7 @@ def test_the_transformer_is_what_diffusers_loads(random_model):
 
 def test_the_text_encoder_is_the_language_model_that_transformers_loads(random_model):
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_model / "text_encoder").model.language_model
-    ours = models.load_text_encoder(random_model, PLACE)
+    ours = load_text_encoder(random_model, PLACE)
     assert_same_state(ours, theirs)
     assert ours.config._attn_implementation == theirs.config._attn_implementation
     ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -51,7 +54,7 @@ def test_vision_tower_and_head_are_not_read(prefix, random_model, tmp_path):
     language = {k: v for k, v in load_file(file).items() if "visual." not in k and k != "lm_head.weight"}
     renamed = {prefix + k.removeprefix("model.").removeprefix("language_model."): v for k, v in language.items()}
     save_file({**renamed, "visual.blocks.0.x": torch.ones(1), "lm_head.weight": torch.ones(1)}, file)
-    assert_same_state(models.load_text_encoder(tmp_path, PLACE), models.load_text_encoder(random_model, PLACE))
+    assert_same_state(load_text_encoder(tmp_path, PLACE), load_text_encoder(random_model, PLACE))
 
 
 @pytest.fixture
@@ -69,12 +72,12 @@ def sharded(random_model, tmp_path):
 
 
 def test_shards_load_as_one(sharded, random_model):
-    assert_same_state(models.load_transformer(sharded, PLACE), models.load_transformer(random_model, PLACE))
+    assert_same_state(load_transformer(sharded, PLACE), load_transformer(random_model, PLACE))
 
 
 def test_weights_arrive_in_the_compute_dtype(random_model):
-    bf16 = models.Place(torch.device("cpu"), torch.bfloat16)
-    for part in (models.load_transformer(random_model, bf16), models.load_text_encoder(random_model, bf16)):
+    bf16 = Placement(torch.device("cpu"), torch.bfloat16)
+    for part in (load_transformer(random_model, bf16), load_text_encoder(random_model, bf16)):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
 
 
@@ -87,8 +90,8 @@ def test_a_tensor_has_its_place_before_the_next_is_read():
             yield name, torch.zeros(empty.shape)
             assert not module.get_parameter(name).is_meta, f"{name} was still on its way"
 
-    streaming.fill(module, tensors(), Path("folder"))
-    streaming.check_whole(module, Path("folder"))
+    fill_parameters(module, tensors(), Path("folder"))
+    check_complete(module, Path("folder"))
 
 
 def test_a_folder_that_is_not_whole_is_named(sharded, random_model, tmp_path):
@@ -98,20 +101,20 @@ def test_a_folder_that_is_not_whole_is_named(sharded, random_model, tmp_path):
     first, second = sorted(tensors)[:2]
     save_file({name: tensor for name, tensor in tensors.items() if name != first}, file)
     with pytest.raises(UserError, match=f"lacks 1 weights, the first is {first}"):
-        models.load_transformer(sharded, PLACE)
+        load_transformer(sharded, PLACE)
     save_file({**tensors, second: torch.zeros(3, 3)}, file)
     with pytest.raises(UserError, match=rf"{second} \(3, 3\) doesn't fit"):
-        models.load_transformer(sharded, PLACE)
+        load_transformer(sharded, PLACE)
     save_file({**tensors, "controlnet.weight": torch.zeros(3)}, file)
     with pytest.raises(UserError, match="no such weight there"):
-        models.load_transformer(sharded, PLACE)
+        load_transformer(sharded, PLACE)
     file.unlink()
     with pytest.raises(UserError, match=r"lacks part-0\.safetensors, one of its 2 weight files"):
-        models.load_transformer(sharded, PLACE)
+        load_transformer(sharded, PLACE)
     (tmp_path / "empty" / "text_encoder").mkdir(parents=True)
     shutil.copy(random_model / "text_encoder" / "config.json", tmp_path / "empty" / "text_encoder")
     with pytest.raises(UserError, match="holds no weights"):
-        models.load_text_encoder(tmp_path / "empty", PLACE)
+        load_text_encoder(tmp_path / "empty", PLACE)
 
 
 @pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope"])
@@ -120,4 +123,4 @@ def test_an_editing_or_layered_model_is_refused_by_name(option, random_model, tm
     config = tmp_path / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), option: True}))
     with pytest.raises(UserError, match=f"isn't a text-to-image Qwen-Image: its transformer has {option}"):
-        models.load_transformer(tmp_path, PLACE)
+        load_transformer(tmp_path, PLACE)

@@ -6,9 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_utils import fitting, memory, models, objective, preparation, training
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.model import memory, transformer
+from lora_utils.model.device import default_placement
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.training import loop, loss
+from lora_utils.training.loss import flow_matching_loss
+from lora_utils.training.recompute import plan_recompute
+from lora_utils.training.setup import setup
 
 CONFIG = TrainConfig(steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
 QWEN = memory.StepSize(60, 3072, 4096 + 128, "attention", 2, 94_000_000)  # 1024x1024, batch 1, rank 32
@@ -45,38 +51,38 @@ def test_stepping_down_reaches_every_block_and_stops_there():
 
 @pytest.fixture
 def crowded(dataset, random_model, monkeypatch):
-    """A run on a card that has room for a step only while at least `count` blocks recompute."""
+    """A run on a GPU that has room for a step only while at least `count` blocks recompute."""
 
     def make(count, steps=6):
-        run = preparation.prepare(replace(CONFIG, steps=steps), dataset, random_model, models.default_place())
-        predict = models.predict_velocity
+        run = setup(replace(CONFIG, steps=steps), dataset, random_model, default_placement())
+        predict = predict_velocity
 
         def predict_in_little_memory(*given):
             out = predict(*given)
-            if run.recomputed < count:
+            if run.plan.checkpointed_blocks < count:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return out
 
-        monkeypatch.setattr(models, "predict_velocity", predict_in_little_memory)
+        monkeypatch.setattr(transformer, "predict_velocity", predict_in_little_memory)
         return run
 
     return make
 
 
 def test_out_of_memory_steps_down_and_the_run_is_the_same(crowded, dataset, random_model):
-    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
-    expected = [report.loss for report in training.train(run)]
+    run = setup(CONFIG, dataset, random_model, default_placement())
+    expected = [report.loss for report in loop.train(run)]
     run = crowded(2)
-    assert [report.loss for report in training.train(run)] == pytest.approx(expected, rel=1e-5)
-    assert run.recomputed == 2
+    assert [report.loss for report in loop.train(run)] == pytest.approx(expected, rel=1e-5)
+    assert run.plan.checkpointed_blocks == 2
 
 
 def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, random_model, monkeypatch):
     config = replace(CONFIG, gradient_accumulation=3, steps=2)
     curves = []
     for fails_at in (None, 3):  # the probe is call 1; the first step's micro-batches are calls 2 to 4
-        run = preparation.prepare(config, dataset, random_model, models.default_place())
-        loss_of, calls = objective.picture_losses, []
+        run = setup(config, dataset, random_model, default_placement())
+        loss_of, calls = flow_matching_loss, []
 
         def failing(run, drawn, along, loss_of=loss_of, calls=calls, fails_at=fails_at):
             calls.append(drawn)
@@ -85,15 +91,15 @@ def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, rando
             return loss_of(run, drawn, along)
 
         with monkeypatch.context() as patch:
-            patch.setattr(objective, "picture_losses", failing)
-            curves.append([report.loss for report in training.train(run)])
-    assert run.recomputed == 1
+            patch.setattr(loss, "picture_losses", failing)
+            curves.append([report.loss for report in loop.train(run)])
+    assert run.plan.checkpointed_blocks == 1
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 def test_room_for_the_optimizer_is_tried_out_before_the_first_step(dataset, random_model, monkeypatch):
     """Its moments come into being at its first step, when the activations are gone but the gradients are there."""
-    planned, crowded = (preparation.prepare(CONFIG, dataset, random_model, models.default_place()) for _ in range(2))
+    planned, crowded = (setup(CONFIG, dataset, random_model, default_placement()) for _ in range(2))
     step, calls = crowded.optimizers.lora.step, []
 
     def failing():
@@ -103,24 +109,24 @@ def test_room_for_the_optimizer_is_tried_out_before_the_first_step(dataset, rand
         step()
 
     monkeypatch.setattr(crowded.optimizers.lora, "step", failing)
-    curve = [report.loss for report in training.train(crowded)]
+    curve = [report.loss for report in loop.train(crowded)]
     assert crowded.recomputed == 1
     monkeypatch.setattr(memory, "blocks_to_recompute", lambda *_: 1)
-    assert curve == [report.loss for report in training.train(planned)]
+    assert curve == [report.loss for report in loop.train(planned)]
     assert crowded.flops == planned.flops, "the step that failed isn't counted"
 
 
 def test_a_step_that_never_fits_is_refused_with_what_to_change(crowded):
-    with pytest.raises(UserError, match=r"3 pictures of 64x64 doesn't fit into memory.*lower resolution"):
-        list(training.train(crowded(3)))
+    with pytest.raises(UserError, match=r"3 images of 64x64 doesn't fit into memory.*lower resolution"):
+        list(loop.train(crowded(3)))
 
 
 def test_the_plan_is_printed_and_tried_out_before_the_first_step(dataset, random_model, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
     caplog.set_level(logging.INFO, "lora_utils")
-    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+    run = setup(CONFIG, dataset, random_model, default_placement())
     before = [weight.clone() for weight in run.lora]
-    fitting.plan_memory(run)
+    plan_recompute(run)
     assert "0 of 2 blocks recompute" in caplog.text
     assert run.seconds["probe"] > 0
     assert all(torch.equal(weight, old) and weight.grad is None for weight, old in zip(run.lora, before, strict=True))

@@ -5,18 +5,21 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from lora_utils import models, sampling
 from lora_utils.config import SampleRequest
-from lora_utils.placeholder import no_placeholders
-from lora_utils.single_frame import fold_temporal_convolutions, unfolded_state
-from lora_utils.sizes import Size
+from lora_utils.model import transformer
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.model.vae import decode_images, encode_images, fold_temporal_convolutions, unfolded_state
+from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.sampling import sampler
 
 PROMPTS = ["a red circle", "", " ", "a photo of a big blue ring on a pink background at the left", "ein Bär {0} 🐻 <b>"]
 
 
 def encode(components, prompts):
     with torch.inference_mode():
-        return models.encode_text(components.text_encoder, components.tokenizer, prompts, no_placeholders())
+        return encode_text(components.text_encoder, components.tokenizer, prompts, no_placeholders())
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -50,10 +53,10 @@ def test_padding_never_changes_a_prediction(components):
     latents, sigma = torch.randn(len(PROMPTS), 16, 64), torch.rand(len(PROMPTS))
     size = Size(64, 64)
     with torch.inference_mode():
-        together = models.predict_velocity(components.transformer, latents, sigma, texts, size)
+        together = predict_velocity(components.transformer, latents, sigma, texts, size)
         for i, prompt in enumerate(PROMPTS):
             text = encode(components, [prompt])
-            alone = models.predict_velocity(components.transformer, latents[i : i + 1], sigma[i : i + 1], text, size)
+            alone = predict_velocity(components.transformer, latents[i : i + 1], sigma[i : i + 1], text, size)
             torch.testing.assert_close(together[i : i + 1], alone, atol=2e-5, rtol=1e-4)
 
 
@@ -64,8 +67,8 @@ def test_a_whole_sampling_run_gives_the_pipelines_latents(guidance, size, compon
     with torch.inference_mode():
         text = encode(components, [request.prompt])
         empty = encode(components, [" "]) if request.guided else None
-        noise = sampling.initial_noise(size, 7)
-        ours = sampling.denoise(components, noise, size, text, empty, request, lambda step: None)
+        noise = sampler.initial_noise(size, 7)
+        ours = sampler.denoise(components, noise, size, text, empty, request, lambda step: None)
     theirs = pipeline(
         prompt=request.prompt,
         negative_prompt=" " if request.guided else None,
@@ -82,13 +85,13 @@ def test_a_whole_sampling_run_gives_the_pipelines_latents(guidance, size, compon
 @pytest.mark.parametrize("together", [True, False])
 def test_prompts_of_unequal_length_sampled_as_one_batch_are_those_sampled_alone(together, components, monkeypatch):
     """Both branches of the guidance as one batch, or one after the other: padding is told from text in either."""
-    monkeypatch.setattr(sampling, "TOGETHER_TOKENS", 10_000 if together else 0)
+    monkeypatch.setattr(sampler, "TOGETHER_TOKENS", 10_000 if together else 0)
     request, size = SampleRequest("", steps=4, seed=0), Size(64, 64)
-    noise = torch.cat([sampling.initial_noise(size, seed) for seed in range(len(PROMPTS))])
+    noise = torch.cat([sampler.initial_noise(size, seed) for seed in range(len(PROMPTS))])
 
     def latents(noise, prompts):
         text, empty = encode(components, prompts), encode(components, [" "] * len(prompts))
-        return sampling.denoise(components, noise, size, text, empty, request, lambda step: None)
+        return sampler.denoise(components, noise, size, text, empty, request, lambda step: None)
 
     with torch.inference_mode():
         several = latents(noise, PROMPTS)
@@ -99,7 +102,7 @@ def test_prompts_of_unequal_length_sampled_as_one_batch_are_those_sampled_alone(
 
 def test_a_sampled_picture_is_the_pipelines(components, pipeline):
     request = SampleRequest("a red circle", steps=3, width=64, height=64, seed=1)
-    (ours,) = sampling.sample(components, request, Size(64, 64), no_placeholders(), lambda *_: None)
+    (ours,) = sampler.sample(components, request, Size(64, 64), no_placeholders(), lambda *_: None)
     theirs = pipeline(
         prompt="a red circle",
         negative_prompt=" ",
@@ -122,9 +125,9 @@ def test_the_folded_vae_is_the_video_vae_for_one_frame(random_model, components)
         mean = torch.tensor(whole.config["latents_mean"]).view(1, -1, 1, 1)
         std = torch.tensor(whole.config["latents_std"]).view(1, -1, 1, 1)
         theirs = whole.decode(latents).sample[:, :, 0]
-    ours = models.encode_pictures(components.vae, pixels)
-    torch.testing.assert_close(ours, models.pack((latents[:, :, 0] - mean) / std), atol=1e-5, rtol=0)
-    decoded = models.decode_pictures(components.vae, ours, Size(64, 48))
+    ours = encode_images(components.vae, pixels)
+    torch.testing.assert_close(ours, transformer.pack((latents[:, :, 0] - mean) / std), atol=1e-5, rtol=0)
+    decoded = decode_images(components.vae, ours, Size(64, 48))
     expected = ((theirs / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
     for picture, wanted in zip(decoded, expected, strict=True):
         assert (torch.from_numpy(np.array(picture)) - wanted).abs().max() <= 1

@@ -10,20 +10,27 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.train import weights_of
 from examples import demo, evaluate
-from lora_utils import adapters, models, plan, preparation, quantization, training
 from lora_utils.config import TrainConfig
-from lora_utils.quantization import WEIGHT_BYTES
-from lora_utils.sizes import Size
+from lora_utils.lora import adapter
+from lora_utils.lora.adapter import attach_trainable_lora
+from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.model import memory_plan, quantization
+from lora_utils.model.device import Placement, default_placement
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import TextEmbeddings
+from lora_utils.model.transformer import build_transformer, load_transformer, predict_velocity
+from lora_utils.training import loop
+from lora_utils.training.setup import setup
 from train import train
 
-SCHEMES = list(WEIGHT_BYTES)
+SCHEMES = list(quantization.WEIGHT_BYTES)
 ROUNDING = {"fp8": 0.03, "int8": 0.01, "nf4": 0.11}  # relative error of a matrix
-PLACE = models.default_place()
+PLACE = default_placement()
 SIZE = Size(64, 64)
 
 
 def load(folder, scheme):
-    return models.load_transformer(folder, PLACE, quantization=scheme)
+    return load_transformer(folder, PLACE, quantization=scheme)
 
 
 def linears(transformer):
@@ -41,7 +48,7 @@ def dense_twin(folder, quantized):
 
 def attach(transformer):
     """A LoRA that does something."""
-    parameters = adapters.attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(1))
+    parameters = attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.1)
@@ -51,7 +58,7 @@ def attach(transformer):
 def velocity(transformer):
     torch.manual_seed(3)
     latents, states = torch.randn(2, SIZE.tokens, 64), torch.randn(2, 7, transformer.txt_in.in_features)
-    return models.predict_velocity(transformer, latents, torch.tensor([0.3, 0.8]), models.Text(states, None), SIZE)
+    return predict_velocity(transformer, latents, torch.tensor([0.3, 0.8]), TextEmbeddings(states, None), SIZE)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -97,10 +104,10 @@ def stored_bytes(tensor):
 @pytest.mark.parametrize("scheme", ["none", *SCHEMES])
 def test_a_loaded_transformer_holds_the_bytes_that_the_plan_counts_on(scheme, table):
     config = {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 8, "joint_attention_dim": 256}
-    place, times = models.Place(torch.device("cpu"), torch.bfloat16), torch.tensor([0.5]) if table else None
-    transformer = models.build_transformer(config, weights_of(config, place), "nowhere", place, times, scheme)
+    place, times = Placement(torch.device("cpu"), torch.bfloat16), torch.tensor([0.5]) if table else None
+    transformer = build_transformer(config, weights_of(config, place), "nowhere", place, times, scheme)
     held = sum(stored_bytes(parameter) for parameter in transformer.parameters())
-    assert held == pytest.approx(plan.transformer_bytes(config, 2, table)[scheme], rel=0.01)
+    assert held == pytest.approx(memory_plan.transformer_bytes(config, 2, table)[scheme], rel=0.01)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -121,9 +128,9 @@ def test_taking_a_lora_away_leaves_the_quantised_base_as_it_was(scheme, random_m
     quantized = load(random_model, scheme)
     with torch.inference_mode():
         before = velocity(quantized)
-        layers = {"transformer_blocks.0.attn.to_q": adapters.LowRank(torch.ones(2, 128), torch.ones(128, 2), 2.0)}
-        lora = adapters.place_lora(adapters.LoraFile(layers, {}, ""), quantized, PLACE)
-        with adapters.applied(quantized, [(lora, 1.0)]):
+        layers = {"transformer_blocks.0.attn.to_q": adapter.LowRank(torch.ones(2, 128), torch.ones(128, 2), 2.0)}
+        lora = move_lora(adapter.LoraFile(layers, {}, ""), quantized, PLACE)
+        with applied_loras(quantized, [(lora, 1.0)]):
             assert not torch.equal(velocity(quantized), before)
         assert torch.equal(velocity(quantized), before)
 
@@ -135,8 +142,8 @@ def test_the_loss_stays_within_five_percent(scheme, dataset, tiny_model):
     )
     curves = []
     for chosen in ("none", scheme):
-        run = preparation.prepare(replace(config, quantization=chosen), dataset, tiny_model, PLACE)
-        curves.append([report.loss for report in training.train(run)])
+        run = setup(replace(config, quantization=chosen), dataset, tiny_model, PLACE)
+        curves.append([report.loss for report in loop.train(run)])
         assert run.config.quantization == chosen
     assert curves[1] != curves[0]
     assert sum(curves[1][-5:]) == pytest.approx(sum(curves[0][-5:]), rel=0.05)

@@ -9,8 +9,14 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 
-from lora_utils import adapters, fitting, models, modulation, plan, preparation, training
 from lora_utils.config import TrainConfig
+from lora_utils.lora import adapter
+from lora_utils.model import memory_plan, modulation
+from lora_utils.model.device import default_placement
+from lora_utils.training import loop
+from lora_utils.training.recompute import use_compiled, use_plan
+from lora_utils.training.setup import setup
+from lora_utils.training.state import TrainState
 
 CONFIG = TrainConfig(
     steps=20, rank=8, learning_rate=1e-3, batch_size=4, resolution="64", lora_targets="attention_mlp", seed=0,
@@ -18,33 +24,33 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-def prepare(dataset, folder, table, text_on_card=True) -> preparation.Run:
+def prepare(dataset, folder, table, text_on_card=True) -> TrainState:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modulation, "pays", lambda *_: table)
-        patch.setattr(plan, "choose", lambda *_, **_named: plan.Plan("none", text_on_card))
-        return preparation.prepare(CONFIG, dataset, folder, models.default_place())
+        patch.setattr(memory_plan, "choose", lambda *_, **_named: memory_plan.MemoryPlan("none", text_on_card))
+        return setup(CONFIG, dataset, folder, default_placement())
 
 
-def use_stock_layers(run: preparation.Run) -> None:
+def use_stock_layers(run: TrainState) -> None:
     """peft's forward of each wrapped layer, in place of ours."""
-    for module in run.transformer.modules():
-        if isinstance(module, adapters.LoraLayer):
+    for module in run.components.transformer.modules():
+        if isinstance(module, adapter.LoraLayer):
             del module.forward
 
 
-def use_stock_blocks(run: preparation.Run) -> None:
+def use_stock_blocks(run: TrainState) -> None:
     """diffusers' forward of each block, and its RoPE, in place of ours."""
-    run.transformer.pos_embed = run.transformer.pos_embed.original
-    assert isinstance(run.transformer.pos_embed, QwenEmbedRope)
-    for block in run.transformer.transformer_blocks:
+    run.components.transformer.pos_embed = run.components.transformer.pos_embed.original
+    assert isinstance(run.components.transformer.pos_embed, QwenEmbedRope)
+    for block in run.components.transformer.transformer_blocks:
         del block.forward
         assert isinstance(block, QwenImageTransformerBlock)
 
 
-def curve(run: preparation.Run, change: Callable[[preparation.Run], None]) -> list[float]:
+def curve(run: TrainState, change: Callable[[TrainState], None]) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "plan_memory", change)
-        return [report.loss for report in training.train(run)]
+        patch.setattr(loop, "plan_memory", change)
+        return [report.loss for report in loop.train(run)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def plain(dataset, tiny_model):
 
     run = prepare(dataset, tiny_model, table=False)
     losses = curve(run, change)
-    assert run.placeholders.rows[0].norm() > 10 * run.first_rows[0].norm(), "the row has learned too"
+    assert run.placeholders.embeddings[0].norm() > 10 * run.initial_embeddings[0].norm(), "the row has learned too"
     return losses
 
 
@@ -67,11 +73,11 @@ SWITCHES = {
     "own LoRA layers": (False, own_layers),
     "own blocks": (False, lambda _run: None),
     "modulation table": (True, lambda _run: None),
-    "half of the blocks recompute": (True, lambda run: fitting.use_plan(run, 3)),
-    "all blocks recompute": (True, lambda run: fitting.use_plan(run, 6)),
-    "compiled": (True, lambda run: fitting.use_compiled(run, compiled=True)),
+    "half of the blocks recompute": (True, lambda run: use_plan(run, 3)),
+    "all blocks recompute": (True, lambda run: use_plan(run, 6)),
+    "compiled": (True, lambda run: use_compiled(run, compiled=True)),
     "compiled, and half recompute": (
-        True, lambda run: (fitting.use_compiled(run, compiled=True), fitting.use_plan(run, 3)),
+        True, lambda run: (use_compiled(run, compiled=True), use_plan(run, 3)),
     ),
 }  # fmt: skip
 
@@ -80,9 +86,9 @@ SWITCHES = {
 def test_the_loss_curve_is_the_plain_one(name, plain, dataset, tiny_model):
     table, change = SWITCHES[name]
     run = prepare(dataset, tiny_model, table)
-    assert modulation.has_table(run.transformer) == table
+    assert modulation.has_table(run.components.transformer) == table
     assert curve(run, change) == pytest.approx(plain, rel=1e-5)
-    assert run.compiled == name.startswith("compiled"), "it didn't fall back"
+    assert run.plan.compiled == name.startswith("compiled"), "it didn't fall back"
 
 
 def test_a_text_encoder_on_the_host_gives_the_same_curve(plain, dataset, tiny_model):

@@ -1,4 +1,4 @@
-"""Several placeholder tokens in one training: each with a row of its own, from the captions to the pictures."""
+"""Several placeholder tokens in one training: each with a row of its own, from the captions to the images."""
 
 import json
 import re
@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from examples import shapes
 from examples.demo import call
-from lora_utils import models, preparation, training
-from lora_utils.archive import unpack
-from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import read_dataset
+from lora_utils.dataset import load
 from lora_utils.errors import UserError
+from lora_utils.io.archive import extract_archive
+from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
+from lora_utils.model.device import default_placement
+from lora_utils.training import loop
+from lora_utils.training.setup import setup
 from predict import Predictor
 from train import train
 
@@ -29,7 +31,7 @@ SETTINGS = {"steps": 4, "rank": 2, "learning_rate": 0.02, "batch_size": 2, "reso
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Pictures of either object, each caption with its own token, and one with both."""
+    """Images of either object, each caption with its own token, and one with both."""
     path, rng = tmp_path_factory.mktemp("several") / "d.zip", np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as packed:
         for index in range(8):
@@ -74,7 +76,7 @@ def draw(random_model, weights, prompt):
 
 
 def test_the_archive_holds_a_row_for_each_and_the_meta_describes_each(weights, components, tmp_path):
-    unpack(weights, tmp_path)
+    extract_archive(weights, tmp_path)
     rows = {key: row for key, row in load_file(tmp_path / LORA_MEMBER).items() if key.startswith("bundle_emb.")}
     assert set(rows) == {f"bundle_emb.{token}.lora.qwen25_7b" for token in OBJECTS}
     assert all(row.shape == (1, 128) and row.any() for row in rows.values())
@@ -97,7 +99,7 @@ def test_either_token_and_both_are_drawn(weights, random_model):
 
 @pytest.mark.parametrize("lost", [["<ben>"], list(OBJECTS), "exchanged"])
 def test_rows_that_are_lost_or_exchanged_are_an_error(lost, weights, random_model, tmp_path):
-    unpack(weights, tmp_path)
+    extract_archive(weights, tmp_path)
     tensors = load_file(tmp_path / LORA_MEMBER)
     anna, ben = (f"bundle_emb.{token}.lora.qwen25_7b" for token in OBJECTS)
     if lost == "exchanged":
@@ -114,19 +116,19 @@ def test_rows_that_are_lost_or_exchanged_are_an_error(lost, weights, random_mode
 
 @pytest.fixture
 def run(dataset, random_model, tmp_path):
-    unpack(dataset, tmp_path)
+    extract_archive(dataset, tmp_path)
     config = TrainConfig(train_placeholder_token=True, placeholder_token=NAMES, **{**SETTINGS, "batch_size": 1})
-    return preparation.prepare(config, read_dataset(tmp_path, config), random_model, models.default_place())
+    return setup(config, load(tmp_path, config), random_model, default_placement())
 
 
 def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
     """Neither a gradient of zeros nor AdamW's momentum moves a row whose token the step didn't show."""
-    rows = dict(zip(run.placeholders.tokens, run.placeholders.rows, strict=True))
+    rows = dict(zip(run.placeholders.tokens, run.placeholders.embeddings, strict=True))
     seen = set()
     before = {token: row.detach().clone() for token, row in rows.items()}
-    for report in training.train(run):
+    for report in loop.train(run):
         moved = {token for token, row in rows.items() if not torch.equal(row, before[token])}
-        assert moved == set(report.row_grad_norms)
+        assert moved == set(report.token_grad_norms)
         before = {token: row.detach().clone() for token, row in rows.items()}
         seen |= {frozenset(moved)}
     assert seen & {frozenset({"<anna>"}), frozenset({"<ben>"})}
@@ -135,7 +137,7 @@ def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
 def test_a_token_that_no_caption_holds_is_named(run, dataset, random_model, tmp_path):
     config = TrainConfig(train_placeholder_token=True, placeholder_token="<anna>,<carl>", **SETTINGS)
     with pytest.raises(UserError, match="none of the 8 captions holds the placeholder token '<carl>'"):
-        preparation.prepare(config, read_dataset(tmp_path, config), random_model, models.default_place())
+        setup(config, load(tmp_path, config), random_model, default_placement())
 
 
 @pytest.mark.parametrize(

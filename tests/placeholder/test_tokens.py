@@ -8,12 +8,21 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from lora_utils import fresh_token, models, placeholder, qwen
+from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
-from lora_utils.lora_file import LoraFile
-from lora_utils.placeholder import Placeholders
-from lora_utils.weights import Weights, placeholders_of
+from lora_utils.lora.formats import LoraFile
+from lora_utils.lora.weights import Weights, placeholders_of
+from lora_utils.model.text_encoder import encode_text, load_text_encoder, prompt_ids
+from lora_utils.placeholder.embedding import embedding_matrix, new_placeholders, spliced_embeddings
+from lora_utils.placeholder.tokens import (
+    Placeholders,
+    assign_ids,
+    check_token,
+    no_placeholders,
+    tokenize,
+    undefined_tokens,
+)
 from tests.qwen_vocabulary import qwen_tokenizer
 
 TOKEN = "<zwx>"
@@ -26,14 +35,12 @@ def real():
 
 
 def with_row(components, row):
-    slots = placeholder.assign_slots(
-        [TOKEN], components.tokenizer, len(placeholder.embedding_matrix(components.text_encoder))
-    )
+    slots = assign_ids([TOKEN], components.tokenizer, len(embedding_matrix(components.text_encoder)))
     return Placeholders((TOKEN,), (slots[TOKEN],), (row,))
 
 
 def encode(components, prompts, placeholders):
-    return models.encode_text(components.text_encoder, components.tokenizer, prompts, placeholders)
+    return encode_text(components.text_encoder, components.tokenizer, prompts, placeholders)
 
 
 # --- the real vocabulary --------------------------------------------------------------------------------------------
@@ -41,14 +48,14 @@ def encode(components, prompts, placeholders):
 
 def test_the_real_tokenizer_and_the_ids_in_it(real):
     assert len(real) == 151665
-    assert len(real(qwen.TEMPLATE_PREFIX).input_ids) == qwen.TEMPLATE_PREFIX_TOKENS
-    slots = placeholder.assign_slots([TOKEN, "<abc>"], real, ROWS)
+    assert len(real(constants.TEMPLATE_PREFIX).input_ids) == constants.TEMPLATE_PREFIX_TOKENS
+    slots = assign_ids([TOKEN, "<abc>"], real, ROWS)
     assert slots == {TOKEN: 151665, "<abc>": 151666}
-    assert placeholder.tokenize(real, f"a photo of {TOKEN}", slots) == [64, 6548, 315, 220, 151665]
+    assert tokenize(real, f"a photo of {TOKEN}", slots) == [64, 6548, 315, 220, 151665]
 
 
 def test_unregistered_the_name_is_four_ordinary_tokens(real):
-    ids = placeholder.tokenize(real, f"a photo of {TOKEN}", {})
+    ids = tokenize(real, f"a photo of {TOKEN}", {})
     assert len(ids) == 3 + 4
     assert max(ids) < 151643
 
@@ -76,12 +83,12 @@ def test_piecewise_encoding_is_that_of_an_added_token(real):
     ]
     added = qwen_tokenizer()
     added.add_tokens([AddedToken(token, normalized=False) for token in (TOKEN, "<abc>")])
-    slots = placeholder.assign_slots([TOKEN, "<abc>"], real, ROWS)
-    assert [placeholder.tokenize(real, token, slots) for token in slots] == [[slot] for slot in slots.values()]
+    slots = assign_ids([TOKEN, "<abc>"], real, ROWS)
+    assert [tokenize(real, token, slots) for token in slots] == [[slot] for slot in slots.values()]
     rng = random.Random(0)
     texts = [rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(20_000)]
     for text, expected in zip(texts, added(texts).input_ids, strict=True):
-        assert placeholder.tokenize(real, text, slots) == expected, text
+        assert tokenize(real, text, slots) == expected, text
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -98,14 +105,14 @@ def test_names_that_are_no_names_are_refused(name):
 
 def test_names_of_the_vocabulary_are_refused(real):
     with pytest.raises(UserError, match="vocabulary already"):
-        placeholder.check_name("<tool_call>", real)
+        check_token("<tool_call>", real)
     with pytest.raises(UserError, match="must be '<'"):
-        placeholder.check_name("cat", real)
+        check_token("cat", real)
 
 
 def test_a_matrix_without_free_rows_is_refused(real):
     with pytest.raises(UserError, match="1 free rows"):
-        placeholder.assign_slots([TOKEN, "<abc>"], real, 151666)
+        assign_ids([TOKEN, "<abc>"], real, 151666)
 
 
 @pytest.mark.parametrize("std", [-1e-9, 0.2, float("nan"), float("inf")])
@@ -121,7 +128,7 @@ def test_a_first_size_that_is_no_longer_near_zero_is_said(components, caplog, mo
         caplog.clear()
         config = TrainConfig(train_placeholder_token=True, placeholder_init_std=std)
         generator = torch.Generator().manual_seed(0)
-        fresh_token.new_placeholders(config, components.tokenizer, components.text_encoder, generator)
+        new_placeholders(config, components.tokenizer, components.text_encoder, generator)
         assert ("no longer near zero" in caplog.text) == said
 
 
@@ -138,7 +145,7 @@ def test_the_tokens_of_two_archives_get_a_slot_each_and_a_shared_row_one(compone
     first = len(components.tokenizer)
     loaded = [weights_with("a.zip", anna=1.0, both=2.0), weights_with("b.zip", ben=3.0, both=2.0)]
     together = placeholders_of(loaded, components)
-    assert together.slots == {"<anna>": first, "<both>": first + 1, "<ben>": first + 2}
+    assert together.ids_by_token == {"<anna>": first, "<both>": first + 1, "<ben>": first + 2}
     assert [float(row[0]) for row in together.rows] == [1.0, 2.0, 3.0]
 
 
@@ -155,12 +162,12 @@ def test_the_gradient_is_that_of_the_full_matrix_masked_to_the_row(components, r
     ours = with_row(components, row.clone().requires_grad_())
     encode(components, [f"a photo of {TOKEN}, {TOKEN}s"], ours).states.square().sum().backward()
 
-    encoder = models.load_text_encoder(random_model, components.place)
-    matrix = placeholder.embedding_matrix(encoder).requires_grad_()
+    encoder = load_text_encoder(random_model, components.placement)
+    matrix = embedding_matrix(encoder).requires_grad_()
     with torch.no_grad():
         matrix[ours.ids[0]] = row
-    ids = torch.tensor([models.prompt_ids(components.tokenizer, f"a photo of {TOKEN}, {TOKEN}s", ours)])
-    states = encoder(input_ids=ids, use_cache=False).last_hidden_state[:, qwen.TEMPLATE_PREFIX_TOKENS :]
+    ids = torch.tensor([prompt_ids(components.tokenizer, f"a photo of {TOKEN}, {TOKEN}s", ours)])
+    states = encoder(input_ids=ids, use_cache=False).last_hidden_state[:, constants.TEMPLATE_PREFIX_TOKENS :]
     states.square().sum().backward()
     assert ours.rows[0].grad is not None
     assert matrix.grad is not None
@@ -182,10 +189,10 @@ def test_below_1e_5_the_first_size_of_the_row_makes_no_difference(components):
 def test_what_stands_in_the_matrixs_free_rows_never_reaches_an_output(components, random_model):
     placeholders = with_row(components, torch.randn(128))
     clean = encode(components, [f"a photo of {TOKEN}"], placeholders).states
-    encoder = models.load_text_encoder(random_model, components.place)
+    encoder = load_text_encoder(random_model, components.placement)
     with torch.no_grad():
-        placeholder.embedding_matrix(encoder)[len(components.tokenizer) :] = torch.nan
-    poisoned = models.encode_text(encoder, components.tokenizer, [f"a photo of {TOKEN}"], placeholders).states
+        embedding_matrix(encoder)[len(components.tokenizer) :] = torch.nan
+    poisoned = encode_text(encoder, components.tokenizer, [f"a photo of {TOKEN}"], placeholders).states
     assert torch.equal(clean, poisoned)
 
 
@@ -194,9 +201,7 @@ def test_the_row_matters_and_its_token_alone(components):
     prompt = f"a photo of {TOKEN} on a pink background"
     assert not torch.allclose(encode(components, [prompt], one).states, encode(components, [prompt], other).states)
     plain = "a photo of a red circle"
-    assert torch.equal(
-        encode(components, [plain], one).states, encode(components, [plain], placeholder.no_placeholders()).states
-    )
+    assert torch.equal(encode(components, [plain], one).states, encode(components, [plain], no_placeholders()).states)
 
 
 def test_splicing_changes_neither_encoder_nor_tokenizer(components):
@@ -207,7 +212,7 @@ def test_splicing_changes_neither_encoder_nor_tokenizer(components):
     before, words = fingerprint(), len(components.tokenizer)
     with (
         pytest.raises(KeyboardInterrupt),
-        placeholder.spliced(components.text_encoder, with_row(components, torch.ones(128))),
+        spliced_embeddings(components.text_encoder, with_row(components, torch.ones(128))),
     ):
         raise KeyboardInterrupt
     assert fingerprint() == before
@@ -217,7 +222,5 @@ def test_splicing_changes_neither_encoder_nor_tokenizer(components):
 
 def test_undefined_tokens_are_found(components):
     slots = {TOKEN: 1}
-    found = placeholder.undefined_tokens(
-        "a <zwx> and <abc>, <tool_call>, <|im_end|>, a < b > c", components.tokenizer, slots
-    )
+    found = undefined_tokens("a <zwx> and <abc>, <tool_call>, <|im_end|>, a < b > c", components.tokenizer, slots)
     assert found == ["<abc>"]

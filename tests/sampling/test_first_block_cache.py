@@ -5,10 +5,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lora_utils import first_block, models, sampling
 from lora_utils.config import SampleRequest
-from lora_utils.placeholder import no_placeholders
-from lora_utils.sizes import Size
+from lora_utils.model.components import load_components
+from lora_utils.model.device import default_placement
+from lora_utils.model.latents import Size
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.sampling import first_block_cache, sampler
+from lora_utils.sampling.options import SamplingOptions
 
 SIZE = Size(64, 64)
 REQUEST = SampleRequest("a red circle", steps=8, seed=1)
@@ -17,22 +21,22 @@ REQUEST = SampleRequest("a red circle", steps=8, seed=1)
 def latents(components, branches=1, prompt="a red circle"):
     with torch.inference_mode():
         text, empty = (
-            models.encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
+            encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
             for words in (prompt, " ")
         )
-        if branches == 2:  # as pictures that are too large for one batch
+        if branches == 2:  # as images that are too large for one batch
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sampling, "TOGETHER_TOKENS", 0)
-                return sampling.denoise(
-                    components, sampling.initial_noise(SIZE, 1), SIZE, text, empty, REQUEST, lambda _: None
+                patch.setattr(sampler, "TOGETHER_TOKENS", 0)
+                return sampler.denoise(
+                    components, sampler.initial_noise(SIZE, 1), SIZE, text, empty, REQUEST, lambda _: None
                 )
-        return sampling.denoise(components, sampling.initial_noise(SIZE, 1), SIZE, text, empty, REQUEST, lambda _: None)
+        return sampler.denoise(components, sampler.initial_noise(SIZE, 1), SIZE, text, empty, REQUEST, lambda _: None)
 
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_threshold_of_zero_computes_everything(branches, components):
     full = latents(components, branches)
-    with first_block.reused(components.transformer, 0.0, branches) as reuse:
+    with first_block_cache.first_block_caching(components.transformer, 0.0, branches) as reuse:
         assert torch.equal(latents(components, branches), full)
     assert (reuse.forwards, reuse.skipped) == (8 * branches, 0)
     assert torch.equal(latents(components, branches), full), "and nothing of it stays"
@@ -41,7 +45,7 @@ def test_a_threshold_of_zero_computes_everything(branches, components):
 @pytest.mark.parametrize("branches", [1, 2])
 def test_a_large_threshold_computes_the_first_forward_of_each_branch_only(branches, components):
     full = latents(components, branches)
-    with first_block.reused(components.transformer, 1e9, branches) as reuse:
+    with first_block_cache.first_block_caching(components.transformer, 1e9, branches) as reuse:
         fast = latents(components, branches)
     assert (reuse.forwards, reuse.skipped) == (8 * branches, 7 * branches)
     assert not torch.equal(fast, full)
@@ -53,7 +57,7 @@ def test_branches_do_not_mix_even_when_their_prompts_are_of_one_length(component
     """With the negative prompt equal to the prompt, both branches are one, and so are their decisions."""
     same, different = [], []
     for prompt, kept in ((" ", same), ("a red circle", different)):
-        with first_block.reused(components.transformer, 0.3, 2) as reuse:
+        with first_block_cache.first_block_caching(components.transformer, 0.3, 2) as reuse:
             latents(components, 2, prompt)
         kept.extend(branch.rest for branch in reuse.branches)
     assert torch.equal(*same)
@@ -64,7 +68,7 @@ def test_a_failure_within_leaves_the_blocks_as_they_were(components):
     full = latents(components)
 
     def fail():
-        with first_block.reused(components.transformer, 1e9, 1):
+        with first_block_cache.first_block_caching(components.transformer, 1e9, 1):
             latents(components)
             raise KeyboardInterrupt
 
@@ -74,7 +78,11 @@ def test_a_failure_within_leaves_the_blocks_as_they_were(components):
 
 
 def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model, monkeypatch):
-    components, states, reused = models.load_components(tiny_model, models.default_place()), [], first_block.reused
+    components, states, reused = (
+        load_components(tiny_model, default_placement()),
+        [],
+        first_block_cache.first_block_caching,
+    )
     request = SampleRequest("a photo of a red circle on a gray background", steps=50, seed=2)
 
     @contextmanager
@@ -83,11 +91,11 @@ def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model
             states.append(state)
             yield state
 
-    monkeypatch.setattr(first_block, "reused", watched)
+    monkeypatch.setattr(first_block_cache, "reused", watched)
 
     def draw(threshold):
-        ways = sampling.Ways(reuse_threshold=threshold)
-        return sampling.sample(components, request, SIZE, no_placeholders(), lambda *_: None, ways)[0].pixels
+        ways = SamplingOptions(reuse_threshold=threshold)
+        return sampler.sample(components, request, SIZE, no_placeholders(), lambda *_: None, ways)[0].pixels
 
     full, fast = (torch.tensor(list(draw(threshold).tobytes())).float() for threshold in (None, 0.1))
     assert 0 < (full - fast).abs().mean() < 3

@@ -1,4 +1,4 @@
-"""Pictures to start from, masks, and going fast: what each input comes to."""
+"""Images to start from, masks, and going fast: what each input comes to."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,21 @@ import torch
 from diffusers import QwenImageImg2ImgPipeline
 from PIL import Image
 
-from lora_utils import flow, memory, models, qwen, sampling, ways
+from lora_utils import constants
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
-from lora_utils.lora_file import LoraFile
-from lora_utils.placeholder import no_placeholders
-from lora_utils.sizes import Size, pack, picture_size, unpack
-from lora_utils.weights import Weights
+from lora_utils.lora.formats import LoraFile
+from lora_utils.lora.weights import Weights
+from lora_utils.model import flow, memory, transformer
+from lora_utils.model.components import load_components
+from lora_utils.model.device import default_placement
+from lora_utils.model.latents import Size, image_size, pack_latents, unpack_latents
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.model.vae import decode_images
+from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.sampling import sampler
+from lora_utils.sampling.options import REUSE_THRESHOLD, SamplingOptions, choose_options, load_init_image, log
 
 REQUEST = SampleRequest("a red circle on a gray background", steps=6, width=64, height=64, seed=3)
 SIZE = Size(64, 64)
@@ -37,12 +45,12 @@ def mask(tmp_path) -> Path:
 
 
 def start_of(components, picture, mask=None, request=REQUEST):
-    return ways.starting_point(components, request, picture, mask)[1]
+    return load_init_image(components, request, picture, mask)[1]
 
 
 def draw(components, start=None, request=REQUEST, on_step=lambda *_: None):
-    chosen = sampling.Ways(start)
-    return sampling.sample(components, request, SIZE, no_placeholders(), on_step, chosen)[0].pixels
+    chosen = SamplingOptions(start)
+    return sampler.sample(components, request, SIZE, no_placeholders(), on_step, chosen)[0].pixels
 
 
 def same(one, other):
@@ -52,7 +60,7 @@ def same(one, other):
 def test_a_strength_of_one_draws_anew_and_of_zero_changes_nothing(components, picture):
     start = start_of(components, picture)
     assert same(draw(components, start, replace(REQUEST, strength=1.0)), draw(components))
-    round_trip = models.decode_pictures(components.vae, start.clean, SIZE)[0]
+    round_trip = decode_images(components.vae, start.clean, SIZE)[0]
     assert same(draw(components, start, replace(REQUEST, strength=0.0)), round_trip)
 
 
@@ -72,16 +80,16 @@ def test_it_is_the_pipelines_img2img(strength, components, picture, random_model
     request = replace(REQUEST, strength=strength)
     with torch.inference_mode():
         text, empty = (
-            models.encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
+            encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
             for words in (request.prompt, " ")
         )
-        noise = sampling.initial_noise(SIZE, request.seed)
-        ours = sampling.denoise(components, noise, SIZE, text, empty, request, lambda _: None, start)
+        noise = sampler.initial_noise(SIZE, request.seed)
+        ours = sampler.denoise(components, noise, SIZE, text, empty, request, lambda _: None, start)
     stock = QwenImageImg2ImgPipeline.from_pretrained(random_model)
     stock.set_progress_bar_config(disable=True)
     theirs = stock(
         prompt=request.prompt, negative_prompt=" ", true_cfg_scale=4.0, num_inference_steps=6, width=64, height=64,
-        image=unpack(start.clean, SIZE), strength=strength, generator=torch.Generator().manual_seed(3),
+        image=unpack_latents(start.clean, SIZE), strength=strength, generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images  # fmt: skip
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -91,23 +99,23 @@ def test_outside_a_mask_the_latents_are_the_pictures_own(components, picture, ma
     start = start_of(components, picture, mask)
     request = replace(REQUEST, strength=1.0)
     with torch.inference_mode():
-        text = models.encode_text(components.text_encoder, components.tokenizer, [request.prompt], no_placeholders())
-        noise = sampling.initial_noise(SIZE, 3)
-        latents = sampling.denoise(components, noise, SIZE, text, None, request, lambda _: None, start)
-    grid, clean = unpack(latents, SIZE), unpack(start.clean, SIZE)  # [1, 16, 8, 8]
+        text = encode_text(components.text_encoder, components.tokenizer, [request.prompt], no_placeholders())
+        noise = sampler.initial_noise(SIZE, 3)
+        latents = sampler.denoise(components, noise, SIZE, text, None, request, lambda _: None, start)
+    grid, clean = unpack_latents(latents, SIZE), unpack_latents(start.clean, SIZE)  # [1, 16, 8, 8]
     assert torch.equal(grid[..., 4:], clean[..., 4:])
     assert (grid[..., :4] - clean[..., :4]).abs().mean() > 0.3
 
 
 def test_outside_a_mask_the_picture_is_unchanged_to_within_the_vaes_error(tiny_model, tmp_path, mask):
-    components = models.load_components(tiny_model, models.default_place())
+    components = load_components(tiny_model, default_placement())
     shown = Image.new("RGB", (64, 64), (120, 215, 225))
     shown.paste((220, 40, 40), (40, 24, 56, 40))
     shown.save(tmp_path / "a.png")
     request = replace(REQUEST, prompt="a photo of a blue ring on a cyan background", steps=20, strength=1.0)
     start = start_of(components, tmp_path / "a.png", mask, request)
     painted, original = (np.asarray(one, float) for one in (draw(components, start, request), shown))
-    round_trip = np.asarray(models.decode_pictures(components.vae, start.clean, SIZE)[0], float)
+    round_trip = np.asarray(decode_images(components.vae, start.clean, SIZE)[0], float)
     vae_error = np.abs(round_trip - original)[:, 40:].mean()
     assert np.abs(painted - original)[:, 40:].mean() < vae_error + 1.0
     assert np.abs(painted - original)[:, :32].mean() > 5, "and inside it something is drawn"
@@ -120,14 +128,14 @@ def test_any_white_of_a_latent_makes_it_one_to_be_drawn(components, picture, tmp
     repaint = start_of(components, picture, tmp_path / "thin.png").repaint
     expected = torch.zeros(1, 1, 8, 8)
     expected[..., 1, 2] = 1
-    assert torch.equal(repaint, pack(expected.repeat(1, 16, 1, 1)).bool())
+    assert torch.equal(repaint, pack_latents(expected.repeat(1, 16, 1, 1)).bool())
 
 
 @pytest.mark.parametrize(
     ("image", "mask_size", "message"),
     [
-        (False, (64, 64), "mask says what of image is drawn anew, and there is no image"),
-        (True, (64, 32), r"mask\.png has 64x32 pixels, its picture 64x64"),
+        (False, (64, 64), "mask says what of image is drawn again, and there is no image"),
+        (True, (64, 32), r"mask\.png has 64x32 pixels, its image 64x64"),
         (True, None, "there is no file"),
     ],
 )
@@ -135,18 +143,18 @@ def test_what_cannot_be_painted_is_refused(image, mask_size, message, components
     if mask_size:
         Image.new("L", mask_size, 255).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match=message):
-        ways.starting_point(components, REQUEST, picture if image else None, tmp_path / "mask.png")
+        load_init_image(components, REQUEST, picture if image else None, tmp_path / "mask.png")
 
 
 def test_sizes_follow_the_picture_the_aspect_ratio_and_the_area():
-    assert picture_size(None, None, "1:1", like_px=(640, 480)) == Size(640, 480)
-    wide = picture_size(None, None, "1:1", like_px=(4000, 2000))
+    assert image_size(None, None, "1:1", like_px=(640, 480)) == Size(640, 480)
+    wide = image_size(None, None, "1:1", like_px=(4000, 2000))
     assert wide.width_px * wide.height_px == pytest.approx(1328**2, rel=0.03)
     assert wide.width_px / wide.height_px == pytest.approx(2, rel=0.03)
-    assert picture_size(512, 256, "1:1", like_px=(4000, 2000)) == Size(512, 256)
-    for aspect_ratio, (width, height) in qwen.OFFICIAL_SIZES_PX.items():
-        assert picture_size(None, None, aspect_ratio) == Size(width, height)
-        quarter = picture_size(None, None, aspect_ratio, 0.25)
+    assert image_size(512, 256, "1:1", like_px=(4000, 2000)) == Size(512, 256)
+    for aspect_ratio, (width, height) in constants.OFFICIAL_SIZES_PX.items():
+        assert image_size(None, None, aspect_ratio) == Size(width, height)
+        quarter = image_size(None, None, aspect_ratio, 0.25)
         assert quarter.width_px * quarter.height_px == pytest.approx(0.25e6, rel=0.05)
         assert quarter.width_px / quarter.height_px == pytest.approx(width / height, rel=0.05)
 
@@ -160,12 +168,12 @@ def weights_named(name):
 
 def test_a_lightning_lora_draws_without_guidance_on_its_own_schedule_when_asked_to(caplog):
     caplog.set_level("INFO", "lora_utils")
-    ways.log.propagate = True
+    log.propagate = True
     lightning = weights_named("Qwen-Image-Lightning-8steps-V1.1.safetensors")
-    plain, way = ways.fast_ways(REQUEST, [lightning], None)
-    assert (plain, way) == (REQUEST, sampling.Ways())
+    plain, way = choose_options(REQUEST, [lightning], None)
+    assert (plain, way) == (REQUEST, SamplingOptions())
     assert "was made for go_fast" in caplog.text
-    request, way = ways.fast_ways(replace(REQUEST, go_fast=True, steps=40), [weights_named("x"), lightning], None)
+    request, way = choose_options(replace(REQUEST, go_fast=True, steps=40), [weights_named("x"), lightning], None)
     assert not request.guided
     assert request.steps == 40, "never a silent cap"
     assert "40 take longer and gain nothing" in caplog.text
@@ -181,9 +189,9 @@ def test_the_lightning_schedule_is_a_fixed_shift_of_three_down_to_zero():
 
 def test_without_one_steps_are_reused_and_said_to_be_lossy(caplog):
     caplog.set_level("INFO", "lora_utils")
-    request, way = ways.fast_ways(replace(REQUEST, go_fast=True), [weights_named("x")], None)
+    request, way = choose_options(replace(REQUEST, go_fast=True), [weights_named("x")], None)
     assert request.guided
-    assert way.reuse_threshold == ways.REUSE_THRESHOLD
+    assert way.reuse_threshold == REUSE_THRESHOLD
     assert "differs from the full run's" in caplog.text
 
 
@@ -194,7 +202,7 @@ def test_pictures_are_drawn_together_as_far_as_memory_goes(components, monkeypat
     """Out of memory, fewer of them; and each is what it is alone."""
     request, asked = replace(REQUEST, num_outputs=4), []
     alone = [draw(components, request=replace(REQUEST, seed=3 + index)) for index in range(4)]
-    predict = models.predict_velocity
+    predict = predict_velocity
 
     def predict_in_little_memory(transformer, latents, *given):
         asked.append(len(latents))
@@ -203,14 +211,14 @@ def test_pictures_are_drawn_together_as_far_as_memory_goes(components, monkeypat
         return predict(transformer, latents, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "predict_velocity", predict_in_little_memory)
-        several = sampling.sample(components, request, SIZE, no_placeholders(), lambda *_: None)
-    assert asked[0] == 8, "four pictures, and both branches of their guidance"
+        patch.setattr(transformer, "predict_velocity", predict_in_little_memory)
+        several = sampler.sample(components, request, SIZE, no_placeholders(), lambda *_: None)
+    assert asked[0] == 8, "four images, and both branches of their guidance"
     assert set(asked[1:]) == {4}
     for one, drawn in zip(alone, several, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(drawn.pixels, int)).max() <= 1
     monkeypatch.setattr(memory, "free_bytes", lambda _: memory.SPARE_BYTES + 1)
-    assert sampling.at_once(components, SIZE) == 1
+    assert sampler.at_once(components, SIZE) == 1
 
 
 def test_a_picture_that_never_fits_is_refused_with_one_that_would(components, monkeypatch):
@@ -219,7 +227,7 @@ def test_a_picture_that_never_fits_is_refused_with_one_that_would(components, mo
 
     before = draw(components)
     with monkeypatch.context() as patch:
-        patch.setattr(models, "predict_velocity", fail)
+        patch.setattr(transformer, "predict_velocity", fail)
         patch.setattr(memory, "free_bytes", lambda _: 3e9)
         with pytest.raises(UserError, match=r"64x64 doesn't fit into the 3 GB .* set megapixels to 0\.05"):
             draw(components)
@@ -227,13 +235,13 @@ def test_a_picture_that_never_fits_is_refused_with_one_that_would(components, mo
 
 
 def test_the_negative_prompt_is_encoded_once(components, monkeypatch):
-    prompts, encoded = sampling.Prompts(), []
-    encode = models.encode_text
-    monkeypatch.setattr(models, "encode_text", lambda *given: encoded.append(given[2][0]) or encode(*given))
+    prompts, encoded = sampler.PromptCache(), []
+    encode = encode_text
+    monkeypatch.setattr(transformer, "encode_text", lambda *given: encoded.append(given[2][0]) or encode(*given))
     for prompt in ("a red circle", "a blue ring", "a red circle"):
         request = replace(REQUEST, prompt=prompt)
-        sampling.sample(components, request, SIZE, no_placeholders(), lambda *_: None, prompts=prompts)
+        sampler.sample(components, request, SIZE, no_placeholders(), lambda *_: None, prompts=prompts)
     assert encoded == ["a red circle", " ", "a blue ring"]
     for index in range(40):
         prompts.encode(components, f"number {index}", no_placeholders())
-    assert len(prompts.kept) == sampling.PROMPTS_KEPT
+    assert len(prompts.kept) == sampler.PROMPTS_KEPT

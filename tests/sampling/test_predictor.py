@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from examples.demo import call
 from examples.shapes import Prompt
-from lora_utils import models, plan
-from lora_utils.bundle import LORA_MEMBER, META_MEMBER
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
-from lora_utils.outputs import read_settings
-from lora_utils.placeholder import no_placeholders
-from lora_utils.weights import Shelf, size_bytes
+from lora_utils.io.images import read_settings
+from lora_utils.lora.weights import LoraCache, lora_bytes
+from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
+from lora_utils.model import memory_plan
+from lora_utils.model.text_encoder import encode_text
+from lora_utils.placeholder.tokens import no_placeholders
 from predict import Predictor
 from train import train
 
@@ -108,15 +109,13 @@ def test_the_base_picture_is_bit_identical_before_and_after_any_lora(predictor, 
 def test_lora_scale_zero_is_the_base_and_other_scales_are_not(predictor, archives):
     base = one(predictor)
     assert same(one(predictor, replicate_weights=archives / "token.zip", lora_scale=0.0), base)
-    as_words = models.encode_text(
+    as_words = encode_text(
         predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], no_placeholders()
     )
     with_token = SampleRequest(TOKEN_PROMPT, lora_scale=0.0, seed=0)
     loaded = predictor.load(with_token, str(archives / "token.zip"), None)
     unregistered = predictor.placeholders(with_token, loaded)
-    read = models.encode_text(
-        predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], unregistered
-    )
+    read = encode_text(predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], unregistered)
     assert torch.equal(read.states, as_words.states), "at 0 the token is read as the base reads its letters"
     pictures = [
         one(predictor, replicate_weights=archives / "token.zip", lora_scale=scale) for scale in (-0.5, 0.5, 1.0)
@@ -263,7 +262,7 @@ def test_a_row_that_was_lost_or_changed_is_an_error(change, message, predictor, 
 
 
 def test_the_row_is_part_of_the_picture(predictor, archives, tmp_path):
-    """Another row under the same LoRA, as a bare file that no meta vouches for, gives another picture."""
+    """Another row under the same LoRA, as a bare file that no meta vouches for, gives another image."""
     with zipfile.ZipFile(archives / "token.zip") as packed:
         packed.extractall(tmp_path)
     tensors = load_file(tmp_path / LORA_MEMBER)
@@ -386,17 +385,17 @@ def test_a_source_that_is_none_is_refused_and_the_next_picture_is_as_ever(source
 
 
 def test_the_shelf_holds_what_was_used_last_up_to_its_limit(predictor, archives):
-    shelf = Shelf(most_bytes=0)
+    shelf = LoraCache(most_bytes=0)
     for name in ("token", "other", "token"):
         shelf.get(archives / f"{name}.zip", predictor.components)
         assert [weights.name for weights in shelf.loaded.values()] == [f"{name}.zip"], "the one in use always fits"
-    roomy = Shelf(most_bytes=2.5 * size_bytes(shelf.get(archives / "token.zip", predictor.components)))
+    roomy = LoraCache(most_bytes=2.5 * lora_bytes(shelf.get(archives / "token.zip", predictor.components)))
     for name in ("token", "other", "token", "baseline"):
         roomy.get(archives / f"{name}.zip", predictor.components)
     assert [weights.name for weights in roomy.loaded.values()] == ["token.zip", "baseline.zip"]
 
 
-# --- pictures to start from, metadata, placement --------------------------------------------------------------------
+# --- images to start from, metadata, placement --------------------------------------------------------------------
 
 
 def test_a_picture_to_start_from_gives_the_size_and_part_of_the_look(predictor, tmp_path):
@@ -431,7 +430,9 @@ def test_a_quantised_server_draws_nearly_the_same(scheme, predictor, archives, m
 def test_a_text_encoder_on_the_host_draws_the_same(predictor, monkeypatch, archives):
     given = {"replicate_weights": archives / "token.zip"}
     expected = one(predictor, TOKEN_PROMPT, **given)
-    monkeypatch.setattr(plan, "choose_placement", lambda *_: plan.Plan("none", text_encoder_on_card=False))
+    monkeypatch.setattr(
+        memory_plan, "choose_placement", lambda *_: memory_plan.MemoryPlan("none", text_encoder_on_device=False)
+    )
     ready = Predictor()
     ready.setup()
     assert same(one(ready, TOKEN_PROMPT, **given), expected)

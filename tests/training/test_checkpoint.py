@@ -16,11 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_utils import checkpoints, models, preparation, session, training, weights
-from lora_utils.bundle import LORA_MEMBER, META_MEMBER
-from lora_utils.cards import Ranks
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.lora.weights import save_weights
+from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
+from lora_utils.model import transformer
+from lora_utils.model.device import default_placement
+from lora_utils.training import checkpoint, distributed, loop
+from lora_utils.training.checkpoint import list_checkpoints, restore_checkpoint, save_checkpoint
+from lora_utils.training.run import seed_for, train_once
+from lora_utils.training.setup import read_init_weights, setup, start_from_weights
+from lora_utils.training.state import TrainState
 from tests.conftest import ROOT
 
 CONFIG = TrainConfig(
@@ -31,15 +37,15 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def prepare(dataset, random_model):
-    def make(config=CONFIG) -> preparation.Run:
-        return preparation.prepare(config, dataset, random_model, models.default_place())
+    def make(config=CONFIG) -> TrainState:
+        return setup(config, dataset, random_model, default_placement())
 
     return make
 
 
 def steps(run, count=None):
     losses = []
-    for report in training.train(run):
+    for report in loop.train(run):
         losses.append(report.loss)
         if len(losses) == count:
             break
@@ -47,7 +53,7 @@ def steps(run, count=None):
 
 
 def same_result(one, other) -> bool:
-    a, b = training.finish(one), training.finish(other)
+    a, b = final_lora(one), final_lora(other)
     layers = all(torch.equal(a.layers[n].up, b.layers[n].up) and torch.equal(a.layers[n].down, b.layers[n].down)
                  for n in a.layers)  # fmt: skip
     return layers and all(torch.equal(a.rows[token], b.rows[token]) for token in a.rows)
@@ -59,9 +65,9 @@ def test_a_run_that_goes_on_is_the_one_that_was_never_stopped(stop, prepare, tmp
     expected = steps(whole)
     first = prepare()
     losses = steps(first, stop)
-    path = checkpoints.save(first, tmp_path, keep=2)
+    path = save_checkpoint(first, tmp_path, keep=2)
     second = prepare()
-    checkpoints.restore(second, path)
+    restore_checkpoint(second, path)
     assert losses + steps(second) == expected
     assert same_result(whole, second)
 
@@ -73,19 +79,19 @@ def test_a_baseline_run_goes_on_too_and_through_several_checkpoints(prepare, tmp
     losses = []
     for _ in range(4):
         run = prepare(config)
-        if found := checkpoints.saved(tmp_path):
-            checkpoints.restore(run, found[-1])
+        if found := list_checkpoints(tmp_path):
+            restore_checkpoint(run, found[-1])
         losses += steps(run, 3)
-        checkpoints.save(run, tmp_path, keep=1)
+        save_checkpoint(run, tmp_path, keep=1)
     assert losses == expected
     assert same_result(whole, run)
-    assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000012"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000012"]
 
 
 def test_a_run_that_was_at_its_end_is_written_again(archive, random_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     options = RunOptions(run_dir=str(tmp_path / "run"), save_every=4, resume="auto")
-    paths = [session.run(CONFIG, options, archive, tmp_path / f"{name}.zip") for name in ("first", "again")]
+    paths = [train_once(CONFIG, options, archive, tmp_path / f"{name}.zip") for name in ("first", "again")]
     first, again = (lora_of(path) for path in paths)
     assert first[0] == again[0]
     assert again[1] == first[1]
@@ -97,69 +103,69 @@ def test_without_a_seed_the_same_command_goes_on_with_the_runs_own(archive, rand
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.chdir(tmp_path)
     options = RunOptions(run_dir="run", save_every=2, resume="auto")
-    drawn = session.seed_for(options)
-    session.run(replace(CONFIG, seed=drawn), options, archive, tmp_path / "first.zip")
-    assert session.seed_for(options) == drawn
-    assert session.seed_for(RunOptions()) != drawn
-    (checkpoints.saved(tmp_path / "run")[-1] / "settings.json").write_text("{}")
+    drawn = seed_for(options)
+    train_once(replace(CONFIG, seed=drawn), options, archive, tmp_path / "first.zip")
+    assert seed_for(options) == drawn
+    assert seed_for(RunOptions()) != drawn
+    (list_checkpoints(tmp_path / "run")[-1] / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="can't be read"):
-        session.seed_for(options)
+        seed_for(options)
 
 
 def test_other_settings_or_data_are_refused_by_name(prepare, tmp_path):
     run = prepare()
     steps(run, 2)
-    path = checkpoints.save(run, tmp_path, keep=2)
+    path = save_checkpoint(run, tmp_path, keep=2)
     with pytest.raises(UserError, match=r"learning_rate: 0\.001 there, 0\.002 here; seed: 0 there, 1 here"):
-        checkpoints.restore(prepare(replace(CONFIG, learning_rate=2e-3, seed=1)), path)
+        restore_checkpoint(prepare(replace(CONFIG, learning_rate=2e-3, seed=1)), path)
     other = prepare()
-    other.examples[0] = replace(other.examples[0], caption="another <zwx>")
-    with pytest.raises(UserError, match="pictures and captions"):
-        checkpoints.restore(other, path)
+    other.data.examples[0] = replace(other.data.examples[0], caption="another <zwx>")
+    with pytest.raises(UserError, match="images and captions"):
+        restore_checkpoint(other, path)
     other = prepare()
-    other.examples.reverse()
-    with pytest.raises(UserError, match="pictures and captions"):
-        checkpoints.restore(other, path)
+    other.data.examples.reverse()
+    with pytest.raises(UserError, match="images and captions"):
+        restore_checkpoint(other, path)
     other = prepare()
-    other.ranks = Ranks(0, 2)
-    with pytest.raises(UserError, match="cards: 1 there, 2 here"):
-        checkpoints.restore(other, path)
+    other.ranks = distributed.Ranks(0, 2)
+    with pytest.raises(UserError, match="GPUs: 1 there, 2 here"):
+        restore_checkpoint(other, path)
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_another_base_model_is_refused(part, prepare, dataset, random_model, tmp_path):
     run = prepare()
     steps(run, 1)
-    path = checkpoints.save(run, tmp_path / "run", keep=1)
+    path = save_checkpoint(run, tmp_path / "run", keep=1)
     changed = shutil.copytree(random_model, tmp_path / "model")
     (file,) = (changed / part).glob("*.safetensors")
     weights = load_file(file)
     next(value for name, value in weights.items() if name.endswith("proj.weight"))[0, 0] += 1
     save_file(weights, file)
-    other = preparation.prepare(CONFIG, dataset, changed, models.default_place())
+    other = setup(CONFIG, dataset, changed, default_placement())
     with pytest.raises(UserError, match=r"base model: '[0-9a-f]{16}' there"):
-        checkpoints.restore(other, path)
+        restore_checkpoint(other, path)
 
 
 def test_other_weights_to_start_from_are_refused(trained, prepare, tmp_path):
     run = prepare()
-    preparation.start_from(run, preparation.read_start(trained, CONFIG))
+    start_from_weights(run, read_init_weights(trained, CONFIG))
     steps(run, 1)
-    path = checkpoints.save(run, tmp_path / "run", keep=1)
+    path = save_checkpoint(run, tmp_path / "run", keep=1)
     with pytest.raises(UserError, match=r"init_weights: '[0-9a-f]{16}' there, '' here"):
-        checkpoints.restore(prepare(), path)
+        restore_checkpoint(prepare(), path)
     same = prepare()
-    preparation.start_from(same, preparation.read_start(trained, CONFIG))
-    checkpoints.restore(same, path)
+    start_from_weights(same, read_init_weights(trained, CONFIG))
+    restore_checkpoint(same, path)
 
 
 def test_the_last_ones_are_kept(prepare, tmp_path):
     run = prepare()
-    for report in training.train(run):
-        checkpoints.save(run, tmp_path, keep=3)
+    for report in loop.train(run):
+        save_checkpoint(run, tmp_path, keep=3)
         if report.step == 6:
             break
-    assert [path.name for path in checkpoints.saved(tmp_path)] == ["step-000004", "step-000005", "step-000006"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004", "step-000005", "step-000006"]
 
 
 @contextmanager
@@ -177,14 +183,14 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_is_whole(prepare, 
     run = prepare()
     steps(run, 2)
     with files_end_at(1000), pytest.raises(UserError, match=r"can't be written \(.*\); free some room.*run_dir\.$"):
-        checkpoints.save(run, tmp_path, keep=1)
-    whole = checkpoints.save(run, tmp_path, keep=1)
+        save_checkpoint(run, tmp_path, keep=1)
+    whole = save_checkpoint(run, tmp_path, keep=1)
     run.step += 1
     message = r"can't be written \(.*File too large.*\); free some room.*step-000002 is whole: resume=auto goes on"
     with files_end_at(1000), pytest.raises(UserError, match=message):
-        checkpoints.save(run, tmp_path, keep=1)
+        save_checkpoint(run, tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
-    checkpoints.restore(prepare(), whole)
+    restore_checkpoint(prepare(), whole)
 
 
 def test_a_checkpoint_that_fails_ends_the_run_but_not_after_its_last_step(
@@ -196,11 +202,11 @@ def test_a_checkpoint_that_fails_ends_the_run_but_not_after_its_last_step(
     def refused(*_):
         raise UserError("no room")
 
-    monkeypatch.setattr(checkpoints, "save", refused)
+    monkeypatch.setattr(checkpoint, "save", refused)
     for save_every, target in ((4, tmp_path / "early.zip"), (CONFIG.steps, tmp_path / "late.zip")):
         options = RunOptions(run_dir=str(tmp_path / "run"), save_every=save_every)
         with pytest.raises(UserError, match="no room") if save_every == 4 else nullcontext():
-            session.run(CONFIG, options, archive, target)
+            train_once(CONFIG, options, archive, target)
     assert "no room" in caplog.text
     assert not (tmp_path / "early.zip").exists()
     assert lora_of(tmp_path / "late.zip")[1]["training_steps"] == CONFIG.steps
@@ -211,7 +217,7 @@ def no_model(random_model, monkeypatch):
     """The model is there, and mustn't be loaded: what is refused is refused before."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     for part in ("load_transformer", "load_text_encoder"):
-        monkeypatch.setattr(models, part, lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr(transformer, part, lambda *_, **__: pytest.fail("loaded"))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -219,14 +225,14 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_training(a
     file = tmp_path / "file"
     file.write_text("not a folder")
     with pytest.raises(UserError, match=r"weights.zip can't be written to .*file \(File exists\); name another folder"):
-        session.run(CONFIG, RunOptions(), archive, file / "weights.zip")
+        train_once(CONFIG, RunOptions(), archive, file / "weights.zip")
     with pytest.raises(UserError, match=r"run_dir .*file can't be made \(File exists\); name another"):
-        session.run(CONFIG, RunOptions(run_dir=str(file)), archive, tmp_path / "weights.zip")
+        train_once(CONFIG, RunOptions(run_dir=str(file)), archive, tmp_path / "weights.zip")
 
 
 def test_the_outputs_folder_is_made(archive, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
-    path = session.run(replace(CONFIG, steps=1, warmup_steps=0), RunOptions(), archive, tmp_path / "a/b/weights.zip")
+    path = train_once(replace(CONFIG, steps=1, warmup_steps=0), RunOptions(), archive, tmp_path / "a/b/weights.zip")
     assert [found.name for found in path.parent.iterdir()] == ["weights.zip"]
 
 
@@ -234,7 +240,7 @@ def test_weights_that_find_no_room_are_a_clear_error_and_leave_nothing(prepare, 
     run = prepare()
     steps(run)
     with files_end_at(1000), pytest.raises(UserError, match=r"weights.zip can't be written \(.*\); free some room"):
-        weights.save_weights(tmp_path / "weights.zip", training.finish(run), CONFIG, "base", 1, None, [])
+        save_weights(tmp_path / "weights.zip", final_lora(run), CONFIG, "base", 1, None, [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,28 +250,28 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes(prepare, tmp_path)
     half = tmp_path / "step-000001.partial"
     half.mkdir()
     (half / "settings.json").write_text("{}")
-    assert checkpoints.saved(tmp_path) == []
-    checkpoints.save(run, tmp_path, keep=1)
+    assert list_checkpoints(tmp_path) == []
+    save_checkpoint(run, tmp_path, keep=1)
     assert not half.exists()
 
 
 def test_a_run_goes_on_with_the_blocks_that_it_had(prepare, tmp_path):
     run = prepare()
     steps(run, 2)
-    run.compiled = True
-    path = checkpoints.save(run, tmp_path, keep=1)
+    run.plan.compiled = True
+    path = save_checkpoint(run, tmp_path, keep=1)
     other = prepare()
-    checkpoints.restore(other, path)
+    restore_checkpoint(other, path)
     assert other.compiled
 
 
 def test_a_damaged_checkpoint_is_named(prepare, tmp_path):
     run = prepare()
     steps(run, 1)
-    path = checkpoints.save(run, tmp_path, keep=1)
+    path = save_checkpoint(run, tmp_path, keep=1)
     (path / "state.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"step-000001 can't be read .*; remove it"):
-        checkpoints.restore(prepare(), path)
+        restore_checkpoint(prepare(), path)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(prepare, tmp_path):
@@ -273,10 +279,10 @@ def test_weights_that_are_no_numbers_are_not_saved(prepare, tmp_path):
     steps(run, 1)
     run.lora[0].data[0, 0] = torch.nan
     with pytest.raises(UserError, match="aren't finite after step 1"):
-        checkpoints.save(run, tmp_path, keep=1)
+        save_checkpoint(run, tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="aren't finite after step 1; lower learning_rate"):
-        training.finish(run)
+        final_lora(run)
 
 
 def test_checkpoints_need_a_folder():
@@ -289,10 +295,10 @@ def test_a_new_run_does_not_begin_in_a_folder_with_anothers_checkpoints(archive,
     """Its own would be the older ones of the two, and be removed."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     options = RunOptions(run_dir=str(tmp_path / "run"), save_every=6)
-    session.run(CONFIG, options, archive, tmp_path / "weights.zip")
+    train_once(CONFIG, options, archive, tmp_path / "weights.zip")
     with pytest.raises(UserError, match="holds a run's checkpoints, the last of them step-000012; set resume to auto"):
-        session.run(CONFIG, options, archive, tmp_path / "again.zip")
-    assert len(checkpoints.saved(tmp_path / "run")) == 2
+        train_once(CONFIG, options, archive, tmp_path / "again.zip")
+    assert len(list_checkpoints(tmp_path / "run")) == 2
 
 
 # --- going on from weights ------------------------------------------------------------------------------------------
@@ -302,27 +308,27 @@ def test_a_new_run_does_not_begin_in_a_folder_with_anothers_checkpoints(archive,
 def trained(archive, random_model, tmp_path, monkeypatch):
     """The weights of a short training."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
-    return session.run(replace(CONFIG, steps=2), RunOptions(), archive, tmp_path / "trained.zip")
+    return train_once(replace(CONFIG, steps=2), RunOptions(), archive, tmp_path / "trained.zip")
 
 
 def test_a_run_that_starts_from_weights_starts_where_they_are(trained, prepare):
     run = prepare()
     fresh = [weight.clone() for weight in run.lora]
-    preparation.start_from(run, preparation.read_start(trained, CONFIG))
+    start_from_weights(run, read_init_weights(trained, CONFIG))
     with zipfile.ZipFile(trained) as packed:
         names = packed.namelist()
     assert LORA_MEMBER in names
     assert not all(torch.equal(weight, old) for weight, old in zip(run.lora, fresh, strict=True))
-    start = training.finish(replace_first_rows(run))
+    start = final_lora(replace_first_rows(run))
     other = prepare()
-    preparation.start_from(other, preparation.read_start(trained, CONFIG))
-    assert all(torch.equal(layer.up, training.finish(replace_first_rows(other)).layers[n].up)
+    start_from_weights(other, read_init_weights(trained, CONFIG))
+    assert all(torch.equal(layer.up, final_lora(replace_first_rows(other)).layers[n].up)
                for n, layer in start.layers.items())  # fmt: skip
     assert len(steps(run)) == CONFIG.steps
 
 
 def replace_first_rows(run):
-    run.first_rows = tuple(torch.zeros_like(row) for row in run.first_rows)
+    run.initial_embeddings = tuple(torch.zeros_like(row) for row in run.initial_embeddings)
     return run
 
 
@@ -336,7 +342,7 @@ def replace_first_rows(run):
 )
 def test_weights_that_do_not_fit_are_refused_with_what_to_set(other, message, trained, no_model, archive, tmp_path):
     with pytest.raises(UserError, match=message):
-        session.run(replace(CONFIG, **other), RunOptions(), archive, tmp_path / "weights.zip", trained)
+        train_once(replace(CONFIG, **other), RunOptions(), archive, tmp_path / "weights.zip", trained)
 
 
 def test_weights_of_other_layers_are_refused_too(trained, prepare):
@@ -345,7 +351,7 @@ def test_weights_of_other_layers_are_refused_too(trained, prepare):
         UserError,
         match=r"init_weights has 16 layers and lora_targets adapts 24.*Choose the lora_targets it was trained with",
     ):
-        preparation.start_from(run, preparation.read_start(trained, run.config))
+        start_from_weights(run, read_init_weights(trained, run.config))
 
 
 # --- as a user runs it ----------------------------------------------------------------------------------------------
@@ -399,7 +405,7 @@ def test_a_run_that_is_killed_at_random_and_resumed_writes_the_same_file(archive
 
 
 def _last(folder):
-    return max((int(path.name[5:11]) for path in checkpoints.saved(folder)), default=0)
+    return max((int(path.name[5:11]) for path in list_checkpoints(folder)), default=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -15,15 +15,19 @@ import pytest
 import torch
 from torch import nn
 
-from lora_utils import cards, checkpoints, journal, report, samples, session
-from lora_utils.archive import unpack
-from lora_utils.bundle import LORA_MEMBER
-from lora_utils.cards import Ranks
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.io.archive import extract_archive
+from lora_utils.lora.weights_zip import LORA_MEMBER
+from lora_utils.tracking import contact_sheet, html_report
+from lora_utils.tracking.metrics import read_metrics
+from lora_utils.training import distributed
+from lora_utils.training.checkpoint import list_checkpoints
+from lora_utils.training.launch import _last_words, launch
+from lora_utils.training.run import train_on_all_gpus
 from tests.cog_server import free_port
 from tests.conftest import ROOT
-from tests.test_checkpoints import lora_of
+from tests.training.test_checkpoint import lora_of
 
 CONFIG = TrainConfig(
     steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=0, train_placeholder_token=True,
@@ -35,13 +39,13 @@ CONFIG = TrainConfig(
 def trained(archive, random_model, tmp_path, capsys, monkeypatch):
     """What each of so many processes says of a run."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    unpack(archive, tmp_path / "pictures")
+    extract_archive(archive, tmp_path / "images")
 
     def run(count, config, shard_base="never"):
         given = json.dumps(asdict(config))
         monkeypatch.setenv("CACHE_DIR", str(tmp_path / f"cache{count}"))
-        worker = ["tests.card_worker", str(random_model), str(tmp_path / "pictures"), given, shard_base]
-        cards.launch(worker, count, ROOT)
+        worker = ["tests.card_worker", str(random_model), str(tmp_path / "images"), given, shard_base]
+        launch(worker, count, ROOT)
         lines = [line.partition("{") for line in capsys.readouterr().out.splitlines() if '"rank"' in line]
         said = [json.loads(brace + rest) for _, brace, rest in lines]
         return sorted(said, key=lambda one: one["rank"])
@@ -83,27 +87,27 @@ def test_a_token_that_only_some_processes_see_is_trained_all_the_same(trained):
 def test_a_run_on_all_cards_writes_one_file_and_relays_what_is_said(
     shard_base, archive, random_model, tmp_path, monkeypatch, capsys
 ):
-    """With samples and a loss on pictures held out, for which processes that share a base out must keep in step."""
+    """With samples and a loss on images held out, for which processes that share a base out must keep in step."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cards, "several", lambda: 2)
+    monkeypatch.setattr(distributed, "several", lambda: 2)
     options = RunOptions(
         run_dir="run", save_every=4, sample_prompts="a photo of <zwx>", sample_steps=2, sample_every=4,
         shard_base=shard_base,
     )  # fmt: skip
     config = replace(CONFIG, validation_share=0.2)
-    session.run_on_all_cards(config, options, archive, tmp_path / "weights.zip")
+    train_on_all_gpus(config, options, archive, tmp_path / "weights.zip")
     said = capsys.readouterr().out
-    assert "seed 0, 2 cards" in said
-    assert ("parts on several cards" in said) == (shard_base == "always")
-    assert said.count("step 8/8 loss") == said.count("step 8: loss on pictures held out") == 1
-    assert [path.name for path in checkpoints.saved(tmp_path / "run")] == ["step-000004", "step-000008"]
-    assert len(samples.saved(tmp_path / "run")) == 3
-    lines = list(journal.read(tmp_path / "run"))
+    assert "seed 0, 2 GPUs" in said
+    assert ("parts on several GPUs" in said) == (shard_base == "always")
+    assert said.count("step 8/8 loss") == said.count("step 8: loss on images held out") == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000004", "step-000008"]
+    assert len(contact_sheet.list_sheets(tmp_path / "run")) == 3
+    lines = list(read_metrics(tmp_path / "run"))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
-    assert (tmp_path / "run" / report.FILE).is_file()
+    assert (tmp_path / "run" / html_report.REPORT_FILE).is_file()
     with zipfile.ZipFile(tmp_path / "weights.zip") as packed:
         assert LORA_MEMBER in packed.namelist()
 
@@ -120,10 +124,10 @@ def processes_of_runs():
 def test_one_that_fails_ends_all_with_its_words(archive, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(cards, "several", lambda: 2)
+    monkeypatch.setattr(distributed, "several", lambda: 2)
     config = replace(CONFIG, placeholder_token="<abc>")
     with pytest.raises(UserError, match="none of the 10 captions holds the placeholder token '<abc>'"):
-        session.run_on_all_cards(config, RunOptions(), archive, tmp_path / "weights.zip")
+        train_on_all_gpus(config, RunOptions(), archive, tmp_path / "weights.zip")
     assert not processes_of_runs()
     assert not (tmp_path / "weights.zip").exists()
 
@@ -131,7 +135,7 @@ def test_one_that_fails_ends_all_with_its_words(archive, random_model, tmp_path,
 def test_one_that_is_killed_ends_all(archive, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(cards, "several", lambda: 2)
+    monkeypatch.setattr(distributed, "several", lambda: 2)
 
     def kill_the_second():
         deadline = time.monotonic() + 60
@@ -144,14 +148,14 @@ def test_one_that_is_killed_ends_all(archive, random_model, tmp_path, monkeypatc
 
     threading.Thread(target=kill_the_second, daemon=True).start()
     with pytest.raises(UserError):
-        session.run_on_all_cards(replace(CONFIG, steps=20000), RunOptions(), archive, tmp_path / "weights.zip")
+        train_on_all_gpus(replace(CONFIG, steps=20000), RunOptions(), archive, tmp_path / "weights.zip")
     assert not processes_of_runs()
 
 
 def test_several_lines_of_an_error_are_all_relayed():
     lines = ["loading", "error: the dataset has 2 problems:", "- a", "- b"]
-    assert cards._last_words(lines) == "the dataset has 2 problems:\n- a\n- b"
-    assert cards._last_words(["Traceback", "ValueError: x", ""]) == "ValueError: x"
+    assert _last_words(lines) == "the dataset has 2 problems:\n- a\n- b"
+    assert _last_words(["Traceback", "ValueError: x", ""]) == "ValueError: x"
 
 
 def test_torchs_launcher_starts_them_too(archive, random_model, tmp_path):
@@ -170,7 +174,7 @@ def test_torchs_launcher_starts_them_too(archive, random_model, tmp_path):
     environment = {**os.environ, "BASE_MODEL": str(random_model), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("seed 0, 2 cards") == 1
+    assert done.stdout.count("seed 0, 2 GPUs") == 1
     assert zipfile.is_zipfile(tmp_path / "weights.zip")
 
 
@@ -181,9 +185,9 @@ def test_a_cancel_ends_all(tmp_path, monkeypatch):
     def cancel(*_):
         raise Cancelled
 
-    monkeypatch.setattr(cards, "_wait", cancel)
+    monkeypatch.setattr(distributed, "_wait", cancel)
     with pytest.raises(Cancelled):
-        cards.launch(["http.server", "0"], 2, ROOT)
+        launch(["http.server", "0"], 2, ROOT)
     assert not processes_of_runs()
 
 
@@ -192,40 +196,40 @@ def test_a_stop_of_the_one_that_started_them_reaches_all_and_the_run_can_be_gone
 ):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(cards, "several", lambda: 2)
+    monkeypatch.setattr(distributed, "several", lambda: 2)
     config, options = replace(CONFIG, steps=60), RunOptions(run_dir=str(tmp_path / "run"), save_every=10, resume="auto")
 
     def has_saved():
-        return bool(checkpoints.saved(tmp_path / "run"))
+        return bool(list_checkpoints(tmp_path / "run"))
 
-    session.run_on_all_cards(config, options, archive, tmp_path / "early.zip", stopped=has_saved)
+    train_on_all_gpus(config, options, archive, tmp_path / "early.zip", stopped=has_saved)
     assert "of 60, as asked" in capsys.readouterr().out
     assert not processes_of_runs()
     assert 10 <= lora_of(tmp_path / "early.zip")[1]["training_steps"] < 60
-    session.run_on_all_cards(config, options, archive, tmp_path / "late.zip")
-    session.run_on_all_cards(config, RunOptions(), archive, tmp_path / "whole.zip")
+    train_on_all_gpus(config, options, archive, tmp_path / "late.zip")
+    train_on_all_gpus(config, RunOptions(), archive, tmp_path / "whole.zip")
     assert lora_of(tmp_path / "late.zip")[0] == lora_of(tmp_path / "whole.zip")[0]
 
 
 def test_a_token_of_the_hub_is_no_option_that_others_could_read(archive, tmp_path, monkeypatch):
     launched = []
     monkeypatch.setattr(
-        cards, "launch", lambda command, _count, _root, secrets, _stopped: launched.append((command, secrets))
+        distributed, "launch", lambda command, _count, _root, secrets, _stopped: launched.append((command, secrets))
     )
     options = RunOptions(hub_repo="me/it")
-    session.run_on_all_cards(CONFIG, options, archive, tmp_path / "weights.zip", hub_token="hf_secret")
+    train_on_all_gpus(CONFIG, options, archive, tmp_path / "weights.zip", hub_token="hf_secret")
     ((command, secrets),) = launched
     assert secrets == {"HF_TOKEN": "hf_secret"}
     assert "hf_secret" not in " ".join(command)
 
 
 def test_alone_nothing_is_exchanged():
-    ranks, weight = Ranks(), nn.Parameter(torch.ones(2))
+    ranks, weight = distributed.Ranks(), nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
-    cards.add_gradients(ranks, [weight])
+    distributed.all_reduce_gradients(ranks, [weight])
     assert torch.equal(weight.grad, torch.ones(2))
-    assert cards.agree(ranks, "x") == "x"
-    assert torch.equal(cards.gather_losses(ranks, torch.arange(3)), torch.arange(3))
+    assert distributed.broadcast(ranks, "x") == "x"
+    assert torch.equal(distributed.all_gather_losses(ranks, torch.arange(3)), torch.arange(3))
     assert ranks.part([1, 2, 3]) == [1, 2, 3]
-    assert Ranks(1, 2).part([0, 1, 2, 3]) == [1, 3]
+    assert distributed.Ranks(1, 2).part([0, 1, 2, 3]) == [1, 3]
     assert "RANK" not in os.environ

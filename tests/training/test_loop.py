@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_utils import draws, flow, models, objective, preparation, training
+from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
-from lora_utils.placeholder import embedding_matrix
+from lora_utils.model import flow, transformer
+from lora_utils.model.device import Placement, default_placement
+from lora_utils.model.text_encoder import encode_prompts, encode_text
+from lora_utils.placeholder.embedding import embedding_matrix
+from lora_utils.training import loop, setup
+from lora_utils.training.batches import BatchStream, bucket_batches, generator_for
+from lora_utils.training.loss import batch_text, flow_matching_loss
+from lora_utils.training.setup import setup
+from lora_utils.training.state import TrainState
 
 BASELINE = TrainConfig(steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
 TOKEN = replace(BASELINE, train_placeholder_token=True)
@@ -19,32 +27,32 @@ TOKEN = replace(BASELINE, train_placeholder_token=True)
 
 @pytest.fixture
 def prepare(dataset, random_model):
-    def make(config: TrainConfig, data=dataset) -> preparation.Run:
-        return preparation.prepare(config, data, random_model, models.default_place())
+    def make(config: TrainConfig, data=dataset) -> TrainState:
+        return setup(config, data, random_model, default_placement())
 
     return make
 
 
-def losses(run: preparation.Run) -> list[float]:
-    return [report.loss for report in training.train(run)]
+def losses(run: TrainState) -> list[float]:
+    return [report.loss for report in loop.train(run)]
 
 
 def test_the_loss_of_a_batch_is_the_formula(prepare):
     run = prepare(replace(BASELINE, caption_dropout=0.0))
-    loss = objective.picture_losses(run, next(draws.MicroBatches(run.config, run.examples, run.schedule))).mean()
+    loss = flow_matching_loss(run, next(BatchStream(run.config, run.data.examples, run.components.schedule))).mean()
 
-    batch = next(draws.batches(run.examples, 3, 0))
-    noise_generator, sigma_generator = (draws.generator_for(0, purpose) for purpose in ("noise", "sigma"))
+    batch = next(bucket_batches(run.data.examples, 3, 0))
+    noise_generator, sigma_generator = (generator_for(0, purpose) for purpose in ("noise", "sigma"))
     clean = torch.stack([example.latents for example in batch])
     noise = torch.randn(clean.shape, generator=noise_generator)
-    sigma = flow.draw_sigmas(3, run.schedule.mu(16), sigma_generator)
+    sigma = flow.sample_sigmas(3, run.components.schedule.mu(16), sigma_generator)
     total = 0.0
     for i, example in enumerate(batch):  # one by one, without padding or masks
         noisy = (1 - sigma[i]) * clean[i] + sigma[i] * noise[i]
-        velocity = run.transformer(
+        velocity = run.components.transformer(
             hidden_states=noisy[None],
             timestep=sigma[i : i + 1],
-            encoder_hidden_states=run.texts[example.caption][None],
+            encoder_hidden_states=run.data.texts[example.caption][None],
             encoder_hidden_states_mask=None,
             img_shapes=[[(1, 4, 4)]],
         ).sample[0]
@@ -54,20 +62,20 @@ def test_the_loss_of_a_batch_is_the_formula(prepare):
 
 def test_captions_of_unequal_length_give_the_loss_of_one_by_one(prepare):
     run = prepare(replace(BASELINE, caption_dropout=0.0))
-    lengths = {len(run.texts[example.caption]) for example in run.examples}
+    lengths = {len(run.data.texts[example.caption]) for example in run.data.examples}
     assert len(lengths) > 1
-    short = min(run.examples, key=lambda e: len(run.texts[e.caption]))
-    long = max(run.examples, key=lambda e: len(run.texts[e.caption]))
-    text = objective.batch_text(run, [short.caption, long.caption])
+    short = min(run.data.examples, key=lambda e: len(run.data.texts[e.caption]))
+    long = max(run.data.examples, key=lambda e: len(run.data.texts[e.caption]))
+    text = batch_text(run, [short.caption, long.caption])
     assert text.mask is not None
-    assert text.mask.sum(dim=1).tolist() == [len(run.texts[short.caption]), len(run.texts[long.caption])]
+    assert text.mask.sum(dim=1).tolist() == [len(run.data.texts[short.caption]), len(run.data.texts[long.caption])]
 
 
 @pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
 def test_the_same_seed_gives_the_same_run_bit_for_bit(config, prepare):
     first, second = prepare(config), prepare(config)
     assert losses(first) == losses(second)
-    one, two = training.finish(first), training.finish(second)
+    one, two = final_lora(first), final_lora(second)
     assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
     assert all(torch.equal(row, two.rows[token]) for token, row in one.rows.items())
     assert losses(prepare(replace(config, seed=1))) != losses(prepare(config))
@@ -84,7 +92,7 @@ def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(prepare):
     """The row starts near zero and has a clip and a generator of its own, so it doesn't disturb the LoRA."""
     frozen, trained = (prepare(replace(TOKEN, steps=1, placeholder_learning_rate=rate)) for rate in (0.0, 1e-3))
     losses(frozen), losses(trained)
-    one, two = training.finish(frozen), training.finish(trained)
+    one, two = final_lora(frozen), final_lora(trained)
     assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
     assert not torch.equal(one.rows["<zwx>"], two.rows["<zwx>"])
 
@@ -92,17 +100,17 @@ def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(prepare):
 def test_a_package_without_the_feature_trains_the_same_baseline(prepare, monkeypatch):
     """With all that the token does taken away, a baseline run gives the same LoRA, bit for bit."""
     run = prepare(BASELINE)
-    expected, with_feature = losses(run), training.finish(run)
+    expected, with_feature = losses(run), final_lora(run)
 
     def missing(*_):
         raise AssertionError("the baseline asked for something of the token")
 
-    for name in ("fresh_row", "assign_slots", "missing_tokens", "learning_rate", "describe", "report"):
-        monkeypatch.setattr(preparation.fresh_token, name, missing)
-    monkeypatch.setattr(models, "spliced", lambda *_: contextlib.nullcontext())
+    for name in ("fresh_row", "assign_ids", "missing_tokens", "learning_rate", "describe", "report"):
+        monkeypatch.setattr(setup.fresh_token, name, missing)
+    monkeypatch.setattr(transformer, "spliced", lambda *_: contextlib.nullcontext())
     run = prepare(BASELINE)
     assert losses(run) == expected
-    without = training.finish(run)
+    without = final_lora(run)
     assert all(torch.equal(layer.up, without.layers[name].up) for name, layer in with_feature.layers.items())
     assert all(torch.equal(layer.down, without.layers[name].down) for name, layer in with_feature.layers.items())
 
@@ -110,10 +118,10 @@ def test_a_package_without_the_feature_trains_the_same_baseline(prepare, monkeyp
 def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, components):
     """Cached captions and those with the token: what a step reads is what `predict` reads for the same prompt."""
     run = prepare(replace(TOKEN, batch_size=1))
-    assert components.text_encoder is not run.text_encoder
-    for caption in (run.examples[0].caption, draws.EMPTY_CAPTION):
-        in_training = objective.batch_text(run, [caption])
-        in_prediction = models.encode_text(components.text_encoder, components.tokenizer, [caption], run.placeholders)
+    assert components.text_encoder is not run.components.text_encoder
+    for caption in (run.data.examples[0].caption, constants.EMPTY_PROMPT):
+        in_training = batch_text(run, [caption])
+        in_prediction = encode_text(components.text_encoder, components.tokenizer, [caption], run.placeholders)
         assert torch.equal(in_training.states, in_prediction.states)
         assert in_training.mask is in_prediction.mask is None
 
@@ -121,34 +129,34 @@ def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, component
 def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(prepare, dataset, monkeypatch):
     mixed = replace(dataset, examples=[*dataset.examples[:5], replace(dataset.examples[5], caption="a red circle")])
     run = prepare(replace(TOKEN, caption_dropout=0.0, steps=4, batch_size=6), mixed)
-    assert set(run.texts) == {"a red circle", draws.EMPTY_CAPTION}
-    encoded, encode = [], models.encode_states
-    monkeypatch.setattr(models, "encode_states", lambda *given: encoded.append(given[2]) or encode(*given))
+    assert set(run.data.texts) == {"a red circle", constants.EMPTY_PROMPT}
+    encoded, encode = [], encode_prompts
+    monkeypatch.setattr(transformer, "encode_states", lambda *given: encoded.append(given[2]) or encode(*given))
     losses(run)
     probe, *steps = encoded
     assert len(probe) == 1
     assert len(steps) == 4
-    different = len({example.caption for example in run.examples if "<zwx>" in example.caption})
+    different = len({example.caption for example in run.data.examples if "<zwx>" in example.caption})
     assert all(len(captions) == different and all("<zwx>" in caption for caption in captions) for captions in steps)
 
 
 def test_only_the_row_of_the_text_encoder_learns(prepare):
     run = prepare(TOKEN)
-    assert run.text_encoder is not None
-    before = {name: value.clone() for name, value in run.text_encoder.state_dict().items()}
-    base = {name: p.clone() for name, p in run.transformer.named_parameters() if not p.requires_grad}
+    assert run.components.text_encoder is not None
+    before = {name: value.clone() for name, value in run.components.text_encoder.state_dict().items()}
+    base = {name: p.clone() for name, p in run.components.transformer.named_parameters() if not p.requires_grad}
     losses(run)
-    assert all(torch.equal(before[name], value) for name, value in run.text_encoder.state_dict().items())
-    now = dict(run.transformer.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in run.components.text_encoder.state_dict().items())
+    now = dict(run.components.transformer.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in base.items())
-    assert len(embedding_matrix(run.text_encoder)) == 576  # never resized
-    assert not torch.equal(run.placeholders.rows[0], run.first_rows[0])
+    assert len(embedding_matrix(run.components.text_encoder)) == 576  # never resized
+    assert not torch.equal(run.placeholders.embeddings[0], run.initial_embeddings[0])
 
 
 def test_without_the_token_text_encoder_and_vae_are_gone_before_training(prepare):
     run = prepare(BASELINE)
-    assert run.text_encoder is None
-    assert set(run.texts) == {example.caption for example in run.examples} | {draws.EMPTY_CAPTION}
+    assert run.components.text_encoder is None
+    assert set(run.data.texts) == {example.caption for example in run.data.examples} | {constants.EMPTY_PROMPT}
 
 
 def test_training_lowers_the_loss(prepare):
@@ -158,15 +166,15 @@ def test_training_lowers_the_loss(prepare):
 
 def test_accumulation_counts_optimizer_steps_and_averages_micro_batches(prepare):
     run = prepare(replace(BASELINE, steps=2, batch_size=1, gradient_accumulation=5))
-    reports = list(training.train(run))
+    reports = list(loop.train(run))
     assert [report.step for report in reports] == [1, 2]
 
 
 def test_a_batch_never_mixes_buckets_and_an_epoch_shows_every_picture_once(prepare):
     run = prepare(BASELINE)
-    mixed = [replace(e, size=models.Size(96, 48)) if i % 2 else e for i, e in enumerate(run.examples)]
-    stream = draws.batches(mixed, batch_size=2, seed=0)
-    epoch = [next(stream) for _ in range(6)]  # 5 + 5 pictures in batches of two: 3 + 3
+    mixed = [replace(e, size=transformer.Size(96, 48)) if i % 2 else e for i, e in enumerate(run.data.examples)]
+    stream = bucket_batches(mixed, batch_size=2, seed=0)
+    epoch = [next(stream) for _ in range(6)]  # 5 + 5 images in batches of two: 3 + 3
     assert all(len({example.size for example in batch}) == 1 for batch in epoch)
     assert sorted(e.image_name for batch in epoch for e in batch) == sorted(e.image_name for e in mixed)
 
@@ -176,15 +184,15 @@ def test_a_batch_never_mixes_buckets_and_an_epoch_shows_every_picture_once(prepa
 )
 def test_rates_warm_up_and_then_follow_the_schedule(scheduler, expected):
     config = replace(BASELINE, steps=14, warmup_steps=4, lr_scheduler=scheduler)
-    assert [training.rate_factor(step, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert [training.rate_factor(step, config) for step in (4, 9, 13)] == pytest.approx(expected, abs=1e-3)
+    assert [loop.rate_factor(step, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [loop.rate_factor(step, config) for step in (4, 9, 13)] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_with_pictures_and_sigma(prepare):
     run = prepare(BASELINE)
-    run.examples[0] = replace(run.examples[0], tensors={"latents": torch.full((16, 64), torch.nan)})
+    run.data.examples[0] = replace(run.data.examples[0], tensors={"latents": torch.full((16, 64), torch.nan)})
     with pytest.raises(UserError, match=r"the loss is nan at step \d.*00\.png.*sigma"):
-        list(training.train(run))
+        list(loop.train(run))
 
 
 @pytest.mark.usefixtures("without_models")
@@ -198,7 +206,7 @@ def test_captions_without_the_token_are_refused_before_a_model_is_loaded(prepare
 def without_models(monkeypatch):
     """Whoever loads one fails the test."""
     for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(models, name, lambda *_, name=name: pytest.fail(name))
+        monkeypatch.setattr(transformer, name, lambda *_, name=name: pytest.fail(name))
 
 
 @pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
@@ -213,10 +221,10 @@ def test_captions_longer_than_the_model_reads_are_refused_before_it_is_loaded(co
 
 def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
     run = prepare(TOKEN)
-    run.texts = {**run.texts, **{caption: torch.zeros(5, 128) for caption in run.captions}}
-    assert not any(report.row_grad_norms for report in training.train(run))
+    run.data.texts = {**run.data.texts, **{caption: torch.zeros(5, 128) for caption in run.data.captions}}
+    assert not any(report.token_grad_norms for report in loop.train(run))
     with pytest.raises(RuntimeError, match="row of <zwx> hasn't moved in 6 steps"):
-        training.finish(run)
+        final_lora(run)
 
 
 @pytest.mark.parametrize(
@@ -232,44 +240,44 @@ def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
 )
 def test_a_first_gradient_of_the_row_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, prepare):
     run = prepare(replace(TOKEN, caption_dropout=0.0))
-    run.placeholders.rows[0].register_hook(spoil)
+    run.placeholders.embeddings[0].register_hook(spoil)
     with pytest.raises(error, match=message):
-        list(training.train(run))
+        list(loop.train(run))
 
 
 def test_a_text_encoder_without_grad_mode_is_found_at_the_first_step(prepare, monkeypatch):
-    monkeypatch.setattr(models, "encode_states", torch.no_grad()(models.encode_states))
+    monkeypatch.setattr(transformer, "encode_states", torch.no_grad()(encode_prompts))
     with pytest.raises(RuntimeError, match="no gradient reaches <zwx>"):
-        list(training.train(prepare(replace(TOKEN, caption_dropout=0.0))))
+        list(loop.train(prepare(replace(TOKEN, caption_dropout=0.0))))
 
 
 def test_a_rate_of_zero_keeps_the_fresh_row_as_drawn(prepare):
     run = prepare(replace(TOKEN, placeholder_learning_rate=0.0, placeholder_init_std=1e-4))
     losses(run)
-    assert torch.equal(training.finish(run).rows["<zwx>"][0], run.first_rows[0])
-    assert 0.8e-4 < run.first_rows[0].std() < 1.2e-4
-    (described,) = training.describe_placeholders(run)
+    assert torch.equal(final_lora(run).rows["<zwx>"][0], run.initial_embeddings[0])
+    assert 0.8e-4 < run.initial_embeddings[0].std() < 1.2e-4
+    (described,) = describe_placeholders(run)
     assert described["learning_rate"] == 0.0
     assert described["first_norm"] == described["last_norm"]
 
 
 def test_random_streams_are_independent_of_each_other():
-    drawn = {purpose: torch.rand(4, generator=draws.generator_for(0, purpose)) for purpose in ("noise", "row", "lora")}
+    drawn = {purpose: torch.rand(4, generator=generator_for(0, purpose)) for purpose in ("noise", "row", "lora")}
     assert not torch.equal(drawn["noise"], drawn["row"])
-    assert torch.equal(drawn["row"], torch.rand(4, generator=draws.generator_for(0, "row")))
+    assert torch.equal(drawn["row"], torch.rand(4, generator=generator_for(0, "row")))
 
 
 def test_in_bf16_the_lora_stays_fp32_and_learns(dataset, random_model):
     """The way a GPU runs, on the CPU: base and matmuls in bf16, LoRA and row in fp32."""
-    place = models.Place(torch.device("cpu"), torch.bfloat16)
-    run = preparation.prepare(replace(TOKEN, steps=3), dataset, random_model, place)
+    place = Placement(torch.device("cpu"), torch.bfloat16)
+    run = setup(replace(TOKEN, steps=3), dataset, random_model, place)
     assert {parameter.dtype for parameter in run.lora} == {torch.float32}
-    assert run.placeholders.rows[0].dtype == torch.float32
-    assert next(iter(run.texts.values())).dtype == torch.bfloat16
-    base = {p.dtype for p in run.transformer.parameters() if not p.requires_grad}
+    assert run.placeholders.embeddings[0].dtype == torch.float32
+    assert next(iter(run.data.texts.values())).dtype == torch.bfloat16
+    base = {p.dtype for p in run.components.transformer.parameters() if not p.requires_grad}
     assert base == {torch.bfloat16}
     in_bf16 = losses(run)
-    in_fp32 = losses(preparation.prepare(replace(TOKEN, steps=3), dataset, random_model, models.default_place()))
+    in_fp32 = losses(setup(replace(TOKEN, steps=3), dataset, random_model, default_placement()))
     assert in_bf16[0] == pytest.approx(in_fp32[0], rel=0.02)
     assert in_bf16 == pytest.approx(in_fp32, rel=0.05), "each step's rounding moves the next"
-    assert training.finish(run).rows["<zwx>"].dtype == torch.float32
+    assert final_lora(run).rows["<zwx>"].dtype == torch.float32

@@ -8,12 +8,18 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from lora_utils import checkpoints, models, plan, preparation, session, training
 from lora_utils.config import OPTIMIZERS, TrainConfig
 from lora_utils.errors import UserError
-from lora_utils.optimizers import bytes_per_weight, new_optimizers
-from lora_utils.recipes import GOALS, filled, recipe_for
-from tests.test_checkpoints import same_result, steps
+from lora_utils.model import memory_plan
+from lora_utils.model.device import default_placement
+from lora_utils.presets import PRESETS, filled, preset_for
+from lora_utils.training import loop
+from lora_utils.training.checkpoint import restore_checkpoint, save_checkpoint
+from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
+from lora_utils.training.run import describe_goal
+from lora_utils.training.setup import setup
+from lora_utils.training.state import TrainState
+from tests.training.test_checkpoint import same_result, steps
 
 CONFIG = TrainConfig(
     steps=12, rank=4, learning_rate=1e-3, batch_size=4, resolution="64", seed=0, train_placeholder_token=True,
@@ -26,8 +32,8 @@ RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 3e-3, "prodigy": 1.0}
 
 @pytest.fixture
 def prepare(dataset, random_model):
-    def make(**given) -> preparation.Run:
-        return preparation.prepare(replace(CONFIG, **given), dataset, random_model, models.default_place())
+    def make(**given) -> TrainState:
+        return setup(replace(CONFIG, **given), dataset, random_model, default_placement())
 
     return make
 
@@ -44,7 +50,7 @@ def with_gradients(*shapes):
 def test_every_optimizer_learns_the_pictures(optimizer, prepare):
     rank = RANKS.get(optimizer, 4)
     run = prepare(optimizer=optimizer, learning_rate=RATES[optimizer], steps=60, rank=rank, validation_share=0.0)
-    losses = [report.loss for report in training.train(run)]
+    losses = [report.loss for report in loop.train(run)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert run.optimizers.rate > 1e-4  # prodigy, which starts from 1e-6, has found one
 
@@ -57,13 +63,13 @@ def test_a_run_goes_on_bit_for_bit_with_every_optimizer_and_its_average(optimize
     expected = steps(whole)
     first = prepare(**given)
     losses = steps(first, 7)
-    path = checkpoints.save(first, tmp_path, keep=1)
+    path = save_checkpoint(first, tmp_path, keep=1)
     second = prepare(**given)
-    checkpoints.restore(second, path)
+    restore_checkpoint(second, path)
     assert losses + steps(second) == expected
     assert same_result(whole, second)
     if optimizer == "adamw8bit":
-        kept, _ = second.optimizers.state()
+        kept, _ = second.optimizers.state_dict()
         assert any(tensor.dtype == torch.uint8 for tensor in kept.values())
 
 
@@ -96,7 +102,7 @@ def test_the_memory_plan_knows_what_an_optimizer_keeps(optimizer):
 def test_the_plan_counts_the_optimizer():
     transformer = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}
     sizes = {
-        name: plan.step_size(replace(CONFIG, optimizer=name), transformer, 4224, 2).needed_bytes(0)
+        name: memory_plan.step_size(replace(CONFIG, optimizer=name), transformer, 4224, 2).needed_bytes(0)
         for name in OPTIMIZERS
     }
     assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["adamw"] < sizes["prodigy"]
@@ -105,8 +111,8 @@ def test_the_plan_counts_the_optimizer():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_tokens_row_has_an_adamw_of_its_own_without_decay(optimizer, prepare):
     run = prepare(optimizer=optimizer, weight_decay=0.5)
-    (group,) = run.optimizers.rows.param_groups
-    assert type(run.optimizers.rows) is AdamW
+    (group,) = run.optimizers.embeddings.param_groups
+    assert type(run.optimizers.embeddings) is AdamW
     assert group["weight_decay"] == 0
     assert group["betas"] == (0.9, 0.999)
     assert run.optimizers.lora.param_groups[0]["weight_decay"] == 0.5
@@ -130,7 +136,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(most, expected, prepare, mo
         weight.grad = torch.zeros_like(weight)
     run.lora[0].grad[0, :2] = torch.tensor([3.0, 4.0])
     monkeypatch.setattr(type(run.optimizers), "step", lambda *_: seen.append(run.lora[0].grad.norm().item()))
-    norm, _ = training.clip_and_step(run, 0)
+    norm, _ = loop.clip_and_step(run, 0)
     assert float(norm) == pytest.approx(5.0), "reported as it was"
     assert seen == [pytest.approx(expected)]
 
@@ -138,16 +144,16 @@ def test_gradients_are_clipped_to_the_norm_asked_for(most, expected, prepare, mo
 def test_what_is_written_is_the_average_of_the_weights_on_the_way(prepare):
     decay, run = 0.6, prepare(ema_decay=0.6)
     expected = None
-    for taken, _ in enumerate(training.train(run), start=1):
+    for taken, _ in enumerate(loop.train(run), start=1):
         share = min(decay, taken / (9 + taken)) if taken > 1 else 0.0  # (1 + t) / (10 + t), with t counted from 0
-        now = [weight.detach().clone() for weight in (*run.lora, *run.placeholders.rows)]
+        now = [weight.detach().clone() for weight in (*run.lora, *run.placeholders.embeddings)]
         expected = [share * old + (1 - share) * new for old, new in zip(expected or now, now, strict=True)]
-    written = training.finish(run)
+    written = final_lora(run)
     downs_and_ups = [part for layer in written.layers.values() for part in (layer.down, layer.up)]
     for got, wanted in zip([*downs_and_ups, written.rows["<zwx>"][0]], expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-7)
     assert not torch.allclose(downs_and_ups[1], run.lora[1], atol=1e-7), "the run itself goes on from its last step"
-    (told,) = training.describe_placeholders(run)
+    (told,) = describe_placeholders(run)
     assert told["last_norm"] == pytest.approx(float(written.rows["<zwx>"].norm()))
 
 
@@ -158,44 +164,44 @@ def test_what_is_written_is_the_average_of_the_weights_on_the_way(prepare):
 )  # fmt: skip
 def test_schedules(scheduler, factors):
     config = replace(CONFIG, lr_scheduler=scheduler, warmup_steps=2, steps=6)
-    assert [training.rate_factor(step, config) for step in range(6)] == pytest.approx(factors)
+    assert [loop.rate_factor(step, config) for step in range(6)] == pytest.approx(factors)
 
 
 # --- goals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("goal", PRESETS)
 def test_a_goal_chooses_what_is_left_open_and_nothing_else(goal):
-    assert recipe_for(goal, "adamw") == GOALS[goal]
-    assert recipe_for(goal, "adamw", 7, 0.5, 3, "attention").steps == 7
-    mine = recipe_for(goal, "adamw", rank=99)
-    assert asdict(mine) == {**asdict(GOALS[goal]), "rank": 99}
-    assert recipe_for(goal, "prodigy").learning_rate == 1.0
-    assert recipe_for(goal, "prodigy", learning_rate=0.5).learning_rate == 0.5
+    assert preset_for(goal, "adamw") == PRESETS[goal]
+    assert preset_for(goal, "adamw", 7, 0.5, 3, "attention").steps == 7
+    mine = preset_for(goal, "adamw", rank=99)
+    assert asdict(mine) == {**asdict(PRESETS[goal]), "rank": 99}
+    assert preset_for(goal, "prodigy").learning_rate == 1.0
+    assert preset_for(goal, "prodigy", learning_rate=0.5).learning_rate == 0.5
 
 
 def test_the_command_line_fills_what_is_left_open():
     assert filled({"goal": "style", "rank": 8, "seed": 1}) == {
-        "goal": "style", "seed": 1, **asdict(GOALS["style"]), "rank": 8,
+        "goal": "style", "seed": 1, **asdict(PRESETS["style"]), "rank": 8,
     }  # fmt: skip
-    assert filled({}) == asdict(GOALS["none"])
+    assert filled({}) == asdict(PRESETS["none"])
 
 
 def test_the_defaults_are_what_no_goal_chooses():
     given = asdict(TrainConfig(seed=0))
-    assert {name: given[name] for name in asdict(GOALS["none"])} == asdict(GOALS["none"])
+    assert {name: given[name] for name in asdict(PRESETS["none"])} == asdict(PRESETS["none"])
 
 
 def test_each_choice_is_printed_with_what_the_caller_has_in_its_place():
-    config = TrainConfig(goal="object", **asdict(recipe_for("object", "adamw", steps=300)), seed=0)
-    (line,) = session.describe_goal(config)
+    config = TrainConfig(goal="object", **asdict(preset_for("object", "adamw", steps=300)), seed=0)
+    (line,) = describe_goal(config)
     assert line.startswith("goal object: steps 300 (yours; the goal's is 1000), ")
     assert "rank 16, lora_targets attention" in line
-    assert session.describe_goal(TrainConfig(seed=0)) == []
+    assert describe_goal(TrainConfig(seed=0)) == []
 
 
 def test_an_unknown_goal_or_optimizer_is_refused_with_the_ones_there_are():
     with pytest.raises(UserError, match="goal must be one of none, person, object, style"):
-        recipe_for("dog", "adamw")
+        preset_for("dog", "adamw")
     with pytest.raises(UserError, match="optimizer must be one of adamw, adamw8bit, prodigy, adafactor"):
         TrainConfig(optimizer="lion", seed=0)

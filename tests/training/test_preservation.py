@@ -5,10 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_utils import adapters, draws, models, objective, preparation, training
-from lora_utils.captions import preserved_caption
+from lora_utils import constants
 from lora_utils.config import TrainConfig
+from lora_utils.dataset.captions import prior_caption
 from lora_utils.errors import UserError
+from lora_utils.lora.adapter import without_lora
+from lora_utils.model.device import default_placement
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.training import loop
+from lora_utils.training.batches import BatchStream
+from lora_utils.training.loss import batch_text, forward_backward
+from lora_utils.training.setup import setup
 
 CONFIG = TrainConfig(
     steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0, train_placeholder_token=True,
@@ -18,7 +25,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def run(dataset, random_model):
-    return preparation.prepare(CONFIG, dataset, random_model, models.default_place())
+    return setup(CONFIG, dataset, random_model, default_placement())
 
 
 @pytest.mark.parametrize(
@@ -32,12 +39,12 @@ def run(dataset, random_model):
     ],
 )
 def test_the_class_word_takes_the_tokens_place(caption, held):
-    assert preserved_caption(caption, CONFIG) == held
+    assert prior_caption(caption, CONFIG) == held
 
 
 def test_or_the_trigger_words():
     config = TrainConfig(trigger_word="ohwx", class_word=r"man \1", seed=0)
-    assert preserved_caption("ohwx at sea", config) == r"man \1 at sea"
+    assert prior_caption("ohwx at sea", config) == r"man \1 at sea"
 
 
 @pytest.mark.parametrize(
@@ -54,41 +61,44 @@ def test_what_cannot_be_is_refused(given, message):
 
 
 def test_the_target_is_what_the_base_model_predicts_bit_for_bit(dataset, random_model, components):
-    run = preparation.prepare(CONFIG, dataset, random_model, models.default_place(), any_timestep=True)
-    list(training.train(run))
+    run = setup(CONFIG, dataset, random_model, default_placement(), any_timestep=True)
+    list(loop.train(run))
     noisy, sigma = torch.randn(2, 16, 64), torch.tensor([0.3, 0.8])
-    held = list(run.preserved.values())[:2]
-    text = objective.batch_text(run, held)
-    given = (noisy, sigma, text, run.examples[0].size)
+    held = list(run.data.prior_captions.values())[:2]
+    text = batch_text(run, held)
+    given = (noisy, sigma, text, run.data.examples[0].size)
     with torch.no_grad():
-        with adapters.without_lora(run.transformer):
-            without = models.predict_velocity(run.transformer, *given)
-        assert torch.equal(without, models.predict_velocity(components.transformer, *given))
-        assert not torch.equal(without, models.predict_velocity(run.transformer, *given)), "the LoRA is back"
+        with without_lora(run.components.transformer):
+            without = predict_velocity(run.components.transformer, *given)
+        assert torch.equal(without, predict_velocity(components.transformer, *given))
+        assert not torch.equal(without, predict_velocity(run.components.transformer, *given)), "the LoRA is back"
 
 
 def test_the_lora_is_back_after_a_failure(run):
-    list(training.train(run))
-    given = (torch.randn(1, 16, 64), torch.tensor([0.5]), objective.batch_text(run, [draws.EMPTY_CAPTION]))
-    before = models.predict_velocity(run.transformer, *given, run.examples[0].size)
-    with pytest.raises(KeyboardInterrupt), adapters.without_lora(run.transformer):
+    list(loop.train(run))
+    given = (torch.randn(1, 16, 64), torch.tensor([0.5]), batch_text(run, [constants.EMPTY_PROMPT]))
+    before = predict_velocity(run.components.transformer, *given, run.data.examples[0].size)
+    with pytest.raises(KeyboardInterrupt), without_lora(run.components.transformer):
         raise KeyboardInterrupt
-    assert torch.equal(before, models.predict_velocity(run.transformer, *given, run.examples[0].size))
+    assert torch.equal(before, predict_velocity(run.components.transformer, *given, run.data.examples[0].size))
 
 
 def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
     """B is zero at first, so the LoRA's prediction is the base's: the loss is zero, and so is its gradient."""
-    stream = draws.MicroBatches(CONFIG, run.examples, run.schedule, run.preserved)
+    stream = BatchStream(CONFIG, run.data.examples, run.components.schedule, run.data.prior_captions)
     drawn = next(batch for batch in stream if batch.preserves)
     assert not any("<zwx>" in caption for caption in drawn.captions)
-    losses = objective.forward_backward(run, [drawn])
+    losses = forward_backward(run, [drawn])
     assert losses.nansum().item() < 1e-12
     assert all(weight.grad is None or weight.grad.abs().max() < 1e-6 for weight in run.lora)
-    assert run.placeholders.rows[0].grad is None
+    assert run.placeholders.embeddings[0].grad is None
 
 
 def test_about_that_share_of_the_micro_batches_holds_the_class_and_the_others_are_as_without(run):
-    streams = [draws.MicroBatches(CONFIG, run.examples, run.schedule, held) for held in (run.preserved, None)]
+    streams = [
+        BatchStream(CONFIG, run.data.examples, run.components.schedule, held)
+        for held in (run.data.prior_captions, None)
+    ]
     pairs = [(next(streams[0]), next(streams[1])) for _ in range(200)]
     share = sum(held.preserves for held, _ in pairs) / len(pairs)
     assert share == pytest.approx(0.5, abs=0.08)
@@ -101,13 +111,13 @@ def test_about_that_share_of_the_micro_batches_holds_the_class_and_the_others_ar
 def test_captions_without_the_token_teach_only(dataset, random_model):
     plain = [replace(example, caption="a red circle") for example in dataset.examples]
     config = replace(CONFIG, train_placeholder_token=False, trigger_word="ohwx")
-    run = preparation.prepare(config, replace(dataset, examples=plain), random_model, models.default_place())
-    assert run.preserved == {}
-    assert not any(any(report.preserves) for report in training.train(run))
+    run = setup(config, replace(dataset, examples=plain), random_model, default_placement())
+    assert run.data.prior_captions == {}
+    assert not any(any(report.preserves) for report in loop.train(run))
 
 
 def test_losses_that_hold_the_class_are_reported_apart(run):
-    reports = list(training.train(run))
+    reports = list(loop.train(run))
     assert sum(len(report.kept) for report in reports) == sum(report.preserves[0] for report in reports) > 0
     assert all(len(report.taught) + len(report.kept) == 1 for report in reports)
     assert torch.cat([report.kept for report in reports]).max() < torch.cat([r.taught for r in reports]).min()

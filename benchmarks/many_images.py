@@ -1,8 +1,8 @@
-"""Large datasets: memory and time against the number of pictures, with a cold and a warm cache.
+"""Large datasets: memory and time against the number of images, with a cold and a warm cache.
 
-    python -m benchmarks.many_pictures --counts 100 1000 10000
+    python -m benchmarks.many_images --counts 100 1000 10000
 
-Each measurement is a process of its own, from the folder of pictures to the twentieth step: 256x256, each with its own
+Each measurement is a process of its own, from the folder of images to the twentieth step: 256x256, each with its own
 caption, on the small model.
 """
 
@@ -25,35 +25,39 @@ from examples.shapes import draw, random_prompt, scene_of, to_image
 SIDE_PX = 256
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for index in range(count):
         prompt = random_prompt(rng)
-        picture = to_image(draw(scene_of(prompt, rng))).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+        image = to_image(draw(scene_of(prompt, rng))).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
         (folder / f"{index // 1000:03d}").mkdir(exist_ok=True)
         target = folder / f"{index // 1000:03d}" / f"{index:06d}.jpg"
-        picture.save(target, quality=90)
+        image.save(target, quality=90)
         target.with_suffix(".txt").write_text(f"{prompt.wordings()[0]}, number {index}")
 
 
 def measure(folder: Path) -> dict[str, float]:
     """In this process: seconds until the data is checked, until it is encoded, and the most memory that was held."""
-    from lora_utils import models, preflight, preparation, training  # noqa: PLC0415
-    from lora_utils.config import TrainConfig  # noqa: PLC0415
+    from lora_utils.config import TrainConfig  # noqa: PLC0415 (the memory of imports is measured too)
+    from lora_utils.dataset import load  # noqa: PLC0415
+    from lora_utils.model.device import default_placement  # noqa: PLC0415
+    from lora_utils.model.text_encoder import load_tokenizer  # noqa: PLC0415
+    from lora_utils.training import loop  # noqa: PLC0415
+    from lora_utils.training.setup import TrainJob, setup  # noqa: PLC0415
 
     config = TrainConfig(steps=20, rank=4, batch_size=4, resolution=str(SIDE_PX), seed=0)
     before = _peak_bytes()
     began = time.monotonic()
-    found = preflight.read_dataset(folder, config, models.load_tokenizer(MODEL))
+    found = load(folder, config, load_tokenizer(MODEL))
     checked = time.monotonic()
-    run = preparation.prepare(config, found, MODEL, models.default_place())
+    run = setup(TrainJob(config, found, MODEL, default_placement()))
     ready = time.monotonic()
-    for _ in training.train(run):
+    for _ in loop.train(run):
         pass
     return {
-        "pictures": len(run.examples),
+        "images": len(run.data.examples),
         "check_s": checked - began,
-        "prepare_s": ready - checked,
+        "setup_s": ready - checked,
         "imports_mb": before / 1e6,
         "peak_mb": _peak_bytes() / 1e6,
     }
@@ -76,10 +80,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             pictures = Path(work) / "pictures"
             pictures.mkdir()
-            write_pictures(pictures, count)
+            write_images(pictures, count)
             for cache, named in (("cold", "cache"), ("warm", "cache"), ("none", "")):
                 environment = {**os.environ, "CACHE_DIR": str(Path(work) / named) if named else ""}
-                command = [sys.executable, "-m", "benchmarks.many_pictures", "--measure", str(pictures)]
+                command = [sys.executable, "-m", "benchmarks.many_images", "--measure", str(pictures)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 print(

@@ -1,0 +1,138 @@
+"""The state of a training run: what it learns from, what moves, and how far it has come.
+
+Legend: T text tokens, D the text encoder's width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_utils.config import TrainConfig
+from lora_utils.dataset.cache import CachedExample
+from lora_utils.errors import UserError
+from lora_utils.lora.adapter import trained_lora
+from lora_utils.lora.formats import LoraFile
+from lora_utils.model.components import Components
+from lora_utils.model.memory_plan import MemoryPlan
+from lora_utils.placeholder.embedding import describe_embeddings
+from lora_utils.placeholder.tokens import Placeholders
+from lora_utils.training.batches import BatchStream, LargestBatch
+from lora_utils.training.distributed import Ranks
+from lora_utils.training.optimizers import Optimizers
+
+
+@dataclass(frozen=True, slots=True)
+class TrainData:
+    """What a run learns from, encoded."""
+
+    examples: list[CachedExample]
+    held_out: list[CachedExample]  # to measure on
+    captions: list[str]  # of the images that are learned from, one an image
+    prior_captions: Mapping[str, str]  # by caption: the class word in place of what is taught
+    texts: Mapping[str, Tensor]  # [T, D] by caption; those with a token are missing, they are encoded at every step
+    text_tokens: Mapping[str, int]  # T of each caption that a step may show
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """The mean losses of a step: of the batches that taught and of those that held the class; None for none."""
+
+    step: int
+    loss: float | None
+    class_loss: float | None
+
+
+@dataclass(slots=True)
+class TrainState:
+    """A training run, ready to step.
+
+    `setup.setup` makes it. `loop.train` moves `step`, `flops` and all that learns. `recompute` replaces `plan`.
+    `checkpoint.restore_checkpoint` sets what an earlier process left. `monitor` adds to `recent_losses`, `seconds`,
+    `validated_at` and `previewed_at`.
+    """
+
+    # What the run is.
+    config: TrainConfig  # as it was asked for
+    ranks: Ranks
+    base_model: str  # fingerprint of the model
+    init_weights: str  # SHA-256 of the LoRA file that it started from; empty for none
+    data: TrainData
+    largest: LargestBatch
+
+    # What computes, and what moves.
+    components: Components
+    plan: MemoryPlan
+    lora: list[nn.Parameter]
+    placeholders: Placeholders
+    initial_embeddings: tuple[Tensor, ...]
+    optimizers: Optimizers
+    stream: BatchStream
+
+    # How far it has come.
+    step: int = 0  # optimizer steps taken
+    resumed_at: int = 0  # of these, the ones that an earlier process took
+    recent_losses: list[StepLoss] = field(default_factory=list)  # of the last tenth of the steps taken
+    validated_at: int = -1  # the step after which it was last validated
+    previewed_at: int = -1  # the step after which previews were last sampled
+    flops: float = 0.0  # done in this process
+    seconds: dict[str, float] = field(default_factory=dict)  # where this process's time went
+
+    @property
+    def resolved_config(self) -> TrainConfig:
+        """The config with the quantisation that it came to, as meta.json has it."""
+        return replace(self.config, quantization=self.plan.quantization)
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """All that may move: the LoRA's weights and the tokens' embeddings."""
+        return [*self.lora, *self.placeholders.embeddings]
+
+
+def current_lora(state: TrainState) -> LoraFile:
+    """Return the LoRA and the embeddings of its tokens as they are now, or the average of them, on the CPU."""
+    with state.optimizers.averaged():
+        embeddings = {
+            token: embedding.detach().float().cpu().clone().view(1, -1)
+            for token, embedding in zip(state.placeholders.tokens, state.placeholders.embeddings, strict=True)
+        }
+        return LoraFile(trained_lora(state.components.transformer), embeddings)
+
+
+def final_lora(state: TrainState) -> LoraFile:
+    """Return what has been learned.
+
+    Raises UserError for weights that are no numbers, RuntimeError for an embedding that hasn't moved though it should.
+    """
+    placeholders = state.placeholders
+    for token, embedding, first in zip(
+        placeholders.tokens, placeholders.embeddings, state.initial_embeddings, strict=True
+    ):
+        if embedding.requires_grad and torch.equal(embedding, first):
+            raise RuntimeError(f"the embedding of {token} hasn't moved in {state.step} steps")
+    lora = current_lora(state)
+    parts = [part for layer in lora.layers.values() for part in (layer.down, layer.up)]
+    if not all(part.isfinite().all() for part in (*parts, *lora.embeddings.values())):  # no later loss would tell
+        raise UserError(f"the weights aren't finite after step {state.step}; lower learning_rate.")
+    return lora
+
+
+def describe_placeholders(state: TrainState) -> list[dict[str, Any]]:
+    """Return what meta.json says of each trained embedding; nothing without a token."""
+    if state.components.text_encoder is None:
+        return []
+    with state.optimizers.averaged():
+        embeddings = describe_embeddings(
+            state.placeholders, state.initial_embeddings, state.components.tokenizer, state.components.text_encoder
+        )
+    return [
+        {
+            **described,
+            "init_std": state.config.placeholder_init_std,
+            "learning_rate": state.optimizers.embedding_learning_rate,
+            "captions_with_token": sum(described["token"] in caption for caption in state.data.captions),
+        }
+        for described in embeddings
+    ]
