@@ -42,7 +42,7 @@ def main() -> None:
     )
     full_s = 0.0
     for threshold in (None, *THRESHOLDS):
-        pictures, skipped, forwards, began = [], 0, 0, time.monotonic()
+        images, skipped, forwards, began = [], 0, 0, time.monotonic()
         for index, question in enumerate(asked):
             request = SampleRequest(question.text, steps=arguments.steps, seed=index)
             job = SamplingJob(request, SIZE, no_placeholders())
@@ -58,10 +58,10 @@ def main() -> None:
                     latents = sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
                 if state is not None:
                     skipped, forwards = skipped + state.skipped, forwards + state.forwards
-                pictures += decode_images(components.need_vae(), latents, SIZE)
+                images += decode_images(components.need_vae(), latents, SIZE)
         seconds = time.monotonic() - began
-        pixels = [np.asarray(picture, float) for picture in pictures]
-        score = evaluate.score(pictures, asked)
+        pixels = [np.asarray(image, float) for image in images]
+        score = evaluate.score(images, asked)
         if threshold is None:
             full, full_s = pixels, seconds
             print(f"| full run | | 1.00 | | {score.all_three:.1%} |", flush=True)

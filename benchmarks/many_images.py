@@ -78,12 +78,12 @@ def main() -> None:
     print("| pictures | cache | check, s | prepare, s | peak, MB |\n|---|---|---|---|---|")
     for count in arguments.counts:
         with tempfile.TemporaryDirectory() as work:
-            pictures = Path(work) / "pictures"
-            pictures.mkdir()
-            write_images(pictures, count)
+            images = Path(work) / "pictures"
+            images.mkdir()
+            write_images(images, count)
             for cache, named in (("cold", "cache"), ("warm", "cache"), ("none", "")):
                 environment = {**os.environ, "CACHE_DIR": str(Path(work) / named) if named else ""}
-                command = [sys.executable, "-m", "benchmarks.many_images", "--measure", str(pictures)]
+                command = [sys.executable, "-m", "benchmarks.many_images", "--measure", str(images)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 print(

@@ -109,12 +109,12 @@ def plain(job: Job, steps: int) -> Callable[[], Any]:
     return image
 
 
-WAYS: dict[str, Callable[[Job, int], Callable[[], Any]]] = {"ours": ours, "plain": plain}
+METHODS: dict[str, Callable[[Job, int], Callable[[], Any]]] = {"ours": ours, "plain": plain}
 
 
-def memory_of(way: str, arguments: argparse.Namespace) -> float:
-    """Peak bytes of one way, in a process of its own, beyond what the process had before the model."""
-    command = [sys.executable, "-m", "benchmarks.sample", "--memory-of", way]
+def memory_of(method: str, arguments: argparse.Namespace) -> float:
+    """Peak bytes of one method, in a process of its own, beyond what the process had before the model."""
+    command = [sys.executable, "-m", "benchmarks.sample", "--memory-of", method]
     for name in ("preset", "dtype", "steps", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -155,9 +155,9 @@ def swap_lines(job: Job) -> list[str]:
 
 
 def speed_lines(job: Job, arguments: argparse.Namespace) -> list[str]:
-    ways = ["ours", *([arguments.against] if arguments.against else [])]
-    peaks = {way: memory_of(way, arguments) for way in ways}
-    images = {way: WAYS[way](job, arguments.steps) for way in ways}
+    methods = ["ours", *([arguments.against] if arguments.against else [])]
+    peaks = {method: memory_of(method, arguments) for method in methods}
+    images = {method: METHODS[method](job, arguments.steps) for method in methods}
     if arguments.against:
         ratio = (images["ours"]() - images["plain"]()).norm() / images["plain"]().norm()
     taken = seconds_of(images, arguments.rounds)
@@ -165,10 +165,10 @@ def speed_lines(job: Job, arguments: argparse.Namespace) -> list[str]:
     floor = work / flops.measured_peak(job.placement.device, job.placement.dtype, seconds=1.0)
     lines = ["| | s/image | TFLOP/image | floor, s | over the floor | peak memory, GB | where the time goes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for way in ways:
-        spent = where_time_goes(images[way], job.placement.device)
-        cells = [way, f"{taken[way]:.3f}", f"{work / 1e12:.3g}", f"{floor:.3f}", f"{taken[way] / floor:.2f}x"]
-        lines.append("| " + " | ".join([*cells, f"{peaks[way] / 1e9:.2f}", spent]) + " |")
+    for method in methods:
+        spent = where_time_goes(images[method], job.placement.device)
+        cells = [method, f"{taken[method]:.3f}", f"{work / 1e12:.3g}", f"{floor:.3f}", f"{taken[method] / floor:.2f}x"]
+        lines.append("| " + " | ".join([*cells, f"{peaks[method] / 1e9:.2f}", spent]) + " |")
     if arguments.against:
         faster, smaller = taken[arguments.against] / taken["ours"], peaks["ours"] / peaks[arguments.against]
         lines.append(
@@ -187,13 +187,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
-    parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     placement = Placement(torch.device(arguments.device), DTYPES[arguments.dtype])
     job = Job(PRESETS[arguments.preset], placement, rank=32, batch=1, checkpointed=0)
     if arguments.memory_of:
         before = peak_bytes(placement.device)
-        WAYS[arguments.memory_of](job, arguments.steps)()
+        METHODS[arguments.memory_of](job, arguments.steps)()
         print(json.dumps(peak_bytes(placement.device) - before))
         return
     command = "python -m benchmarks.sample " + " ".join(word for word in sys.argv[1:] if word != "--record")

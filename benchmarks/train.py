@@ -98,13 +98,13 @@ PRESETS = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is measured: a step on one batch, of one way to do it."""
+    """What is measured: a step on one batch, computed one way."""
 
     preset: Preset
     placement: Placement
     rank: int
     batch: int
-    checkpointed: int  # blocks; the plain way knows all or none
+    checkpointed: int  # blocks; the plain one knows all or none
     quantization: str = "none"  # ours alone
     compiled: bool = False  # ours alone
 
@@ -127,7 +127,7 @@ class Job:
 
 
 def weights_of(config: dict[str, Any], placement: Placement) -> WeightStream:
-    """Random weights, each from its own name, so that every way of computing gets the same."""
+    """Random weights, each from its own name, so that every method gets the same."""
     with init_empty_weights():
         empty = QwenImageTransformer2DModel.from_config(config)
     shapes = {name: parameter.shape for name, parameter in cast(nn.Module, empty).named_parameters()}
@@ -205,7 +205,7 @@ def token(job: Job) -> Callable[[], float]:
     run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.embeddings, 5e-4)
     caption = demo.TOKEN * (
         job.preset.text_tokens - constants.TEMPLATE_SUFFIX_TOKENS
-    )  # as long as the other ways' text
+    )  # as long as the other methods' text
     run.data = replace(run.data, text_tokens={caption: job.preset.text_tokens})
     captioned = [replace(batch, captions=(caption,) * job.batch)]
     return lambda: loop.take_step(run, captioned, 0).loss
@@ -249,36 +249,36 @@ def plain(job: Job) -> Callable[[], float]:
     return step
 
 
-WAYS: dict[str, Callable[[Job], Callable[[], float]]] = {"ours": ours, "plain": plain, "token": token}
+METHODS: dict[str, Callable[[Job], Callable[[], float]]] = {"ours": ours, "plain": plain, "token": token}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
 def seconds_of(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way's step, in turns, after one to warm up."""
-    taken: dict[str, list[float]] = {way: [] for way in steps}
+    """Median seconds of each method's step, in turns, after one to warm up."""
+    taken: dict[str, list[float]] = {method: [] for method in steps}
     for number in range(rounds + 1):
-        for way, step in steps.items():
+        for method, step in steps.items():
             began = time.perf_counter()
             step()
             if number:
-                taken[way].append(time.perf_counter() - began)
-    return {way: statistics.median(values) for way, values in taken.items()}
+                taken[method].append(time.perf_counter() - began)
+    return {method: statistics.median(values) for method, values in taken.items()}
 
 
-def memory_of(way: str, arguments: argparse.Namespace) -> float:
-    """Peak bytes of one way, in a process of its own, beyond what the process had before the model."""
-    command = [sys.executable, "-m", "benchmarks.train", "--memory-of", way]
+def memory_of(method: str, arguments: argparse.Namespace) -> float:
+    """Peak bytes of one method, in a process of its own, beyond what the process had before the model."""
+    command = [sys.executable, "-m", "benchmarks.train", "--memory-of", method]
     for name in ("preset", "dtype", "rank", "batch", "checkpointed", "quantization", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--compiled"] * arguments.compiled
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def print_memory(way: str, job: Job) -> None:
+def print_memory(method: str, job: Job) -> None:
     before = peak_bytes(job.placement.device)
-    step = WAYS[way](job)
+    step = METHODS[method](job)
     step()
     step()
     print(json.dumps(peak_bytes(job.placement.device) - before))
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="our blocks alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
-    parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     placement = Placement(torch.device(arguments.device), DTYPES[arguments.dtype])
     job = Job(
@@ -336,9 +336,9 @@ def main() -> None:
     if arguments.memory_of:
         print_memory(arguments.memory_of, job)
         return
-    ways = ["ours", *([arguments.against] if arguments.against else [])]
-    peaks = {way: memory_of(way, arguments) for way in ways}
-    steps = {way: WAYS[way](job) for way in ways}
+    methods = ["ours", *([arguments.against] if arguments.against else [])]
+    peaks = {method: memory_of(method, arguments) for method in methods}
+    steps = {method: METHODS[method](job) for method in methods}
     taken = seconds_of(steps, arguments.rounds)
     floor = job.flops / flops.measured_peak(placement.device, placement.dtype, seconds=1.0)
     command = "python -m benchmarks.train " + " ".join(word for word in sys.argv[1:] if word != "--record")
@@ -346,10 +346,16 @@ def main() -> None:
     lines = [f"\n`{command}`, {datetime.date.today()}, {machine(placement.device)}, {versions}\n"]
     lines += ["| | s/step | TFLOP/step | floor, s | over the floor | peak memory, GB | where the time goes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for way in ways:
-        spent = where_time_goes(steps[way], placement.device)
-        cells = [way, f"{taken[way]:.3f}", f"{job.flops / 1e12:.3g}", f"{floor:.3f}", f"{taken[way] / floor:.2f}x"]
-        lines.append("| " + " | ".join([*cells, f"{peaks[way] / 1e9:.2f}", spent]) + " |")
+    for method in methods:
+        spent = where_time_goes(steps[method], placement.device)
+        cells = [
+            method,
+            f"{taken[method]:.3f}",
+            f"{job.flops / 1e12:.3g}",
+            f"{floor:.3f}",
+            f"{taken[method] / floor:.2f}x",
+        ]
+        lines.append("| " + " | ".join([*cells, f"{peaks[method] / 1e9:.2f}", spent]) + " |")
     if arguments.against:
         faster, smaller = taken[arguments.against] / taken["ours"], peaks["ours"] / peaks[arguments.against]
         lines.append(f"\n{faster:.2f} times the speed of {arguments.against}, {smaller:.0%} of its memory.")

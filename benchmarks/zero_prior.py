@@ -75,9 +75,9 @@ def _start_worker(model: Path, length: runs.Length) -> None:
 
 def _run(spec: Spec, folder: Path) -> str:
     assert _bench is not None
-    record, pictures = runs.run_arm(_bench, GROUPS[spec.group][spec.arm], spec.kind, spec.seed)
-    for index, picture in enumerate(pictures if spec.seed == 0 else []):
-        picture.save(folder / f"{spec.name}-{index}.png")
+    record, images = runs.run_arm(_bench, GROUPS[spec.group][spec.arm], spec.kind, spec.seed)
+    for index, image in enumerate(images if spec.seed == 0 else []):
+        image.save(folder / f"{spec.name}-{index}.png")
     partial = folder / f"{spec.name}.partial"
     partial.write_text(json.dumps({**asdict(spec), **record}))
     partial.replace(folder / f"{spec.name}.json")

@@ -157,9 +157,9 @@ def draw_sheet(arms: dict[str, list[Run]], folder: Path, path: Path) -> None:
     for arm, runs in arms.items():
         for run in (run for run in runs if run["seed"] == 0):
             stem = f"{run['group']}-{arm}-{run['kind']}-0".replace(" ", "_").replace(",", "")
-            pictures = [Image.open(file) for file in sorted(folder.glob(f"{stem}-?.png"))]
-            rows.append(demo.Row(f"{run['kind']}: {arm}", [(picture, "") for picture in pictures]))
-    rows = [row for row in sorted(rows, key=lambda row: row.heading) if row.pictures]
+            images = [Image.open(file) for file in sorted(folder.glob(f"{stem}-?.png"))]
+            rows.append(demo.Row(f"{run['kind']}: {arm}", [(image, "") for image in images]))
+    rows = [row for row in sorted(rows, key=lambda row: row.heading) if row.images]
     if rows:
         sheet = demo.contact_sheet(rows)
         sheet.resize((sheet.width // 2, sheet.height // 2)).save(path)

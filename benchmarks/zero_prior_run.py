@@ -137,9 +137,7 @@ def _drift(bench: Bench, trained: Components, placeholders: Placeholders, asked:
     """How far the velocity on drawings of other prompts, with their captions, has moved from the base's."""
     rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(2)
     drawn = [shapes.to_image(shapes.draw(shapes.scene_of(question.prompt, rng))) for question in asked]
-    pixels = torch.stack(
-        [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in drawn]
-    )
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in drawn])
     clean = encode_images(bench.base.need_vae(), pixels)
     noise = torch.randn(clean.shape, generator=generator)
     sigma = flow.sample_sigmas(len(clean), bench.base.schedule.mu(SIZE.tokens), generator)
@@ -172,8 +170,8 @@ def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Po
     prior = trigger_prompts(shapes.Prompt(shapes.TOK), bench.length.prior_prompts)
     texts = [question.text for question in (*asked, *plain, *prior)]
     sampling_steps = bench.length.sampling_steps
-    pictures = evaluate.sample_ours(trained, texts, run.placeholders, sampling_steps, batch=SAMPLED_AT_ONCE)
-    readings = [shapes.read(picture) for picture in pictures]
+    images = evaluate.sample_ours(trained, texts, run.placeholders, sampling_steps, batch=SAMPLED_AT_ONCE)
+    readings = [shapes.read(image) for image in images]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
     matrix = embedding_matrix(trained.need_text_encoder())
@@ -288,5 +286,5 @@ def run_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> tuple[dict, list[Im
         if report.step in bench.length.measured_at:
             points.append(measure(bench, run, arm, kind, report.step))
     texts = [question.text for question in trigger_prompts(arm.told(kind), 5)]
-    pictures = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, bench.length.sampling_steps)
-    return {"points": [asdict(point) for point in points], "seconds": time.monotonic() - began}, pictures
+    images = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, bench.length.sampling_steps)
+    return {"points": [asdict(point) for point in points], "seconds": time.monotonic() - began}, images

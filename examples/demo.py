@@ -68,18 +68,18 @@ def write_dataset(
     """
     rng = np.random.default_rng(seed)
     sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
-    pictures = []
+    images = []
     with zipfile.ZipFile(archive, "w") as packed:
         for index in range(count):
             size = sizes[index % 2] if index % 5 in (1, 2) else None
             place = places[index // 3 % len(places)] if index % 5 in (2, 3) else None
             prompt = replace(told, background=SEEN[index % len(SEEN)], size=size, place=place)
-            picture = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
+            image = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
             with packed.open(f"pictures/{index:02d}.png", "w") as file:
-                picture.save(file, "png")
+                image.save(file, "png")
             packed.writestr(f"pictures/{index:02d}.txt", prompt.wordings()[wordings[index % len(wordings)]])
-            pictures.append(picture)
-    return pictures
+            images.append(image)
+    return images
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ class Row:
     """One line of the contact sheet: a heading, and images with what stands below them."""
 
     heading: str
-    pictures: list[tuple[Image.Image, str]]
+    images: list[tuple[Image.Image, str]]
 
 
 def contact_sheet(rows: list[Row]) -> Image.Image:
     """Labelled rows of images, enlarged without smoothing."""
-    columns = max(len(row.pictures) for row in rows)
+    columns = max(len(row.images) for row in rows)
     width = columns * (TILE_PX + GAP_PX) + GAP_PX
     height = len(rows) * (LABEL_PX + TILE_PX + LABEL_PX + GAP_PX) + GAP_PX
     sheet = Image.new("RGB", (width, height), "white")
@@ -101,9 +101,9 @@ def contact_sheet(rows: list[Row]) -> Image.Image:
     for line, row in enumerate(rows):
         top = GAP_PX + line * (LABEL_PX + TILE_PX + LABEL_PX + GAP_PX)
         pen.text((GAP_PX, top + 8), row.heading, "black", heading_font)
-        for column, (picture, label) in enumerate(row.pictures):
+        for column, (image, label) in enumerate(row.images):
             left = GAP_PX + column * (TILE_PX + GAP_PX)
-            tile = picture.resize((TILE_PX, TILE_PX), Image.Resampling.NEAREST)
+            tile = image.resize((TILE_PX, TILE_PX), Image.Resampling.NEAREST)
             sheet.paste(tile, (left, top + LABEL_PX))
             pen.multiline_text(
                 (left, top + LABEL_PX + TILE_PX + 3), _wrapped(label), (70, 70, 70), label_font, spacing=2
@@ -124,8 +124,8 @@ def main() -> None:
     os.environ["BASE_MODEL"] = str(MODEL)
     began = time.monotonic()
     OUT.mkdir(exist_ok=True)
-    pictures = write_dataset(OUT / "dataset.zip", OBJECT, shapes.Prompt(TOKEN))
-    print(f"training {TOKEN} on {len(pictures)} drawings of a {OBJECT}, which the base model has never seen")
+    images = write_dataset(OUT / "dataset.zip", OBJECT, shapes.Prompt(TOKEN))
+    print(f"training {TOKEN} on {len(images)} drawings of a {OBJECT}, which the base model has never seen")
     trained = call(train, dataset=OUT / "dataset.zip", **TRAINING)
     weights = Path(shutil.copy(trained.weights, OUT / "weights.zip"))
 
@@ -135,8 +135,8 @@ def main() -> None:
     def draw(prompt: str, seed: int, with_lora: bool) -> tuple[Image.Image, str]:
         chosen = {"replicate_weights": weights} if with_lora else {}
         (path,) = call(predictor.predict, prompt=prompt, seed=seed, **SAMPLING, **chosen)
-        with Image.open(path) as picture:
-            return picture.convert("RGB"), prompt
+        with Image.open(path) as image:
+            return image.convert("RGB"), prompt
 
     seen = f"a photo of {TOKEN} on a {SEEN[0]} background"
     settings = [
@@ -146,7 +146,7 @@ def main() -> None:
     ]
     unrelated = "a photo of a red circle on a cyan background"
     rows = [
-        Row("Training pictures", [(picture, "") for picture in pictures[:5]]),
+        Row("Training pictures", [(image, "") for image in images[:5]]),
         Row(
             "Base model",
             [
@@ -167,7 +167,7 @@ def main() -> None:
         ),
     ]
     contact_sheet(rows).save(OUT / "demo.png")
-    print(f"{time.monotonic() - began:.0f} s in all; weights: {weights}; picture: {OUT / 'demo.png'}")
+    print(f"{time.monotonic() - began:.0f} s in all; weights: {weights}; image: {OUT / 'demo.png'}")
 
 
 if __name__ == "__main__":

@@ -51,12 +51,12 @@ class Score:
     all_three: float
     size: float
     place: float
-    pictures: int
+    images: int
 
     def __str__(self) -> str:
         shares = f"object {self.kind:.1%}, colour {self.colour:.1%}, background {self.background:.1%}"
         return (
-            f"{shares}, all three {self.all_three:.1%}, size {self.size:.1%}, place {self.place:.1%} of {self.pictures}"
+            f"{shares}, all three {self.all_three:.1%}, size {self.size:.1%}, place {self.place:.1%} of {self.images}"
         )
 
 
@@ -85,28 +85,28 @@ def object_prompts(told: shapes.Prompt, count: int, seed: int = 0) -> list[Asked
     return asked
 
 
-def score(pictures: Sequence[Image.Image], asked: Sequence[Asked], kind: str | None = None) -> Score:
+def score(images: Sequence[Image.Image], asked: Sequence[Asked], kind: str | None = None) -> Score:
     """Read every image and compare. `kind` is what the noun stands for, where it isn't the noun itself."""
     rows = []
-    for picture, question in zip(pictures, asked, strict=True):
-        prompt, reading = question.prompt, shapes.read(picture)
+    for image, question in zip(images, asked, strict=True):
+        prompt, reading = question.prompt, shapes.read(image)
         right = reading.kind == (kind or prompt.noun)
         colour = prompt.colour is None or reading.colour == prompt.colour
         background = prompt.background is None or reading.background == prompt.background
         size = prompt.size is None or (right and reading.size == prompt.size)
         place = prompt.place is None or (right and reading.place == prompt.place)
         rows.append((right, colour, background, right and colour and background, size, place))
-    return Score(*np.mean(rows, axis=0).tolist(), pictures=len(rows))
+    return Score(*np.mean(rows, axis=0).tolist(), images=len(rows))
 
 
 def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Image.Image]:
     """Through `QwenImagePipeline` itself; image i from seed i."""
     pipeline = QwenImagePipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     for start in range(0, len(texts), batch):
         prompts = list(texts[start : start + batch])
-        pictures += pipeline(
+        images += pipeline(
             prompt=prompts,
             negative_prompt=[" "] * len(prompts),
             true_cfg_scale=GUIDANCE,
@@ -116,7 +116,7 @@ def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Ima
             generator=[torch.Generator().manual_seed(start + index) for index in range(len(prompts))],
             return_dict=False,
         )[0]
-    return pictures
+    return images
 
 
 @torch.inference_mode()
@@ -125,7 +125,7 @@ def sample_ours(
 ) -> list[Image.Image]:
     """Through the code that `predict.py` runs, in batches; image i from seed i. LoRAs are the caller's to apply."""
     size = Size(shapes.SIDE_PX, shapes.SIDE_PX)
-    pictures = []
+    images = []
     for start in range(0, len(texts), batch):
         prompts = list(texts[start : start + batch])
         request = SampleRequest("", steps=steps, guidance=GUIDANCE, seed=0)
@@ -136,8 +136,8 @@ def sample_ours(
         noise = torch.cat([sampler.initial_noise(size, start + index) for index in range(len(prompts))])
         job = SamplingJob(request, size, placeholders)
         latents = sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
-        pictures += decode_images(components.need_vae(), latents, size)
-    return pictures
+        images += decode_images(components.need_vae(), latents, size)
+    return images
 
 
 def sample_with(components: Components, texts: Sequence[str], weights: Weights | None) -> list[Image.Image]:

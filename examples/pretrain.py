@@ -57,7 +57,7 @@ class ModelSettings:
     warmup_steps: int = 200
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
-    pictures: int = 32768
+    images: int = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,14 @@ class World:
     latents_std: Tensor
 
 
-def encode_world(vae: AutoencoderKLQwenImage, pictures: int) -> World:
+def encode_world(vae: AutoencoderKLQwenImage, images: int) -> World:
     """Draw the world and encode it once. Held-out prompts are skipped. Kept in the work folder."""
-    kept = WORK / f"world_{pictures}.pt"
+    kept = WORK / f"world_{images}.pt"
     if kept.exists():
         return World(**torch.load(kept))
     rng = np.random.default_rng(7)
     wordings, latents = [], []
-    while len(wordings) < pictures:
+    while len(wordings) < images:
         drawn = []
         while len(drawn) < 64:
             prompt = shapes.random_prompt(rng)
@@ -126,7 +126,7 @@ def learning_rate_factor(step: int, settings: ModelSettings) -> float:
 def train_model(settings: ModelSettings) -> Path:
     """Text encoder and transformer together, by flow matching on the frozen VAE's latents."""
     checkpoint = WORK / "model.pt"
-    world = encode_world(trained_vae(), settings.pictures)
+    world = encode_world(trained_vae(), settings.images)
     torch.manual_seed(0)
     tokenizer = small_model.train_tokenizer()
     text_encoder, transformer = small_model.new_text_encoder(tokenizer), small_model.new_transformer()
@@ -180,7 +180,7 @@ def train_model(settings: ModelSettings) -> Path:
 
 def write_model(out: Path, settings: ModelSettings) -> None:
     """The diffusers folder: EMA weights; transformer and VAE stored as fp16, which loads back as fp32."""
-    world = encode_world(trained_vae(), settings.pictures)
+    world = encode_world(trained_vae(), settings.images)
     folded = trained_vae()
     vae = small_model.new_vae(world.latents_mean.tolist(), world.latents_std.tolist())
     vae.load_state_dict(unfolded_state(folded))

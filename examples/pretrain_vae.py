@@ -36,9 +36,9 @@ def log(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-def to_tensor(pictures: list[shapes.Pixels]) -> Tensor:
+def to_tensor(images: list[shapes.Pixels]) -> Tensor:
     """-> [B, 3, H, W] in -1 to 1."""
-    stacked = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1.0
+    stacked = torch.from_numpy(np.stack(images)).float() / 127.5 - 1.0
     return stacked.permute(0, 3, 1, 2).contiguous()
 
 
@@ -82,11 +82,11 @@ def update(optimizers: list[torch.optim.Optimizer], loss: Tensor, network: nn.Mo
 # --- the autoencoder ----------------------------------------------------------------------------------------------
 
 
-def psnr_db(vae: AutoencoderKLQwenImage, pictures: Tensor) -> float:
+def psnr_db(vae: AutoencoderKLQwenImage, images: Tensor) -> float:
     """Of images in -1 to 1, encoded and decoded."""
     with torch.no_grad():
-        decoded = decode_frame(vae, encode_frame(vae, pictures)[0]).clamp(-1, 1)
-    return float(10 * torch.log10(4.0 / (decoded - pictures).pow(2).mean()))
+        decoded = decode_frame(vae, encode_frame(vae, images)[0]).clamp(-1, 1)
+    return float(10 * torch.log10(4.0 / (decoded - images).pow(2).mean()))
 
 
 class _Flat(nn.Module):

@@ -206,8 +206,8 @@ def draw(scene: Scene) -> Pixels:
     return things.paint(ground, layers, scene.radius_px, scene.centre_px)
 
 
-def to_image(picture: Pixels) -> Image.Image:
-    return Image.fromarray(np.clip(np.round(picture), 0, 255).astype(np.uint8))
+def to_image(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
 
 
 # --- the scorer ---------------------------------------------------------------------------------------------------
@@ -267,10 +267,10 @@ def _template(kind: str, radius_px: float, centre_px: tuple[float, float]) -> tu
     return cover.reshape(-1), paint.reshape(-1, 3)
 
 
-def _match(picture: Pixels, ground: Pixels, kind: str, radius_px: float, centre_px: tuple[float, float]) -> _Match:
+def _match(pixels: Pixels, ground: Pixels, kind: str, radius_px: float, centre_px: tuple[float, float]) -> _Match:
     """How much of the image's deviation from its ground [H*W, 3] the template explains there."""
     cover, paint = _template(kind, radius_px, centre_px)
-    deviation = picture - ground
+    deviation = pixels - ground
     tint = None
     if kind in SHAPES:
         tint = cover @ deviation / max(float(cover @ cover), 1e-9)
@@ -291,14 +291,14 @@ def _moments(energy: Pixels) -> tuple[float, float, float]:
     return x, y, float(np.sqrt((energy * ((xs - x) ** 2 + (ys - y) ** 2)).sum() / total))
 
 
-def _search(picture: Pixels, ground: Pixels, start: _Match, step_px: float, step_radius: float) -> _Match:
+def _search(pixels: Pixels, ground: Pixels, start: _Match, step_px: float, step_radius: float) -> _Match:
     """Better a match by steps in its place and radius, twice along each."""
     best = start
     for dx, dy, dr in ((1, 0, 0), (0, 1, 0), (0, 0, 1)) * 2:
         x, y = best.centre_px
         steps = [
             _match(
-                picture,
+                pixels,
                 ground,
                 best.kind,
                 best.radius_px * (1 + sign * dr * step_radius),
@@ -310,16 +310,16 @@ def _search(picture: Pixels, ground: Pixels, start: _Match, step_px: float, step
     return best
 
 
-def _first_guess(picture: Pixels, ground: Pixels, kind: str) -> _Match:
+def _first_guess(pixels: Pixels, ground: Pixels, kind: str) -> _Match:
     """Lay the template where centre and spread of its energy are the image's."""
     middle, radius_px = SIDE_PX / 2, 16.0
     cover, paint = _template(kind, radius_px, (middle, middle))
     alone = cover if kind in SHAPES else np.sum((paint - cover[:, None] * ground) ** 2, axis=1)
     tx, ty, template_spread = _moments(alone)
-    x, y, spread = _moments(np.sum((picture - ground) ** 2, axis=1))
+    x, y, spread = _moments(np.sum((pixels - ground) ** 2, axis=1))
     scale = spread / template_spread
     centre = (x - (tx - middle) * scale, y - (ty - middle) * scale)
-    return _match(picture, ground, kind, radius_px * scale, centre)
+    return _match(pixels, ground, kind, radius_px * scale, centre)
 
 
 def _best(matches: list[_Match], count: int) -> list[_Match]:

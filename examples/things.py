@@ -59,13 +59,13 @@ def paint(ground: Pixels, layers: Layers, radius_px: float, centre_px: tuple[flo
 
 def random_drawing(rng: np.random.Generator) -> Pixels:
     """An image [H, W, 3] of one object, or of a few forms apart, in any colours on any ground."""
-    picture = np.empty((SIDE_PX, SIDE_PX, 3))
-    picture[:] = rng.uniform(0, 255, 3)
+    image = np.empty((SIDE_PX, SIDE_PX, 3))
+    image[:] = rng.uniform(0, 255, 3)
     if rng.random() < 0.7:
         x, y = rng.uniform(20, 44, 2)
-        return paint(picture, random_object(rng), float(rng.uniform(12, 22)), (float(x), float(y)))
+        return paint(image, random_object(rng), float(rng.uniform(12, 22)), (float(x), float(y)))
     for _ in range(rng.integers(2, 5)):
         x, y = rng.uniform(8, 56, 2)
         layers = ((random_form(rng), random_colour(rng)),)
-        picture = paint(picture, layers, float(rng.uniform(4, 24)), (float(x), float(y)))
-    return picture
+        image = paint(image, layers, float(rng.uniform(4, 24)), (float(x), float(y)))
+    return image

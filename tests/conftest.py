@@ -5,9 +5,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need a network
 os.environ["CACHE_DIR"] = ""  # what is encoded is kept in memory, and no test finds what another has left
 
+from lora_utils.io.logging import configure_libraries, log_to_stdout
+
+configure_libraries()  # before diffusers is imported, as the entry points do
+
+import logging
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +22,16 @@ from PIL import Image
 
 from examples import demo, small_model
 from examples.shapes import Prompt
-from lora_utils.config import TrainConfig
-from lora_utils.dataset import load
-from lora_utils.dataset.examples import Dataset
+from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.dataset import Dataset, load
 from lora_utils.io.archive import extract_archive
 from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
+from tests.helpers import train_archive
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
-
-ROOT = Path(__file__).parent.parent
+log_to_stdout()
+logging.getLogger("lora_utils").propagate = True  # pytest's caplog listens at the root
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +106,24 @@ def write_zip(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write_members
+
+
+@pytest.fixture
+def train_run(
+    archive: Path, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Path, Path]]:
+    """Train with a run_dir of its own. -> weights.zip and that folder"""
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    usual = TrainConfig(
+        steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=3, train_placeholder_token=True,
+        quantization="none",
+    )  # fmt: skip
+
+    def run(
+        name: str = "run", config: TrainConfig = usual, stopped: Callable[[], bool] = lambda: False, **given: Any
+    ) -> tuple[Path, Path]:
+        options = RunOptions(run_dir=str(tmp_path / name), **given)
+        return train_archive(config, archive, tmp_path / f"{name}.zip", options, stopped=stopped), tmp_path / name
+
+    return run

@@ -3,6 +3,7 @@
 An archive is told by its content, not by its name: Cog's downloads have none.
 """
 
+import errno
 import lzma
 import struct
 import tarfile
@@ -123,7 +124,7 @@ def damage_as_user_error(archive: Path) -> Iterator[None]:
     except UserError:
         raise
     except (*_DAMAGE, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: damage sent it before 0
             raise
         raise UserError(f"{archive.name} is damaged or cut short ({error}); pack or upload it again.") from error
 

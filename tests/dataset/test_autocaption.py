@@ -11,11 +11,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import autocaption, load
 from lora_utils.errors import UserError
-from lora_utils.model import memory, transformer
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer
 from lora_utils.training import loop
-from lora_utils.training.setup import setup
+from tests.helpers import make_state
 
 CONFIG = TrainConfig(
     resolution="64", autocaption=True, autocaption_prefix="a photo of <zwx>, ", autocaption_suffix=" [drawn]", seed=0,
@@ -27,9 +26,9 @@ CONFIG = TrainConfig(
 def found(tmp_path):
     """Two images of unequal shape without a caption, and one with."""
     for name, size, colour in (("a", (64, 64), "red"), ("b", (96, 48), "blue"), ("c", (64, 64), "green")):
-        picture = Image.new("RGB", size, colour)
-        picture.paste("white", (5, 5, 30, 20))
-        picture.save(tmp_path / f"{name}.png")
+        image = Image.new("RGB", size, colour)
+        image.paste("white", (5, 5, 30, 20))
+        image.save(tmp_path / f"{name}.png")
     (tmp_path / "c.txt").write_text("a <zwx> with a caption of its own")
     return load(tmp_path, CONFIG)
 
@@ -40,7 +39,7 @@ def captioned(found, random_model):
     return autocaption.write_captions(found, CONFIG, random_model, tokenizer, default_placement())
 
 
-def test_pictures_without_a_caption_get_one_with_prefix_and_suffix(captioned):
+def test_images_without_a_caption_get_one_with_prefix_and_suffix(captioned):
     one, other, own = captioned.captions
     assert own == "a <zwx> with a caption of its own"
     for caption in (one, other):
@@ -52,14 +51,12 @@ def test_pictures_without_a_caption_get_one_with_prefix_and_suffix(captioned):
     assert not captioned.uncaptioned
 
 
-def test_the_same_picture_is_described_the_same_way_as_transformers_own_model_does(random_model, found):
+def test_the_same_image_is_described_the_same_way_as_transformers_own_model_does(random_model, found):
     """Our loading of the weights, part by part, against from_pretrained."""
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_model / "text_encoder").eval()
-    tokenizer, picture = load_tokenizer(random_model), Image.new("RGB", (64, 48), "red")
+    tokenizer, image = load_tokenizer(random_model), Image.new("RGB", (64, 48), "red")
     with autocaption._vision_language_model(random_model, default_placement()) as ours:
-        assert autocaption.describe_image(ours, tokenizer, picture) == autocaption.describe_image(
-            stock, tokenizer, picture
-        )
+        assert autocaption.describe_image(ours, tokenizer, image) == autocaption.describe_image(stock, tokenizer, image)
         state, expected = ours.state_dict(), stock.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], value) for name, value in expected.items())
@@ -69,7 +66,7 @@ def test_it_is_freed_before_anything_else_is_loaded(random_model, found, monkeyp
     seen = []
     describe, load = autocaption.describe_image, load_text_encoder
     monkeypatch.setattr(
-        autocaption, "describe", lambda model, *given: seen.append(weakref.ref(model)) or describe(model, *given)
+        autocaption, "describe_image", lambda model, *given: seen.append(weakref.ref(model)) or describe(model, *given)
     )
 
     def loading(*given):
@@ -77,18 +74,17 @@ def test_it_is_freed_before_anything_else_is_loaded(random_model, found, monkeyp
         assert all(reference() is None for reference in seen)
         return load(*given)
 
-    monkeypatch.setattr(transformer, "load_text_encoder", loading)
-    run = setup(CONFIG, found, random_model, default_placement())
+    monkeypatch.setattr("lora_utils.training.setup.load_text_encoder", loading)
+    run = make_state(CONFIG, found, random_model)
     assert {example.caption for example in run.data.examples} == set(run.data.captions)
     assert sum("[drawn]" in caption for caption in run.data.captions) == 2
     assert len(list(loop.train(run))) == 2
     assert run.seconds["describe"] > 0
 
 
-def test_without_room_on_the_card_it_runs_on_the_host(random_model, monkeypatch, caplog):
+def test_without_room_on_the_gpu_it_runs_on_the_cpu(random_model, monkeypatch, caplog):
     caplog.set_level("INFO", "lora_utils")
-    monkeypatch.setattr(autocaption.log, "propagate", True)
-    monkeypatch.setattr(memory, "free_bytes", lambda _device: 0.0)
+    monkeypatch.setattr(autocaption, "free_bytes", lambda _device: 0.0)
     with autocaption._vision_language_model(random_model, Placement(torch.device("meta"), torch.float32)) as model:
         assert model.device.type == "cpu"
     assert "on the CPU" in caplog.text

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 
@@ -15,12 +16,11 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset import cache, load
 from lora_utils.dataset.cache import _encoded, cache_examples, encode_batch_size
 from lora_utils.io import tensor_store
-from lora_utils.io.tensor_store import TensorStore, content_key, folder_fingerprint, log, open_tensor_store
-from lora_utils.model import transformer
+from lora_utils.io.tensor_store import TensorStore, content_key, folder_fingerprint, open_tensor_store
 from lora_utils.model.device import default_placement
 from lora_utils.training import loop
-from lora_utils.training.setup import setup
 from lora_utils.training.state import TrainState
+from tests.helpers import make_state
 
 CONFIG = TrainConfig(
     steps=4, rank=2, learning_rate=1e-3, batch_size=2, resolution="64", default_caption="a dot", seed=0
@@ -31,18 +31,18 @@ PLACE = default_placement()
 @pytest.fixture
 def folder(tmp_path):
     """Images of three shapes, five in all, with two captions."""
-    pictures = tmp_path / "images"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     rng = np.random.default_rng(0)
     for index, size in enumerate([(64, 64), (64, 64), (64, 64), (96, 48), (48, 96)]):
         pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{index}.png")
-    (pictures / "0.txt").write_text("a red circle")
-    return pictures
+        Image.fromarray(pixels).save(images / f"{index}.png")
+    (images / "0.txt").write_text("a red circle")
+    return images
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def folder_of_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -64,9 +64,10 @@ def encoded(monkeypatch):
     monkeypatch.setattr(cache, "_encoded", counted_batches)
     monkeypatch.setattr(cache, "encode_text", counted_text)
     for part in ("vae", "text_encoder"):
-        load = getattr(transformer, f"load_{part}")
+        home = cache if part == "vae" else sys.modules["lora_utils.training.setup"]
+        load = getattr(home, f"load_{part}")
         monkeypatch.setattr(
-            transformer,
+            home,
             f"load_{part}",
             lambda *given, part=part, load=load: counts.update({part: counts[part] + 1}) or load(*given),
         )
@@ -82,18 +83,20 @@ def encoded(monkeypatch):
 NOTHING = {"images": 0, "captions": 0, "vae": 0, "text_encoder": 0}
 
 
-def prepare(folder, model, config=CONFIG) -> TrainState:
-    return setup(config, load(folder, config), model, PLACE)
+def new_run(folder, model, config=CONFIG) -> TrainState:
+    return make_state(config, load(folder, config), model)
 
 
 def curve(run) -> list[float]:
     return [report.loss for report in loop.train(run)]
 
 
-def test_a_second_run_loads_neither_vae_nor_text_encoder_and_is_the_same(folder, random_model, cache, encoded):
-    first = prepare(folder, random_model)
+def test_a_second_run_loads_neither_vae_nor_text_encoder_and_is_the_same(
+    folder, random_model, folder_of_cache, encoded
+):
+    first = new_run(folder, random_model)
     assert encoded() == {"images": 5, "captions": 3, "vae": 1, "text_encoder": 1}
-    second = prepare(folder, random_model)
+    second = new_run(folder, random_model)
     assert encoded() == NOTHING
     assert all(
         torch.equal(a.latents, b.latents) for a, b in zip(first.data.examples, second.data.examples, strict=True)
@@ -102,19 +105,19 @@ def test_a_second_run_loads_neither_vae_nor_text_encoder_and_is_the_same(folder,
     assert curve(first) == curve(second)
 
 
-def test_without_a_cache_it_is_the_same_run(folder, random_model, cache, monkeypatch):
-    kept = curve(prepare(folder, random_model))
+def test_without_a_cache_it_is_the_same_run(folder, random_model, folder_of_cache, monkeypatch):
+    kept = curve(new_run(folder, random_model))
     monkeypatch.setenv("CACHE_DIR", "")
-    assert curve(prepare(folder, random_model)) == kept
+    assert curve(new_run(folder, random_model)) == kept
 
 
-def test_only_what_is_new_is_encoded(folder, random_model, cache, encoded):
-    prepare(folder, random_model)
+def test_only_what_is_new_is_encoded(folder, random_model, folder_of_cache, encoded):
+    new_run(folder, random_model)
     encoded()
     Image.new("RGB", (64, 64), "blue").save(folder / "3.png")  # another image under an old name
     (folder / "1.txt").write_text("a green ring")
     (folder / "4.png").rename(folder / "z.png")  # an old image under another name
-    prepare(folder, random_model)
+    new_run(folder, random_model)
     assert encoded() == {"images": 1, "captions": 1, "vae": 1, "text_encoder": 1}
 
 
@@ -122,18 +125,18 @@ def test_only_what_is_new_is_encoded(folder, random_model, cache, encoded):
     ("change", "images"),
     [({"resolution": "96"}, 5), ({"rank": 4, "seed": 3, "caption_dropout": 0.5}, 0), ({"mask_from": "file"}, 1)],
 )
-def test_what_an_entry_follows_from_and_what_not(change, pictures, folder, random_model, cache, encoded):
+def test_what_an_entry_follows_from_and_what_not(change, images, folder, random_model, folder_of_cache, encoded):
     Image.new("L", (64, 64), 200).save(folder / "0.mask.png")
-    prepare(folder, random_model)
+    new_run(folder, random_model)
     encoded()
-    prepare(folder, random_model, replace(CONFIG, **change))
-    assert encoded()["images"] == pictures
+    new_run(folder, random_model, replace(CONFIG, **change))
+    assert encoded()["images"] == images
 
 
-def test_another_model_has_entries_of_its_own(folder, random_model, tiny_model, cache, encoded):
-    prepare(folder, random_model)
+def test_another_model_has_entries_of_its_own(folder, random_model, tiny_model, folder_of_cache, encoded):
+    new_run(folder, random_model)
     encoded()
-    prepare(folder, tiny_model)
+    new_run(folder, tiny_model)
     assert encoded()["images"] == 5
 
 
@@ -151,26 +154,26 @@ def test_a_fingerprint_sees_a_change_of_weights(random_model, tmp_path):
     assert folder_fingerprint(tmp_path / "vae") != before
 
 
-def test_a_damaged_entry_is_made_anew(folder, random_model, cache, encoded):
-    first = prepare(folder, random_model)
+def test_a_damaged_entry_is_made_again(folder, random_model, folder_of_cache, encoded):
+    first = new_run(folder, random_model)
     expected = [example.latents.clone() for example in first.data.examples]  # else it is the file, which changes below
     encoded()
-    pictures = [path for path in cache.glob("*/*") if b"latents" in path.read_bytes()]
-    pictures[0].write_bytes(pictures[0].read_bytes()[:-10])
-    pictures[1].write_bytes(b"")
-    again = prepare(folder, random_model)
+    images = [path for path in folder_of_cache.glob("*/*") if b"latents" in path.read_bytes()]
+    images[0].write_bytes(images[0].read_bytes()[:-10])
+    images[1].write_bytes(b"")
+    again = new_run(folder, random_model)
     assert encoded() == {"images": 2, "captions": 0, "vae": 1, "text_encoder": 0}
     assert all(torch.equal(a, b.latents) for a, b in zip(expected, again.data.examples, strict=True))
 
 
-def test_a_full_disk_costs_memory_and_nothing_else(folder, random_model, cache, encoded, monkeypatch, caplog):
-    monkeypatch.setattr(log, "propagate", True)
+def test_a_full_disk_costs_memory_and_nothing_else(folder, random_model, folder_of_cache, encoded, monkeypatch, caplog):
     monkeypatch.setattr(tensor_store, "LEAST_FREE_BYTES", 1 << 60)
-    run = prepare(folder, random_model)
-    assert len(caplog.records) == 1, "said once, not for each entry"
+    run = new_run(folder, random_model)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1, "said once, not for each entry"
     assert "can't be written" in caplog.text
     assert len(curve(run)) == CONFIG.steps
-    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    assert [path for path in folder_of_cache.rglob("*") if path.is_file()] == []
 
 
 def test_a_folder_of_another_user_or_that_cannot_be_made_is_not_used(tmp_path, monkeypatch):
@@ -192,7 +195,7 @@ def test_the_longest_unused_go_first_and_none_that_may_be_in_use(tmp_path, monke
     kept = TensorStore(tmp_path)
     keys = [content_key(index=index) for index in range(6)]
     for age_days, key in zip([0, 0.5, 2, 3, 4, 5], keys, strict=True):
-        kept.keep(key, {"x": torch.zeros(64)})
+        kept.put(key, {"x": torch.zeros(64)})
         used_at = time.time() - age_days * 86400
         os.utime(kept._path(key), (used_at, used_at))
     kept.used.clear()
@@ -213,8 +216,8 @@ def test_latents_do_not_depend_on_what_else_is_encoded(folder, random_model, tmp
         assert torch.equal(alone.latents, backwards[index].latents)
 
 
-def test_pictures_on_disk_are_not_held_in_memory(folder, random_model, cache):
-    run = prepare(folder, random_model)
+def test_images_on_disk_are_not_held_in_memory(folder, random_model, folder_of_cache):
+    run = new_run(folder, random_model)
     assert run.data.examples[0].latents is not run.data.examples[0].latents
     assert run.data.texts["a dot"] is not run.data.texts["a dot"]
-    assert not list(cache.rglob("*.partial"))
+    assert not list(folder_of_cache.rglob("*.partial"))

@@ -16,12 +16,12 @@ from lora_utils.errors import UserError
 def read(tmp_path):
     """Captions by image, of a folder with these files; images are made for the names that are none."""
 
-    def make(files, pictures=("one.png", "two.png"), default="", **given):
-        for index, name in enumerate(pictures):
+    def make(files, images=("one.png", "two.png"), default="", **given):
+        for index, name in enumerate(images):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.new("RGB", (64, 64), "white")
-            picture.paste((index * 20, 9, 9), (index, 9, 40, 30 + index))
-            picture.save(tmp_path / name, "png")
+            image = Image.new("RGB", (64, 64), "white")
+            image.paste((index * 20, 9, 9), (index, 9, 40, 30 + index))
+            image.save(tmp_path / name, "png")
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -32,7 +32,7 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["one.txt", "one.caption", "one.TXT", "one.Caption", "one.png.txt", "ONE.txt"])
-def test_a_caption_beside_its_picture(name, read):
+def test_a_caption_beside_its_image(name, read):
     found, dataset = read({name: " a fox \n"}, default="none")
     assert found == {"one.png": "a fox", "two.png": "none"}
     assert not dataset.left_out
@@ -58,17 +58,17 @@ def test_names_in_a_table_are_relative_to_it_whatever_slashes_and_accents(read):
     rows = [{"file_name": "deep\\Bär é.png", "text": "ein Bär"}, {"file_name": "狐.PNG", "text": "狐"}]
     found, _ = read(
         {"b/metadata.jsonl": "\n".join(map(json.dumps, rows)), "metadata.csv": "file_name,text\nc/x.png,fox\n"},
-        pictures=(f"b/deep/{apart}", "b/狐.png", "c/x.png"),
+        images=(f"b/deep/{apart}", "b/狐.png", "c/x.png"),
     )
     assert found == {f"b/deep/{apart}": "ein Bär", "b/狐.png": "狐", "c/x.png": "fox"}
 
 
-def test_pictures_and_captions_that_differ_in_case_alone_keep_their_own(read):
-    found, _ = read({"a.txt": "small", "A.txt": "large"}, pictures=("a.png", "A.png"))
+def test_images_and_captions_that_differ_in_case_alone_keep_their_own(read):
+    found, _ = read({"a.txt": "small", "A.txt": "large"}, images=("a.png", "A.png"))
     assert found == {"a.png": "small", "A.png": "large"}
 
 
-def test_a_caption_beside_its_picture_wins_over_a_table(read):
+def test_a_caption_beside_its_image_wins_over_a_table(read):
     found, _ = read({"metadata.csv": TABLES["metadata.csv"], "two.txt": "another bear"})
     assert found == {"one.png": "a fox", "two.png": "another bear"}
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
-from lora_utils.dataset.examples import load_pixels, load_shares
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extract_archive
 
@@ -52,9 +51,9 @@ PICTURES = {name: encoded(name) for name in FORMATS}
 
 def transparent() -> bytes:
     stored = io.BytesIO()
-    picture = Image.fromarray(PIXELS).convert("RGBA")
-    picture.putalpha(Image.fromarray(PIXELS[..., 0]))
-    picture.save(stored, "png")
+    image = Image.fromarray(PIXELS).convert("RGBA")
+    image.putalpha(Image.fromarray(PIXELS[..., 0]))
+    image.save(stored, "png")
     return stored.getvalue()
 
 
@@ -109,8 +108,8 @@ def refusal_of(upload: Path, work: Path, mask_from: str = "none") -> str | None:
     try:
         extract_archive(upload, work)
         for example in load(work, TrainConfig(resolution="64", mask_from=mask_from, seed=0)).examples:
-            load_pixels(example)
-            load_shares(example)
+            example.pixels()
+            example.shares()
     except UserError as error:
         return str(error)
     return None
@@ -142,13 +141,13 @@ def test_a_damaged_archive(pack, changes, share):
 
 @CASES
 @given(st.sampled_from(sorted(PICTURES)), st.sampled_from(sorted(PICTURES)), damage, cut)
-def test_a_damaged_picture_under_any_name(kind, name, changes, share):
+def test_a_damaged_image_under_any_name(kind, name, changes, share):
     read_whatever(as_zip({f"0.{name}": damaged(PICTURES[kind], changes, share)}))
 
 
 @CASES
 @given(st.sampled_from(sorted(PICTURES)), damage, cut, st.sampled_from(["file", "alpha"]))
-def test_a_damaged_mask_or_a_picture_with_a_damaged_alpha(kind, changes, share, mask_from):
+def test_a_damaged_mask_or_a_image_with_a_damaged_alpha(kind, changes, share, mask_from):
     other = damaged(PICTURES[kind] if mask_from == "file" else TRANSPARENT, changes, share)
     names = {"file": f"0.mask.{kind}", "alpha": "1.png"}
     read_whatever(as_zip({"0.png": TRANSPARENT, names[mask_from]: other}), mask_from)

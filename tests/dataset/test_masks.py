@@ -12,25 +12,23 @@ from examples.shapes import Prompt
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.dataset.cache import CachedExample
-from lora_utils.dataset.examples import load_pixels, load_shares
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extract_archive
 from lora_utils.io.images import open_mask
 from lora_utils.model import flow
-from lora_utils.model.device import default_placement
 from lora_utils.model.latents import Size, pack_latents
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loop
 from lora_utils.training.batches import BatchStream, loss_weights
 from lora_utils.training.loss import batch_text, flow_matching_loss
-from lora_utils.training.setup import setup
 from lora_utils.training.state import TrainState
+from tests.helpers import make_state
 
 CONFIG = TrainConfig(resolution="64", mask_from="file", seed=0)
 ALPHA = replace(CONFIG, mask_from="alpha")
 
 
-def picture(size=(64, 64), colour="red") -> Image.Image:
+def image(size=(64, 64), colour="red") -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
@@ -42,8 +40,8 @@ def left_half(size=(64, 64)) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path):
-    def write(**pictures: Image.Image):
-        for name, content in pictures.items():
+    def write(**images: Image.Image):
+        for name, content in images.items():
             content.save(tmp_path / name.replace("__", "."))
         return tmp_path
 
@@ -51,12 +49,12 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a__mask__png", "a__MASK__png", "a__png__mask__png", "A__mask__webp"])
-def test_a_mask_is_found_by_its_name_and_is_no_picture(name, folder):
-    found = load(folder(a__png=picture(), **{name: left_half()}), CONFIG)
+def test_a_mask_is_found_by_its_name_and_is_no_image(name, folder):
+    found = load(folder(a__png=image(), **{name: left_half()}), CONFIG)
     assert found.num_images == 1
     assert not found.left_out
     assert found.examples[0].masked
-    shares = load_shares(found.examples[0])
+    shares = found.examples[0].shares()
     assert shares is not None
     assert shares.shape == (16, 4)
     assert shares.view(4, 4, 4)[:, :2].eq(1).all()
@@ -72,24 +70,24 @@ def test_shares_stand_where_their_latents_do():
     assert torch.equal(weights, pack_latents(pattern.repeat(1, 16, 1, 1)))
 
 
-def test_a_mask_is_cut_as_its_picture_is(folder):
+def test_a_mask_is_cut_as_its_image_is(folder):
     wide = Image.new("RGB", (200, 64), "black")
     wide.paste("white", (60, 10, 130, 40))
     found = load(folder(a__png=wide, a__mask__png=wide.resize((400, 128)).convert("L")), CONFIG)
     (example,) = found.examples
-    grey = load_pixels(example).mean(dim=0) / 2 + 0.5  # [H, W]
+    grey = example.pixels().mean(dim=0) / 2 + 0.5  # [H, W]
     by_latent = torch.nn.functional.avg_pool2d(grey[None, None], 8)
-    assert (pack_latents(by_latent)[0] - load_shares(example)).abs().max() < 0.06
+    assert (pack_latents(by_latent)[0] - example.shares()).abs().max() < 0.06
 
 
 def test_alpha_as_a_mask(folder):
-    cut_out = picture().convert("RGBA")
+    cut_out = image().convert("RGBA")
     cut_out.putalpha(left_half())
-    found = load(folder(a__png=cut_out, b__png=picture(colour="blue")), ALPHA)
+    found = load(folder(a__png=cut_out, b__png=image(colour="blue")), ALPHA)
     assert [example.masked for example in found.examples] == [True, False]
-    assert load_shares(found.examples[0]).mean() == 0.5
-    assert load_shares(found.examples[1]) is None
-    assert "1 images have a mask, 1 without one are learned whole" in found.notes
+    assert found.examples[0].shares().mean() == 0.5
+    assert found.examples[1].shares() is None
+    assert "1 images have a mask, 1 without one are learned everywhere" in found.notes
 
 
 def test_a_transparent_mask_counts_where_it_is_painted(folder):
@@ -101,10 +99,10 @@ def test_a_transparent_mask_counts_where_it_is_painted(folder):
 def test_an_alpha_follows_the_exif_orientation(folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    cut_out = picture((64, 32)).convert("RGBA")
+    cut_out = image((64, 32)).convert("RGBA")
     cut_out.putalpha(left_half((64, 32)))
     cut_out.save(tmp_path / "a.webp", exif=exif, lossless=True)
-    shares = load_shares(load(tmp_path, ALPHA).examples[0])
+    shares = load(tmp_path, ALPHA).examples[0].shares()
     rows, _ = Size(48, 96).grid
     assert shares.view(rows, -1)[0].eq(1).all(), "what was left is on top"
 
@@ -119,13 +117,13 @@ def test_an_alpha_follows_the_exif_orientation(folder, tmp_path):
         ({}, ALPHA, r"mask_from is alpha, and none of the 1 images is transparent"),
     ],
 )
-def test_what_is_wrong_with_masks_is_said(pictures, config, message, folder):
+def test_what_is_wrong_with_masks_is_said(images, config, message, folder):
     with pytest.raises(UserError, match=message):
-        load(folder(a__png=picture(), **pictures), config)
+        load(folder(a__png=image(), **images), config)
 
 
-def test_masks_that_are_not_asked_for_are_no_pictures_and_are_mentioned(folder):
-    found = load(folder(a__png=picture(), a__mask__png=left_half()), replace(CONFIG, mask_from="none"))
+def test_masks_that_are_not_asked_for_are_no_images_and_are_mentioned(folder):
+    found = load(folder(a__png=image(), a__mask__png=left_half()), replace(CONFIG, mask_from="none"))
     assert found.num_images == 1
     assert not found.examples[0].masked
     assert "1 masks aren't used; set mask_from to file to use them" in found.notes
@@ -136,9 +134,9 @@ def run(folder, random_model):
     """One image with a mask and one without."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(2)]
-    pictures = folder(a__png=noise[0], b__png=noise[1], a__mask__png=left_half())
+    images = folder(a__png=noise[0], b__png=noise[1], a__mask__png=left_half())
     config = replace(CONFIG, steps=80, rank=8, learning_rate=3e-3, batch_size=2, caption_dropout=0.0)
-    return setup(config, load(pictures, config), random_model, default_placement())
+    return make_state(config, load(images, config), random_model)
 
 
 def test_the_loss_is_weighted_by_the_mask(run):
@@ -160,14 +158,14 @@ def learned(tmp_path_factory, tiny_model):
 
     The right half holds another object, of which the caption doesn't speak.
     """
-    taught = dataset_inputs.pictures_of(Prompt("<zwx>", place="left"), seed=0, company=True)
+    taught = dataset_inputs.images_of(Prompt("<zwx>", place="left"), seed=0, company=True)
     learned = {}
     for mask_from in ("none", "file"):
         folder = tmp_path_factory.mktemp(mask_from)
         dataset_inputs.write(folder / "set.zip", taught)
         extract_archive(folder / "set.zip", folder / "set")
         config = replace(CONFIG, **TRAINING, steps=100, mask_from=mask_from)
-        run = setup(config, load(folder / "set", config), tiny_model, default_placement(), any_timestep=True)
+        run = make_state(config, load(folder / "set", config), tiny_model, any_timestep=True)
         before = errors_by_half(run)
         list(loop.train(run))
         learned[mask_from] = (1 - errors_by_half(run) / before).tolist()

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.report import ROWS_SHOWN, describe_dataset, load, main
+from lora_utils.dataset import load
+from lora_utils.dataset.__main__ import main
+from lora_utils.dataset.report import IMAGES_SHOWN, describe_dataset
 from lora_utils.dataset.scan import NEAR_DUPLICATE_BITS, near_duplicates
 from lora_utils.errors import UserError
 from lora_utils.model.text_encoder import load_tokenizer
@@ -38,7 +40,7 @@ def folder(tmp_path):
 
 
 def report(folder, config, tokenizer) -> str:
-    return "\n".join(describe_dataset(load(folder, config, tokenizer), config, tokenizer))
+    return "\n".join(describe_dataset(load(folder, config, tokenizer), config))
 
 
 def test_the_report_counts_buckets_and_names_what_was_left_out(tmp_path, tokenizer):
@@ -49,7 +51,7 @@ def test_the_report_counts_buckets_and_names_what_was_left_out(tmp_path, tokeniz
         assert part in said
 
 
-def test_the_table_has_a_row_for_each_picture_with_its_captions_tokens(folder, tokenizer):
+def test_the_table_has_a_row_for_each_image_with_its_captions_tokens(folder, tokenizer):
     said = report(folder("a photo of <zwx>", "a red circle"), replace(TOKEN, resolution="64,96"), tokenizer)
     first, second = (next(line for line in said.splitlines() if f"{index}.png" in line).split() for index in (0, 1))
     assert first == ["0.png", "64x64", "64x64", "5", "a", "photo", "of", "<zwx>"], "the token is one, its space another"
@@ -60,7 +62,7 @@ def test_the_table_has_a_row_for_each_picture_with_its_captions_tokens(folder, t
 
 def test_a_long_table_is_cut(folder, tokenizer):
     said = report(folder(*["a red circle"] * 30), CONFIG, tokenizer)
-    assert said.count(".png") == ROWS_SHOWN
+    assert said.count(".png") == IMAGES_SHOWN
     assert "and 10 more" in said
 
 
@@ -70,11 +72,11 @@ def test_captions_longer_than_the_model_was_trained_on_are_named(folder, tokeniz
 
 
 def test_all_that_is_wrong_is_said_at_once(folder, tokenizer):
-    pictures = folder("red " * 1100, "a red circle", "[trigger]")
-    (pictures / "3.png").write_bytes(b"no image")
-    (pictures / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
+    images = folder("red " * 1100, "a red circle", "[trigger]")
+    (images / "3.png").write_bytes(b"no image")
+    (images / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
     with pytest.raises(UserError) as caught:
-        load(pictures, replace(TOKEN, placeholder_token="<anna>,<ben>"), tokenizer)
+        load(images, replace(TOKEN, placeholder_token="<anna>,<ben>"), tokenizer)
     said = str(caught.value)
     assert "6 problems" in said
     for part in (
@@ -84,7 +86,7 @@ def test_all_that_is_wrong_is_said_at_once(folder, tokenizer):
         assert part in said
 
 
-def test_pictures_to_be_described_are_counted_and_their_captions_not_judged(folder, tokenizer):
+def test_images_to_be_described_are_counted_and_their_captions_not_judged(folder, tokenizer):
     config = replace(TOKEN, autocaption=True, autocaption_prefix="<zwx>, ")
     said = report(folder(None, "a red circle"), config, tokenizer)
     assert "1 images have no caption; the text encoder will describe them" in said

@@ -7,7 +7,7 @@ from PIL import Image
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
-from lora_utils.dataset.examples import Example, load_pixels
+from lora_utils.dataset.examples import Example
 from lora_utils.errors import UserError
 from lora_utils.io.images import open_image
 from lora_utils.model.latents import Size
@@ -15,9 +15,9 @@ from lora_utils.model.latents import Size
 GRADIENT = Image.fromarray(np.dstack([np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))] * 3))
 
 
-def save(picture, path, **options):
+def save(image, path, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    image.save(path, **options)
     return path
 
 
@@ -39,13 +39,13 @@ def test_exif_orientation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white(mode, tmp_path):
-    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
-    path = save(picture.convert(mode), tmp_path / "one.png")
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    path = save(image.convert(mode), tmp_path / "one.png")
     assert open_image(path).getpixel((60, 5)) == (255, 255, 255)
 
 
-def test_captions_stand_beside_their_pictures_else_the_default(tmp_path):
+def test_captions_stand_beside_their_images_else_the_default(tmp_path):
     save(GRADIENT, tmp_path / "a" / "one.png")
     (tmp_path / "a" / "one.txt").write_text("\ufeffein Bär \n", encoding="utf-8")
     save(GRADIENT, tmp_path / "b" / "one.png")
@@ -57,7 +57,7 @@ def test_captions_stand_beside_their_pictures_else_the_default(tmp_path):
     assert found.left_out == ["b/notes.txt"]
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+def test_a_image_that_cannot_be_read_is_named(tmp_path):
     save(GRADIENT, tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
     with pytest.raises(UserError, match=r"broken\.png can't be read"):
@@ -74,7 +74,7 @@ def test_a_caption_that_is_not_text_is_named(tmp_path):
         load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
-def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "movie.mp4").write_bytes(b"x")
     with pytest.raises(UserError, match=r"no images.*movie\.mp4"):
         load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
@@ -82,7 +82,7 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
 
 def test_pixels_cover_the_bucket_and_are_cropped_about_the_centre(tmp_path):
     path = save(GRADIENT, tmp_path / "one.png")
-    pixels = load_pixels(Example(path, "", Size(32, 48)))
+    pixels = Example(path, "", Size(32, 48)).pixels()
     assert pixels.shape == (3, 48, 32)
     assert pixels.min() >= -1
     assert pixels.max() <= 1

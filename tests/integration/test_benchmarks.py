@@ -7,7 +7,6 @@ import torch
 
 from benchmarks import start, train, zero_prior, zero_prior_report, zero_prior_run
 from examples import demo
-from lora_utils.model import transformer
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.text_encoder import pad_embeddings
@@ -77,7 +76,7 @@ def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random
     reference = prepared["fresh token, trained"]
     for name, run in prepared.items():
         told = zero_prior_run.ARMS[name].told("fish")
-        pairs = list(zip(run.data.examples, reference.examples, strict=True))
+        pairs = list(zip(run.data.examples, reference.data.examples, strict=True))
         assert all(torch.equal(one.latents, other.latents) for one, other in pairs)
         assert all(torch.equal(one, other) for one, other in zip(run.lora, reference.lora, strict=True))
         same = {(one.caption.replace(told.noun, demo.TOKEN), other.caption) for one, other in pairs}
@@ -89,20 +88,22 @@ def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random
 def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
     place = Placement(torch.device("cpu"), torch.float32)
     losses = []
-    for recomputed in (0, 6):
-        job = train.Job(train.PRESETS["tiny"], place, rank=4, batch=2, recomputed=recomputed)
+    for checkpointed in (0, 6):
+        job = train.Job(train.PRESETS["tiny"], place, rank=4, batch=2, checkpointed=checkpointed)
         losses += [
-            train.WAYS[way](job)() for way in ("ours", "plain")
+            train.METHODS[method](job)() for method in ("ours", "plain")
         ]  # of the first step, where no LoRA has learned yet
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 
 def test_the_token_is_timed_on_a_text_of_the_same_length(monkeypatch):
     lengths, join = [], pad_embeddings
-    monkeypatch.setattr(transformer, "join_text", lambda states: lengths.append(len(states[0])) or join(states))
-    job = train.Job(train.PRESETS["tiny"], default_placement(), rank=4, batch=2, recomputed=0)
-    for way in ("ours", "token"):
-        train.WAYS[way](job)()
+    monkeypatch.setattr(
+        "lora_utils.training.loss.pad_embeddings", lambda states: lengths.append(len(states[0])) or join(states)
+    )
+    job = train.Job(train.PRESETS["tiny"], default_placement(), rank=4, batch=2, checkpointed=0)
+    for method in ("ours", "token"):
+        train.METHODS[method](job)()
     assert lengths == [train.PRESETS["tiny"].text_tokens] * 2
 
 
@@ -112,12 +113,12 @@ def test_the_ways_are_timed_in_turns_after_a_warm_up():
     assert calls == ["one", "other"] * 3
 
 
-def test_the_time_to_a_first_step_and_a_first_picture_is_told(random_model, monkeypatch):
+def test_the_time_to_a_first_step_and_a_first_image_is_told(random_model, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = [row.split(" | ") for row in start.table(random_model)[2:]]
     assert [row[0].split(": ")[0] for row in rows] == ["| train"] * 4 + ["| predict"] * 4
     assert rows[2][0].endswith("the first step taken")
-    assert rows[6][0].endswith("drawn")
+    assert rows[6][0].endswith("sampled in 20 steps")
     for process in (rows[:4], rows[4:]):
         since = [float(row[1]) for row in process]
         assert since == sorted(since)

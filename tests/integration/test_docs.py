@@ -17,7 +17,7 @@ from examples.shapes import Prompt
 from predict import Predictor
 from scripts import cog_contract
 from tests.cog_server import cog_server
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from train import train
 
 README = (ROOT / "README.md").read_text()
@@ -155,8 +155,8 @@ def test_the_requests_to_make_serve_work_as_written(tmp_path, tiny_model):
         assert zipfile.is_zipfile(tmp_path / "out" / "weights.zip")
         run(predict_line)
         run(picture_line)
-        with Image.open(tmp_path / "out" / "served.png") as picture:
-            assert picture.size == (64, 64)
+        with Image.open(tmp_path / "out" / "served.png") as image:
+            assert image.size == (64, 64)
         predicts.wait_until_ready(10)
         assert '"starting"' in run(long_line) or '"processing"' in run(long_line)
         run(cancel_line)

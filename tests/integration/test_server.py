@@ -179,12 +179,12 @@ def test_a_failed_prediction_tells_the_client_why_and_the_server_stays_ready(giv
     predictor.wait_until_ready(5)
 
 
-def test_a_picture_to_start_from_and_a_mask_come_as_data_uris(predictor):
+def test_a_image_to_start_from_and_a_mask_come_as_data_uris(predictor):
     half = Image.new("L", (64, 64), 0)
     half.paste(255, (0, 0, 32, 64))
     stored = io.BytesIO()
     half.save(stored, "png")
-    given = {"image": data_uri(picture(), "image/png"), "mask": data_uri(stored.getvalue(), "image/png"), "strength": 1}
+    given = {"image": data_uri(image(), "image/png"), "mask": data_uri(stored.getvalue(), "image/png"), "strength": 1}
     reply = predictor.post("/predictions", {"prompt": "a red circle", **SMALL, **given}).json()
     assert reply["status"] == "succeeded", reply
 
@@ -235,7 +235,7 @@ def test_the_server_is_not_left_with_files(trainer, weights):
 # --- hostile uploads ------------------------------------------------------------------------------------------------
 
 
-def picture(size: tuple[int, int] = (64, 64), **options: object) -> bytes:
+def image(size: tuple[int, int] = (64, 64), **options: object) -> bytes:
     stored = io.BytesIO()
     Image.new("RGB", size, "red").save(stored, **{"format": "png", **options})
     return stored.getvalue()
@@ -263,7 +263,7 @@ def squeezed(members: dict[str, bytes]) -> bytes:
 
 
 def encrypted() -> bytes:
-    raw = bytearray(zip_of({"a.png": picture()}))
+    raw = bytearray(zip_of({"a.png": image()}))
     raw[6] |= 1
     raw[raw.rindex(b"PK\x01\x02") + 8] |= 1
     return bytes(raw)
@@ -285,8 +285,8 @@ def many_files(count: int) -> bytes:
 
 HOSTILE = {
     "nothing": (lambda: b"", "neither a zip nor a tar"),
-    "path traversal": (lambda: zip_of({"a/../../evil.png": picture()}), "unsafe path"),
-    "absolute path": (lambda: zip_of({"/tmp/evil.png": picture()}), "unsafe path"),
+    "path traversal": (lambda: zip_of({"a/../../evil.png": image()}), "unsafe path"),
+    "absolute path": (lambda: zip_of({"/tmp/evil.png": image()}), "unsafe path"),
     "link": (lambda: special(tarfile.SYMTYPE, "/etc/passwd"), "a link or device"),
     "hard link": (lambda: special(tarfile.LNKTYPE, "/etc/passwd"), "a link or device"),
     "device": (lambda: special(tarfile.CHRTYPE), "a link or device"),
@@ -294,15 +294,15 @@ HOSTILE = {
     "zip bomb": (lambda: squeezed({"a.png": bytes(300_000_000)}), "times its size"),
     "nested bomb": (lambda: zip_of({"b.zip": squeezed({"a.png": bytes(300_000_000)})}), "times its size"),
     "too many files": (lambda: many_files(200_000), "holds more than 100000 files"),
-    "image bomb": (lambda: zip_of({"a.png": picture((20_000, 20_000))}), "a.png has more than 100 megapixels"),
-    "truncated": (lambda: zip_of({"a.png": picture()})[:-30], "neither a zip nor a tar"),
+    "image bomb": (lambda: zip_of({"a.png": image((20_000, 20_000))}), "a.png has more than 100 megapixels"),
+    "truncated": (lambda: zip_of({"a.png": image()})[:-30], "neither a zip nor a tar"),
     "truncated tar": (lambda: gzip.compress(special(tarfile.REGTYPE))[:-12], "cut short"),
     "encrypted": (encrypted, "is encrypted"),
     "an image that is text": (lambda: zip_of({"a.png": b"#!/bin/sh\n"}), "image a.png can't be read"),
-    "an image that is cut": (lambda: zip_of({"a.jpg": picture(format="jpeg")[:300]}), "image a.jpg can't be read"),
-    "binary caption": (lambda: zip_of({"a.png": picture(), "a.txt": b"\xff\xfe\x00\x81"}), "isn't UTF-8 text"),
-    "caption with zero bytes": (lambda: zip_of({"a.png": picture(), "a.txt": b"a\0b"}), "holds zero bytes"),
-    "caption of 100 MB": (lambda: squeezed({"a.png": picture(), "a.txt": b"word " * 20_000_000}), "65536 are the most"),
+    "an image that is cut": (lambda: zip_of({"a.jpg": image(format="jpeg")[:300]}), "image a.jpg can't be read"),
+    "binary caption": (lambda: zip_of({"a.png": image(), "a.txt": b"\xff\xfe\x00\x81"}), "isn't UTF-8 text"),
+    "caption with zero bytes": (lambda: zip_of({"a.png": image(), "a.txt": b"a\0b"}), "holds zero bytes"),
+    "caption of 100 MB": (lambda: squeezed({"a.png": image(), "a.txt": b"word " * 20_000_000}), "65536 are the most"),
     "the same name twice": (lambda: twice("a.png"), "twice"),
 }  # fmt: skip
 
@@ -312,7 +312,7 @@ def twice(name: str) -> bytes:
     with zipfile.ZipFile(stored, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
-            archive.writestr(name, picture())
+            archive.writestr(name, image())
     return stored.getvalue()
 
 

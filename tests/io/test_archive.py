@@ -99,7 +99,7 @@ def test_an_encrypted_zip_is_named_as_such(write_zip, tmp_path):
 
 
 def test_unpacking_stops_at_the_limit_whatever_the_archive_claims(write_zip, tmp_path, monkeypatch):
-    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 10**6)
+    monkeypatch.setattr(archive, "MAX_EXTRACTED_BYTES", 10**6)
     path = write_zip({"zeros.png": b"\0" * (3 * 10**6)})
     with pytest.raises(UserError, match="unpacks to more than"):
         extract_archive(path, tmp_path / "out")

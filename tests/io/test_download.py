@@ -51,9 +51,12 @@ def test_a_hub_name_without_a_network_is_a_clear_error(monkeypatch, tmp_path):
 def fetch_in_a_fresh_process(name, endpoint, cache):
     """The hub's client reads its settings once, when it is imported. -> (what was printed, the folder or the error)"""
     code = f"""if True:
-        from lora_utils import errors, fetch
+        from lora_utils import errors
+        from lora_utils.io import download
+        from lora_utils.io.logging import log_to_stdout
+        log_to_stdout()
         try:
-            print(fetch.fetch_model({name!r}))
+            print(download.download_model({name!r}))
         except errors.UserError as error:
             print(error)
     """
@@ -72,7 +75,7 @@ def test_a_hub_model_is_fetched_once_only_the_needed_files_with_a_line_of_their_
         printed, folder = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
         needed = {str(file.relative_to(tiny_model)) for file in tiny_model.rglob("*") if file.is_file()} - {"README.md"}
         size_gb = sum((tiny_model / name).stat().st_size for name in needed) / 1e9
-        assert printed == [f"fetching {hub_server.REPO} from the hub: {size_gb:.2f} GB"]
+        assert printed == [f"downloading {hub_server.REPO} from the hub: {size_gb:.2f} GB"]
         assert set(served) == needed
         assert QwenImagePipeline.from_pretrained(folder).transformer is not None
 
@@ -141,10 +144,13 @@ def weights_from_the_hub(folder, source, cache, token=None, most_bytes=None):
         import logging, sys
         logging.basicConfig(level="DEBUG", stream=sys.stderr)
         from pathlib import Path
-        from lora_utils import errors, fetch
-        fetch.MAX_DOWNLOAD_BYTES = {most_bytes} or fetch.MAX_DOWNLOAD_BYTES
+        from lora_utils import errors
+        from lora_utils.io import download
+        from lora_utils.io.logging import log_to_stdout
+        log_to_stdout()
+        download.MAX_DOWNLOAD_BYTES = {most_bytes} or download.MAX_DOWNLOAD_BYTES
         try:
-            print(fetch.fetch_weights({source!r}, Path({str(cache)!r}), {token!r}).read_text())
+            print(download.download_weights({source!r}, Path({str(cache)!r}), {token!r}).read_text())
         except errors.UserError as error:
             print(error)
     """

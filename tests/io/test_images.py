@@ -20,7 +20,7 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("ending", ["gif", "tif", "tiff", "webp"])
-def test_of_a_moving_picture_the_first_frame_is_taken(ending, tmp_path):
+def test_of_a_moving_image_the_first_frame_is_taken(ending, tmp_path):
     first, second = Image.fromarray(COLOURS), Image.new("RGB", (64, 48), "blue")
     options = {"lossless": True} if ending == "webp" else {}
     first.save(tmp_path / f"one.{ending}", save_all=True, append_images=[second], **options)
@@ -71,14 +71,14 @@ def test_the_content_counts_and_not_the_ending(tmp_path):
         open_image(tmp_path / "two.jpg")
 
 
-def test_a_picture_that_would_swell_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_a_image_that_would_swell_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (15_000, 10_000)).save(tmp_path / "large.png")  # 150 megapixels in some 20 kB
     monkeypatch.setattr(Image.Image, "load", lambda _self: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match=r"large\.png has 15000x10000 pixels; scale it down to 100 megapixels"):
         open_image(tmp_path / "large.png")
 
 
-def test_a_picture_that_claims_more_than_any_decoder_takes_is_refused(tmp_path):
+def test_a_image_that_claims_more_than_any_decoder_takes_is_refused(tmp_path):
     stored = io.BytesIO()
     Image.new("L", (8, 8)).save(stored, "bmp")
     raw = bytearray(stored.getvalue())
@@ -98,8 +98,8 @@ def test_duplicates_and_small_ones_are_named(tmp_path):
     assert "too small for the smallest bucket, and enlarged: c.png" in said
 
 
-def test_the_hash_tells_other_pictures_apart():
+def test_the_hash_tells_other_images_apart():
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(20)]
-    assert len({difference_hash(picture) for picture in noise}) == 20
+    assert len({difference_hash(image) for image in noise}) == 20
     assert difference_hash(noise[0].resize((80, 70), Image.Resampling.BOX)) is not None

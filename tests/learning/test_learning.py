@@ -91,7 +91,7 @@ def drawn(components, weights, rows):
     shares = {}
     for token in weights.lora.embeddings:
         texts = [question.text for question in evaluate.object_prompts(Prompt(token), 20)]
-        kinds = [shapes.read(picture).kind for picture in evaluate.sample_with(components, texts, changed)]
+        kinds = [shapes.read(image).kind for image in evaluate.sample_with(components, texts, changed)]
         shares[token] = {kind: kinds.count(kind) / len(kinds) for kind in ("house", "fish")}
     return shares
 

@@ -21,8 +21,8 @@ def drawings(count, seed, taught=False):
 
 @pytest.mark.parametrize("taught", [False, True])
 def test_the_scorer_reads_every_drawing(taught):
-    for prompt, scene, picture in drawings(40, seed=1, taught=taught):
-        reading = shapes.read(picture)
+    for prompt, scene, image in drawings(40, seed=1, taught=taught):
+        reading = shapes.read(image)
         assert (reading.kind, reading.colour, reading.background) == (scene.kind, scene.colour, scene.background)
         assert reading.fit > 0.9
         assert abs(reading.radius_px - scene.radius_px) < 1.5
@@ -32,8 +32,8 @@ def test_the_scorer_reads_every_drawing(taught):
 
 def test_the_scorer_reads_through_noise_and_finds_nothing_in_nothing():
     rng = np.random.default_rng(0)
-    for _, scene, picture in drawings(10, seed=2):
-        reading = shapes.read(np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255))
+    for _, scene, image in drawings(10, seed=2):
+        reading = shapes.read(np.clip(image + rng.normal(0, 12, image.shape), 0, 255))
         assert (reading.kind, reading.background) == (scene.kind, scene.background)
     empty = np.empty((64, 64, 3))
     empty[:] = shapes.BACKGROUNDS["pink"]
@@ -41,7 +41,7 @@ def test_the_scorer_reads_through_noise_and_finds_nothing_in_nothing():
     assert shapes.read(rng.uniform(0, 255, (64, 64, 3))).kind is None
 
 
-def test_a_wrong_picture_scores_zero():
+def test_a_wrong_image_scores_zero():
     asked = Asked(shapes.Prompt("circle", "red", "pink"), "a red circle on a pink background")
     right = shapes.Scene("circle", "pink", 18, (32, 32), "red")
     wrong = [replace(right, kind="square"), replace(right, colour="blue"), replace(right, background="black")]
@@ -50,7 +50,7 @@ def test_a_wrong_picture_scores_zero():
         assert score([shapes.to_image(shapes.draw(scene))], [asked]).all_three == 0
 
 
-def test_taught_objects_occur_in_no_caption_and_no_picture_of_the_world():
+def test_taught_objects_occur_in_no_caption_and_no_image_of_the_world():
     rng = np.random.default_rng(3)
     prompts = [shapes.random_prompt(rng) for _ in range(500)]
     assert not {prompt.noun for prompt in prompts} & set(shapes.TAUGHT)

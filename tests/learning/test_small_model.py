@@ -54,5 +54,5 @@ def test_it_draws_the_prior_words_own_pattern(scores):
 @pytest.mark.parametrize("kind", shapes.TAUGHT)
 def test_it_knows_no_taught_object(kind, tiny_model):
     asked = evaluate.object_prompts(shapes.Prompt(kind), 10)
-    pictures = evaluate.sample_stock(tiny_model, [question.text for question in asked])
-    assert not any(shapes.read(picture).kind == kind for picture in pictures)
+    images = evaluate.sample_stock(tiny_model, [question.text for question in asked])
+    assert not any(shapes.read(image).kind == kind for image in images)

@@ -46,7 +46,7 @@ def layout(lora, key, down, up, alpha=None, flat=False):
     return tensors
 
 
-LAYOUTS = {
+FOREIGN_LAYOUTS = {
     "diffusers": ("transformer.{}", ".lora_A.weight", ".lora_B.weight", False),
     "ai-toolkit, fal, ComfyUI": ("diffusion_model.{}", ".lora_A.weight", ".lora_B.weight", False),
     "ComfyUI, old": ("diffusion_model.{}", ".lora_down.weight", ".lora_up.weight", False),
@@ -61,9 +61,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("alpha", [None, 6.0])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FOREIGN_LAYOUTS)
 def test_every_layout_reads_as_the_same_lora(name, alpha, lora, tmp_path):
-    key, down, up, flat = LAYOUTS[name]
+    key, down, up, flat = FOREIGN_LAYOUTS[name]
     save_file(layout(lora, key, down, up, alpha, flat), tmp_path / "lora.safetensors")
     read = read_lora_file(tmp_path / "lora.safetensors")
     assert set(read.layers) == set(NAMES)
@@ -86,7 +86,7 @@ def test_a_layout_that_is_written_reads_as_the_same_lora(name, lora, tmp_path):
         wanted = layers[module]
         update = layer.up @ layer.down * layer.alpha / layer.rank
         torch.testing.assert_close(update, wanted.up @ wanted.down * wanted.alpha / wanted.rank)
-    assert torch.equal(read.rows["<zwx>"], given.rows["<zwx>"])
+    assert torch.equal(read.embeddings["<zwx>"], given.embeddings["<zwx>"])
 
 
 def test_the_command_converts_there_and_back(lora, tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_our_file_is_what_stock_diffusers_loads_whole(lora, components, inputs, 
     with torch.inference_mode():
         theirs = predict_velocity(stock.transformer, latents, torch.full((1,), 0.5), text, Size(64, 64))
     read = read_lora_file(path)
-    assert torch.equal(read.rows["<zwx>"], row)
+    assert torch.equal(read.embeddings["<zwx>"], row)
     with applied_loras(components.transformer, [(move_lora(read, components.transformer, components.placement), 1.0)]):
         torch.testing.assert_close(predict(components, *inputs), theirs, atol=1e-4, rtol=1e-3)
 

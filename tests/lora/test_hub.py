@@ -21,11 +21,10 @@ from lora_utils.io import download
 from lora_utils.lora import hub
 from lora_utils.lora.weights_zip import LORA_MEMBER, Meta
 from lora_utils.tracking import contact_sheet
-from lora_utils.training import run
-from lora_utils.training.run import train_once
+from lora_utils.training import launch
 from predict import Predictor
 from tests import hub_server
-from tests.conftest import ROOT
+from tests.helpers import ROOT, train_archive
 from train import train
 
 TOKEN = "hf_" + "x" * 20
@@ -48,7 +47,7 @@ def train_and_push(archive, random_model, tmp_path):
     return run
 
 
-def test_weights_samples_and_a_card_are_pushed_to_a_private_repository(train_and_push, tmp_path):
+def test_weights_samples_and_a_gpu_are_pushed_to_a_private_repository(train_and_push, tmp_path):
     with hub_server.receiving(TOKEN) as pushed:
         done = train_and_push(pushed.url)
     assert done.returncode == 0, done.stderr
@@ -117,11 +116,11 @@ def test_a_repository_has_an_owner_and_a_name(name):
 
 
 def test_cogs_secret_is_passed_on_and_stands_in_nothing_that_is_kept(archive, monkeypatch, tmp_path):
-    given = {}
-    monkeypatch.setattr(run, "run", lambda *args, **named: given.update(args=args, named=named) or tmp_path)
+    given = []
+    monkeypatch.setattr(launch, "train_in_process", lambda inputs, *_: given.append(inputs) or tmp_path)
     call(train, dataset=archive, hub_repo="me/it", hub_token=Secret(TOKEN), seed=0)
-    assert given["named"]["hub_token"] == TOKEN
-    assert TOKEN not in repr(given["args"])
+    assert given[0].files.hub_token == TOKEN
+    assert TOKEN not in repr(given)
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
@@ -142,14 +141,14 @@ def test_the_card_says_what_a_reader_needs():
     assert header["base_model"] == "Qwen/Qwen-Image"
     assert header["instance_prompt"] == "<zwx>"
     assert header["library_name"] == "diffusers"
-    assert "rank 16, 900 steps on 12 pictures" in card
+    assert "rank 16, 900 steps on 12 images" in card
     assert "![samples](samples/b.png)" in card
     assert "| steps | `900` |" in card
     assert "Rex" not in card
     assert "77" not in card
 
 
-def test_the_card_of_a_trigger_word_and_of_neither():
+def test_the_gpu_of_a_trigger_word_and_of_neither():
     word = hub.model_card("me/it", Meta(config={"trigger_word": 'my "ohwx"'}), [])
     assert header_of(word)["instance_prompt"] == 'my "ohwx"'
     neither = hub.model_card("me/it", Meta(base_model="/models/own"), [])
@@ -158,12 +157,12 @@ def test_the_card_of_a_trigger_word_and_of_neither():
     assert "/models" not in neither
 
 
-def test_the_cards_code_draws_what_predict_draws(archive, random_model, tmp_path, monkeypatch):
+def test_the_gpus_code_draws_what_predict_draws(archive, random_model, tmp_path, monkeypatch):
     """With the stock pipeline, its LoRA loader and the learned row put into its own embedding matrix."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     config = TrainConfig(steps=8, rank=4, resolution="64", train_placeholder_token=True, learning_rate=1e-2, seed=0,
                          placeholder_learning_rate=0.05)  # fmt: skip
-    weights = train_once(config, RunOptions(), archive, tmp_path / "weights.zip")
+    weights = train_archive(config, archive, tmp_path / "weights.zip", RunOptions())
     with zipfile.ZipFile(weights) as packed:
         (tmp_path / hub.LORA_NAME).write_bytes(packed.read(LORA_MEMBER))
         card = hub.model_card("me/it", Meta.from_json(packed.read("meta.json").decode(), "weights.zip"), [])
@@ -188,6 +187,6 @@ def test_the_cards_code_draws_what_predict_draws(archive, random_model, tmp_path
     predictor.setup()
     (path,) = call(predictor.predict, prompt="a photo of <zwx>", replicate_weights=weights, width=64, height=64,
                    steps=4, seed=5, output_format="png")  # fmt: skip
-    with Image.open(str(path)) as picture:
-        apart = ImageChops.difference(stock, picture.convert("RGB"))
+    with Image.open(str(path)) as image:
+        apart = ImageChops.difference(stock, image.convert("RGB"))
     assert max(most for _, most in apart.getextrema()) <= 1

@@ -34,7 +34,7 @@ def stock(layers=2, dtype=torch.float32, width=WIDTH):
 
 def ours_of(transformer):
     ours = copy.deepcopy(transformer)
-    blocks.install_forward(ours)
+    blocks.install_forwards(ours)
     return ours
 
 
@@ -48,7 +48,8 @@ def attach(transformer, targets="attention_mlp", own=True):
         for module in transformer.modules():
             if isinstance(module, adapter.LoraLayer):
                 del module.forward
-        blocks.install_forward(transformer)
+        for forward in blocks.forwards_of(transformer):
+            forward.project = blocks.project_each
     return parameters
 
 
@@ -167,13 +168,13 @@ def test_no_layer_keeps_an_fp32_copy_of_its_input():
     assert copies[1] > 0, "else this test couldn't fail"
 
 
-def test_recomputed_blocks_give_the_same_gradients_and_keep_their_inputs_alone():
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_their_inputs_alone():
     gradients, kept = [], []
     for count in (0, 1, 3):
         transformer = stock(layers=3)
         parameters = attach(transformer)
-        blocks.recompute_first(transformer, 3)
-        blocks.recompute_first(transformer, count)
+        blocks.set_checkpointed(transformer, 3)
+        blocks.set_checkpointed(transformer, count)
         total, _, out = kept_bytes(transformer)
         kept.append(total)
         out.square().mean().backward()

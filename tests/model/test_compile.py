@@ -12,22 +12,18 @@ from torch._dynamo.utils import counters
 
 from lora_utils.config import TrainConfig
 from lora_utils.model import blocks, memory_plan
-from lora_utils.model.device import default_placement
 from lora_utils.training import loop
-from lora_utils.training.recompute import use_plan
-from lora_utils.training.setup import setup
+from lora_utils.training.recompute import change_plan
+from tests.helpers import make_state
 from tests.model.test_memory_plan import demand
 
 CONFIG = TrainConfig(steps=20, rank=4, learning_rate=1e-3, batch_size=2, resolution="64,128", seed=0)
 
 
-def losses(folder, dataset, compiled, steps=20, recomputed=None):
-    run = setup(replace(CONFIG, steps=steps), dataset, folder, default_placement())
-    run.plan.compiled = compiled
-    stream = loop.train(run)
-    if recomputed is not None:
-        use_plan(run, recomputed)
-    return [report.loss for report in stream], run
+def losses(folder, dataset, compiled, steps=20):
+    run = make_state(replace(CONFIG, steps=steps), dataset, folder)
+    change_plan(run, compiled=compiled)
+    return [report.loss for report in loop.train(run)], run
 
 
 def test_real_rotation_is_the_complex_one():
@@ -69,7 +65,7 @@ def test_blocks_that_cannot_be_compiled_are_computed_plainly(fails_in, dataset, 
     got, run = losses(random_model, dataset, compiled=True, steps=4)
     assert got == pytest.approx(expected, rel=1e-6)
     assert not run.plan.compiled
-    assert "can't be compiled here (no compiler here); going on without" in caplog.text
+    assert "can't be compiled here (no compiler here); continuing without" in caplog.text
 
 
 def steps_done_and_compiled(folder, dataset):
@@ -77,7 +73,7 @@ def steps_done_and_compiled(folder, dataset):
     return len(got), run.plan.compiled
 
 
-def test_without_a_compiler_a_run_goes_on(dataset, random_model, monkeypatch, tmp_path):
+def test_without_a_compiler_a_run_is_resumed(dataset, random_model, monkeypatch, tmp_path):
     """In a process of its own: torch remembers for good which compilers it found."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -87,20 +83,20 @@ def test_without_a_compiler_a_run_goes_on(dataset, random_model, monkeypatch, tm
 
 def test_on_a_cpu_no_run_is_compiled(dataset, random_model):
     """However long: one that goes on wouldn't be the one that was never stopped, bit for bit."""
-    run = setup(replace(CONFIG, steps=20000), dataset, random_model, default_placement())
+    run = make_state(replace(CONFIG, steps=20000), dataset, random_model)
     assert not run.plan.compiled
 
 
-def test_on_a_card_only_a_run_long_enough_to_win_it_back_is_compiled(random_model):
+def test_on_a_gpu_only_a_run_long_enough_to_win_it_back_is_compiled(random_model):
     def compiled(**given):
-        return memory_plan.choose("auto", demand(80e9), live_text=False, **given).compiled
+        return memory_plan.choose_training_plan("auto", demand(80e9), live_text=False, **given).compiled
 
     assert not compiled(compiled_s=memory_plan.COMPILE_S)
     assert compiled(compiled_s=1.01 * memory_plan.COMPILE_S / memory_plan.COMPILED_GAIN)
-    assert not memory_plan.choose("nf4", demand(80e9), live_text=False, compiled_s=1e6).compiled
-    card = torch.device("cuda")
+    assert not memory_plan.choose_training_plan("nf4", demand(80e9), live_text=False, compiled_s=1e6).compiled
+    shapes, device = memory_plan.read_shapes(random_model), torch.device("cuda")
     once, twice = (
-        memory_plan.compiled_seconds(replace(CONFIG, steps=steps), random_model, card, 64, 8) for steps in (100, 200)
+        memory_plan.compiled_seconds(replace(CONFIG, steps=steps), shapes, device, 64, 8) for steps in (100, 200)
     )
     assert twice == pytest.approx(2 * once)
     assert once > 0
@@ -110,7 +106,7 @@ def test_on_a_card_only_a_run_long_enough_to_win_it_back_is_compiled(random_mode
 def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_model):
     """Past torch's own limit it would silently run uncompiled. The graphs are run as they are, which is quick."""
     torch._dynamo.reset()
-    run = setup(CONFIG, dataset, random_model, default_placement())
+    run = make_state(CONFIG, dataset, random_model)
     compute = blocks.compiled_block(backend="eager")
     block, project = run.components.transformer.transformer_blocks[0], blocks.project_each
     width, rope = run.components.transformer.inner_dim, run.components.transformer.pos_embed

@@ -32,7 +32,7 @@ def test_sampling_sigmas_are_those_of_diffusers(steps, tokens):
     torch.testing.assert_close(ours, diffusers_sigmas(new_scheduler(), steps, tokens), rtol=0, atol=1e-6)
 
 
-def test_one_step_goes_from_noise_to_the_picture():
+def test_one_step_goes_from_noise_to_the_image():
     assert SCHEDULE.sampling_sigmas(1, 1024) == [1.0, 0.0]
 
 
@@ -96,7 +96,7 @@ def test_buckets_are_multiples_of_sixteen_with_the_resolutions_area(resolution_p
     assert Size(resolution_px, resolution_px) in buckets(resolution_px)
 
 
-def test_a_picture_trains_at_every_resolution_it_fills_and_is_enlarged_only_to_the_smallest():
+def test_a_image_trains_at_every_resolution_it_fills_and_is_enlarged_only_to_the_smallest():
     resolutions = (512, 768, 1024)
     assert choose_buckets(2000, 2000, resolutions) == [Size(512, 512), Size(768, 768), Size(1024, 1024)]
     assert choose_buckets(800, 800, resolutions) == [Size(512, 512), Size(768, 768)]

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,12 @@ from transformers import Qwen2_5_VLTextConfig
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.model import memory, memory_plan
-from lora_utils.model.device import default_placement
 from lora_utils.training import loop
-from lora_utils.training.setup import setup
+from lora_utils.training.optimizers import bytes_per_weight
+from lora_utils.training.recompute import probe_batch
+from tests.helpers import ROOT, make_state
 
-README = Path(__file__).parent.parent / "README.md"
+MEMORY_PAGE = ROOT / "docs" / "memory.md"
 QWEN_IMAGE = {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584}
 QWEN_TEXT = Qwen2_5_VLTextConfig(
     hidden_size=3584,
@@ -28,11 +28,17 @@ QWEN_TEXT = Qwen2_5_VLTextConfig(
 TRANSFORMER = memory_plan.transformer_bytes(QWEN_IMAGE, 2, table=True)
 TEXT = memory_plan.text_encoder_bytes(QWEN_TEXT, 2)
 TEXT_TOKENS = 128
-CARDS = (16, 24, 48, 80, 141)  # GB
+GPUS = (16, 24, 48, 80, 141)  # GB
 
 
 def size_of(side_px):
     return memory_plan.step_size(TrainConfig(seed=0), QWEN_IMAGE, side_px**2 // 256 + TEXT_TOKENS, 2)
+
+
+def estimate_of(config, folder, tokens):
+    shapes = memory_plan.read_shapes(folder)
+    step = memory_plan.step_size(config, shapes.transformer, tokens, 4, bytes_per_weight(config))
+    return memory_plan.training_estimate(shapes, step, None, 1e12)
 
 
 def demand(free, side_px=1024):
@@ -40,11 +46,11 @@ def demand(free, side_px=1024):
     return memory_plan.MemoryEstimate(free, TEXT, TRANSFORMER, size.needed_bytes(60) + 4.0 * size.lora_parameters, 506)
 
 
-def recomputed(chosen, free, side_px, live_text):
+def checkpointed(chosen, free, side_px, live_text):
     """Of 60, with what is left when all is loaded."""
     size, stays = size_of(side_px), live_text and chosen.text_encoder_on_device
     left = free - TRANSFORMER[chosen.quantization] - 4.0 * size.lora_parameters - TEXT * stays
-    return memory.blocks_to_recompute(size, left)
+    return memory.blocks_to_checkpoint(size, left)
 
 
 def test_the_real_model_is_as_large_as_is_known():
@@ -55,26 +61,27 @@ def test_the_real_model_is_as_large_as_is_known():
     assert size_of(1024).lora_parameters == 94_371_840
 
 
-def test_readme_says_what_each_card_runs_with():
-    for card in CARDS:
-        cells = [f"{card} GB"]
+def test_the_docs_say_what_each_gpu_runs_with():
+    for gpu in GPUS:
+        cells = [f"{gpu} GB"]
         for live_text in (False, True):
-            chosen = memory_plan.choose("auto", demand(card * 1e9), live_text)
-            counts = [recomputed(chosen, card * 1e9, side_px, live_text) for side_px in (512, 1024)]
+            chosen = memory_plan.choose_training_plan("auto", demand(gpu * 1e9), live_text)
+            counts = [checkpointed(chosen, gpu * 1e9, side_px, live_text) for side_px in (512, 1024)]
             cells.append({"none": "bf16"}.get(chosen.quantization, chosen.quantization))
             if live_text:
-                cells.append("GPU" if chosen.text_encoder_on_device else "host")
+                cells.append("GPU" if chosen.text_encoder_on_device else "CPU")
             cells.append(" / ".join(map(str, counts)))
         line = f"| {' | '.join(cells)} |"
         print(line)
-        assert line in README.read_text()
+        assert line in MEMORY_PAGE.read_text()
 
 
 def test_an_exact_base_comes_before_a_rounded_one_and_eight_bits_before_four():
     order = ("nf4", "fp8", "none")
     for live_text in (False, True):
         ranks = [
-            order.index(memory_plan.choose("auto", demand(gb * 1e9), live_text).quantization) for gb in (16, 22, 48, 80)
+            order.index(memory_plan.choose_training_plan("auto", demand(gb * 1e9), live_text).quantization)
+            for gb in (16, 22, 48, 80)
         ]
         assert ranks == sorted(ranks)
         assert ranks[0] == 0
@@ -82,67 +89,83 @@ def test_an_exact_base_comes_before_a_rounded_one_and_eight_bits_before_four():
 
 
 def test_a_scheme_that_was_asked_for_is_taken_and_int8_never_by_itself():
-    assert memory_plan.choose("int8", demand(141e9), live_text=True).quantization == "int8"
-    assert memory_plan.choose("none", demand(34e9), live_text=False).quantization == "none"
-    taken = {memory_plan.choose("auto", demand(gb * 1e9), live_text=False).quantization for gb in range(16, 142)}
+    assert memory_plan.choose_training_plan("int8", demand(141e9), live_text=True).quantization == "int8"
+    assert memory_plan.choose_training_plan("none", demand(34e9), live_text=False).quantization == "none"
+    taken = {
+        memory_plan.choose_training_plan("auto", demand(gb * 1e9), live_text=False).quantization
+        for gb in range(16, 142)
+    }
     assert taken == {"none", "fp8", "nf4"}
 
 
-def test_a_card_that_is_too_small_is_refused_with_the_numbers_and_the_way_out():
+def test_a_gpu_that_is_too_small_is_refused_with_the_numbers_and_the_way_out():
     with pytest.raises(
-        UserError, match=r"needs 16 GB \(the model in nf4 10\.5, a step 4\.03.*12 GB are free; lower resolution"
+        UserError,
+        match=r"needs 16 GB \(the model in nf4 10\.5, a step at least 4\.03.*12 GB are free; lower resolution",
     ):
-        memory_plan.choose("auto", demand(12e9), live_text=False)
+        memory_plan.choose_training_plan("auto", demand(12e9), live_text=False)
     with pytest.raises(UserError, match="set quantization to auto"):
-        memory_plan.choose("none", demand(24e9), live_text=False)
+        memory_plan.choose_training_plan("none", demand(24e9), live_text=False)
 
 
-def test_a_larger_picture_needs_more():
-    assert memory_plan.choose("auto", demand(32e9, 512), live_text=False).quantization == "none"
-    assert memory_plan.choose("auto", demand(32e9, 1024), live_text=False).quantization == "fp8"
+def test_a_larger_image_needs_more():
+    assert memory_plan.choose_training_plan("auto", demand(32e9, 512), live_text=False).quantization == "none"
+    assert memory_plan.choose_training_plan("auto", demand(32e9, 1024), live_text=False).quantization == "fp8"
 
 
-def of_several(cards, free):
-    shared = memory_plan.sharded_bytes(TRANSFORMER["none"], 60, cards)
+def of_several(gpus, free):
+    shared = memory_plan.sharded_bytes(TRANSFORMER["none"], 60, gpus)
     return replace(demand(free), transformer={**TRANSFORMER, memory_plan.SHARDED: shared})
 
 
-def test_several_small_cards_share_out_what_one_would_round():
-    assert memory_plan.choose("auto", of_several(2, 24e9), False, shard_base="auto") == memory_plan.MemoryPlan(
-        "none", True, sharded=True
+def test_several_small_gpus_share_out_what_one_would_round():
+    assert memory_plan.choose_training_plan(
+        "auto", of_several(2, 24e9), False, shard_base="auto"
+    ) == memory_plan.MemoryPlan("none", True, sharded=True)
+    assert (
+        memory_plan.choose_training_plan("auto", of_several(2, 24e9), False, shard_base="never").quantization == "fp8"
     )
-    assert memory_plan.choose("auto", of_several(2, 24e9), False, shard_base="never").quantization == "fp8"
-    assert memory_plan.choose("auto", of_several(4, 16e9), False, shard_base="auto").sharded
-    assert memory_plan.choose("auto", of_several(2, 16e9), False, shard_base="auto").quantization == "nf4"
-    assert not memory_plan.choose("auto", of_several(2, 80e9), False, shard_base="auto").sharded, "it fits on one"
-    assert not memory_plan.choose("auto", demand(80e9), False, shard_base="always").sharded, "there is only one"
+    assert memory_plan.choose_training_plan("auto", of_several(4, 16e9), False, shard_base="auto").sharded
+    assert memory_plan.choose_training_plan("auto", of_several(2, 16e9), False, shard_base="auto").quantization == "nf4"
+    assert not memory_plan.choose_training_plan("auto", of_several(2, 80e9), False, shard_base="auto").sharded, (
+        "it fits on one"
+    )
+    assert not memory_plan.choose_training_plan("auto", demand(80e9), False, shard_base="always").sharded, (
+        "there is only one"
+    )
 
 
 def test_sharding_is_had_by_asking_and_rounding_excludes_it():
-    assert memory_plan.choose("none", of_several(2, 80e9), False, shard_base="always").sharded
-    assert memory_plan.choose("none", of_several(2, 24e9), False, shard_base="auto").sharded
-    assert memory_plan.choose("fp8", of_several(2, 24e9), False, shard_base="auto") == memory_plan.MemoryPlan(
-        "fp8", True
-    )
+    assert memory_plan.choose_training_plan("none", of_several(2, 80e9), False, shard_base="always").sharded
+    assert memory_plan.choose_training_plan("none", of_several(2, 24e9), False, shard_base="auto").sharded
+    assert memory_plan.choose_training_plan(
+        "fp8", of_several(2, 24e9), False, shard_base="auto"
+    ) == memory_plan.MemoryPlan("fp8", True)
     with pytest.raises(UserError, match="set quantization to auto, not fp8"):
-        memory_plan.choose("fp8", of_several(2, 24e9), False, shard_base="always")
+        memory_plan.choose_training_plan("fp8", of_several(2, 24e9), False, shard_base="always")
 
 
 def test_what_is_chosen_is_said_with_the_reason():
     several = of_several(2, 24e9)
     told = " ".join(
-        memory_plan.describe_plan(memory_plan.choose("auto", several, False, shard_base="auto"), "auto", several)
+        memory_plan.describe_plan(
+            memory_plan.choose_training_plan("auto", several, False, shard_base="auto"), "auto", several
+        )
     )
     assert "the transformer in parts on several GPUs takes 14.5" in told
     assert "quantised" not in told
-    told = " ".join(memory_plan.describe_plan(memory_plan.choose("auto", demand(24e9), True), "auto", demand(24e9)))
+    told = " ".join(
+        memory_plan.describe_plan(memory_plan.choose_training_plan("auto", demand(24e9), True), "auto", demand(24e9))
+    )
     assert "24 GB free" in told
-    assert "a table of 506 timesteps stands in for the modulations" in told
+    assert "a table of 506 timesteps replaces the modulations" in told
     assert "quantised to fp8 because it doesn't fit otherwise" in told
     assert "the text encoder runs on the CPU" in told
-    told = " ".join(memory_plan.describe_plan(memory_plan.choose("nf4", demand(80e9), True), "nf4", demand(80e9)))
+    told = " ".join(
+        memory_plan.describe_plan(memory_plan.choose_training_plan("nf4", demand(80e9), True), "nf4", demand(80e9))
+    )
     assert "quantised to nf4 as asked" in told
-    assert "host" not in told
+    assert "CPU" not in told
 
 
 CONFIG = TrainConfig(
@@ -153,24 +176,27 @@ CONFIG = TrainConfig(
 def test_a_run_follows_its_plan_and_writes_down_what_it_came_to(dataset, random_model, monkeypatch, caplog):
     caplog.set_level("INFO", "lora_utils")
     monkeypatch.setattr(memory, "SPARE_BYTES", 0.0)
-    exact = memory_plan.training_estimate(CONFIG, random_model, torch.device("cpu"), torch.float32, 2 * (16 + 60), None)
+    exact = estimate_of(CONFIG, random_model, 2 * (16 + 60))
     room = exact.needed("fp8", with_text_encoder=True) * 1.02
     assert room < exact.needed("none", with_text_encoder=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda _device: room)
-    run = setup(CONFIG, dataset, random_model, default_placement(), any_timestep=True)
-    assert run.config.quantization == "fp8"
+    monkeypatch.setattr("lora_utils.training.setup.free_bytes", lambda _device: room)
+    run = make_state(CONFIG, dataset, random_model, any_timestep=True)
+    assert run.resolved_config.quantization == "fp8"
+    assert run.config.quantization == "auto"
     assert "quantised to fp8 because" in caplog.text
     list(loop.train(run))
 
 
-def test_a_text_encoder_on_the_host_trains_the_same_row(dataset, random_model, monkeypatch):
+def test_a_text_encoder_on_the_cpu_trains_the_same_row(dataset, random_model, monkeypatch):
     rows = []
-    for on_card in (True, False):
+    for on_gpu in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(
-                memory_plan, "choose", lambda *_, on_card=on_card, **_named: memory_plan.MemoryPlan("none", on_card)
+                memory_plan,
+                "choose_training_plan",
+                lambda *_, on_gpu=on_gpu, **_named: memory_plan.MemoryPlan("none", on_gpu),
             )
-            run = setup(CONFIG, dataset, random_model, default_placement())
+            run = make_state(CONFIG, dataset, random_model)
         list(loop.train(run))
         rows.append(run.placeholders.embeddings[0].detach().clone())
         assert run.components.text_encoder is not None
@@ -178,14 +204,34 @@ def test_a_text_encoder_on_the_host_trains_the_same_row(dataset, random_model, m
     assert torch.equal(*rows)
 
 
-def test_the_caption_counts_into_the_demand(random_model):
-    device, few = torch.device("cpu"), 2 * 80
-    sizes = [
-        memory_plan.training_estimate(CONFIG, random_model, device, torch.float32, few * k, None).step for k in (1, 2)
-    ]
-    assert sizes[1] > sizes[0]
-    larger = memory_plan.training_estimate(replace(CONFIG, rank=32), random_model, device, torch.float32, few, None)
-    assert larger.step > sizes[0]
+def test_the_caption_counts_into_the_estimate(random_model):
+    short, long = (estimate_of(CONFIG, random_model, 2 * 80 * factor).work for factor in (1, 2))
+    assert long > short
+    assert estimate_of(replace(CONFIG, rank=32), random_model, 2 * 80).work > short
+
+
+def test_the_largest_batch_is_counted_once_by_tokens(dataset, random_model):
+    """Plan, probe and step size speak of one batch, whose caption is the longest by tokens, not by letters."""
+    rare = "zzz qqq " * 6  # few letters, many tokens
+    wordy = "a photograph of a photograph of a photograph of a photograph on a photograph background"
+    examples = [replace(dataset.examples[0], caption=rare), replace(dataset.examples[1], caption=wordy)]
+    config = replace(CONFIG, train_placeholder_token=False, batch_size=3, caption_dropout=0.0)
+    run = make_state(config, replace(dataset, examples=examples), random_model)
+    assert len(rare) < len(wordy)
+    tokens = {caption: len(text) for caption, text in run.data.texts.items()}
+    assert tokens[rare] > tokens[wordy]
+    assert run.largest.caption == rare
+    assert run.largest.text_tokens == tokens[rare] == run.data.text_tokens[rare]
+    assert run.largest.step_size.tokens == 3 * (16 + tokens[rare])
+    probe = probe_batch(run)
+    assert (probe.captions, probe.noisy.shape) == ((rare,) * 3, (3, 16, 64))
+
+
+def test_captions_that_hold_the_class_count_into_the_largest_batch(dataset, random_model):
+    config = replace(CONFIG, class_word="a very long name of a class of things", preservation_weight=0.5)
+    plain, with_class = (make_state(each, dataset, random_model) for each in (CONFIG, config))
+    assert with_class.largest.text_tokens > plain.largest.text_tokens
+    assert with_class.largest.text_tokens == max(with_class.data.text_tokens.values())
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
@@ -201,31 +247,32 @@ def real_configs(tmp_path):
     return tmp_path
 
 
-def placement(folder, free_gb, asked="auto"):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free_bytes", lambda _device: free_gb * 1e9)
-        return memory_plan.choose_sampling_plan(asked, folder, torch.device("cpu"), torch.bfloat16)
+def plan_of(folder, free_gb, asked="auto"):
+    shapes = memory_plan.read_shapes(folder)
+    estimate = memory_plan.sampling_estimate(shapes, torch.bfloat16, free_gb * 1e9)
+    return memory_plan.choose_sampling_plan(asked, estimate)
 
 
-def test_readme_says_how_each_card_predicts(real_configs):
-    for card, sentence in {
+def test_the_docs_say_how_each_gpu_predicts(real_configs):
+    for gpu, sentence in {
         80: "bf16, all of it on the GPU",
         48: "bf16, the text encoder on the CPU",
         32: "fp8, the text encoder on the CPU",
         24: "nf4, the text encoder on the CPU",
     }.items():
-        chosen = placement(real_configs, card)
+        chosen = plan_of(real_configs, gpu)
         where = "all of it on the GPU" if chosen.text_encoder_on_device else "the text encoder on the CPU"
         assert f"{chosen.quantization.replace('none', 'bf16')}, {where}" == sentence
-        assert f"| {card} GB | {sentence} |" in README.read_text()
+        assert f"| {gpu} GB | {sentence} |" in MEMORY_PAGE.read_text()
 
 
-def test_a_card_that_is_too_small_to_predict_is_refused_and_a_strange_scheme_too(real_configs):
-    with pytest.raises(UserError, match=r"prediction needs 20\.9 GB with the model in nf4, and 16 GB are free"):
-        placement(real_configs, 16)
+def test_a_gpu_that_is_too_small_to_predict_is_refused_and_a_strange_scheme_too(real_configs):
+    message = r"prediction needs 20\.9 GB \(the model in nf4 10\.5, an image of the official size 8.*16 GB are free"
+    with pytest.raises(UserError, match=message):
+        plan_of(real_configs, 16)
     with pytest.raises(UserError, match="set QUANTIZATION to auto"):
-        placement(real_configs, 32, "none")
+        plan_of(real_configs, 32, "none")
     with pytest.raises(UserError, match="QUANTIZATION must be one of auto, none, fp8, int8, nf4, got 'fp4'"):
-        placement(real_configs, 80, "fp4")
-    assert placement(real_configs, 141, "int8") == memory_plan.MemoryPlan("int8", text_encoder_on_device=True)
-    assert placement(real_configs, 30, "int8") == memory_plan.MemoryPlan("int8", text_encoder_on_device=False)
+        plan_of(real_configs, 80, "fp4")
+    assert plan_of(real_configs, 141, "int8") == memory_plan.MemoryPlan("int8", text_encoder_on_device=True)
+    assert plan_of(real_configs, 30, "int8") == memory_plan.MemoryPlan("int8", text_encoder_on_device=False)

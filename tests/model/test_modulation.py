@@ -10,16 +10,18 @@ from lora_utils.config import SampleRequest, TrainConfig
 from lora_utils.lora.formats import LoraFile, LowRank, write_lora_file
 from lora_utils.lora.hooks import applied_loras
 from lora_utils.lora.weights import load_weights
-from lora_utils.model import flow, modulation, transformer
+from lora_utils.model import flow, modulation
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings, encode_text
-from lora_utils.model.transformer import load_transformer, predict_velocity
+from lora_utils.model.transformer import Storage, load_transformer, predict_velocity
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import sampler
+from lora_utils.sampling.sampler import Conditioning, SamplingJob
 from lora_utils.training import loop
-from lora_utils.training.setup import all_timesteps, setup
+from lora_utils.training.batches import other_timesteps, run_timesteps
+from tests.helpers import make_state
 
 PLACE = default_placement()
 TIMES = torch.tensor([0.9, 0.123, 0.5])
@@ -36,7 +38,7 @@ def test_a_forward_with_the_table_gives_the_numbers_of_the_layers(dtype, random_
     place = Placement(torch.device("cpu"), dtype)
     sigma = TIMES[[2, 0]]
     plain = load_transformer(random_model, place)
-    tabled = load_transformer(random_model, place, flow.model_time(TIMES, dtype))
+    tabled = load_transformer(random_model, place, Storage(timesteps=flow.model_time(TIMES, dtype)))
     text = TextEmbeddings(torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1)).to(dtype), None)
     with torch.no_grad():
         torch.testing.assert_close(velocity(tabled, sigma, text), velocity(plain, sigma, text))
@@ -44,7 +46,7 @@ def test_a_forward_with_the_table_gives_the_numbers_of_the_layers(dtype, random_
 
 def test_the_modulations_weights_never_join_the_transformer(random_model):
     plain = load_transformer(random_model, PLACE)
-    tabled = load_transformer(random_model, PLACE, flow.model_time(TIMES, torch.float32))
+    tabled = load_transformer(random_model, PLACE, Storage(timesteps=flow.model_time(TIMES, torch.float32)))
     names, left = ({name for name, _ in part.named_parameters()} for part in (plain, tabled))
     assert names - left == {name for name in names if modulation.is_modulation(name)}
     assert len(names - left) == 2 * 2 * 2, "two blocks, two streams, weight and bias"
@@ -52,7 +54,7 @@ def test_the_modulations_weights_never_join_the_transformer(random_model):
 
 
 def test_an_unknown_timestep_is_refused_and_not_rounded(random_model):
-    tabled = load_transformer(random_model, PLACE, flow.model_time(TIMES, torch.float32))
+    tabled = load_transformer(random_model, PLACE, Storage(timesteps=flow.model_time(TIMES, torch.float32)))
     for unknown in (0.4, 0.95, 0.01):
         with pytest.raises(KeyError, match="has no timestep"):
             velocity(tabled, torch.tensor([unknown]), TextEmbeddings(torch.zeros(1, 5, 128), None))
@@ -60,12 +62,12 @@ def test_an_unknown_timestep_is_refused_and_not_rounded(random_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_bit_for_bit_whatever_else_the_table_holds(dtype, random_model):
-    """Else a run would learn something else for the samples that are drawn on the way."""
+    """Else a run would learn something else for the previews that are sampled on the way."""
     place = Placement(torch.device("cpu"), dtype)
     velocities = []
     for others in ([], [0.2], torch.linspace(0.01, 0.99, 98).tolist()):
         times = flow.model_time(torch.tensor([0.5, *others]), dtype)
-        tabled = load_transformer(random_model, place, times)
+        tabled = load_transformer(random_model, place, Storage(timesteps=times))
         with torch.no_grad():
             velocities.append(
                 velocity(tabled, torch.tensor([0.5]), TextEmbeddings(torch.ones(1, 5, 128).to(dtype), None))
@@ -77,15 +79,19 @@ def test_a_row_is_the_same_bit_for_bit_whatever_else_the_table_holds(dtype, rand
 def test_a_table_larger_than_the_weights_is_not_used(random_model):
     assert modulation.pays(506, 3072), "bf16 leaves 506 of the 1000 steps apart: the real model always has a table"
     many = torch.linspace(0, 1, 129)
-    part = load_transformer(random_model, PLACE, many)
+    part = load_transformer(random_model, PLACE, Storage(timesteps=many))
     assert any(modulation.is_modulation(name) for name, _ in part.named_parameters())
 
 
 def test_a_run_knows_its_timesteps_beforehand(dataset, random_model, monkeypatch):
-    run = setup(replace(CONFIG, gradient_accumulation=2), dataset, random_model, PLACE)
-    foreseen = all_timesteps(run.config, run.data.examples, run.components.schedule, PLACE.dtype)
+    run = make_state(replace(CONFIG, gradient_accumulation=2), dataset, random_model, placement=PLACE)
+    schedule = run.components.schedule
+    own = run_timesteps(run.config, run.data.examples, schedule, PLACE.dtype)
+    foreseen = torch.cat([own, other_timesteps(run.config, (), schedule, PLACE.dtype)]).unique()
     seen, predict = [], predict_velocity
-    monkeypatch.setattr(transformer, "predict_velocity", lambda *given: seen.append(given[2]) or predict(*given))
+    monkeypatch.setattr(
+        "lora_utils.training.loss.predict_velocity", lambda *given: seen.append(given[2]) or predict(*given)
+    )
     list(loop.train(run))
     assert torch.equal(flow.model_time(torch.cat(seen), PLACE.dtype).unique(), foreseen)
 
@@ -93,11 +99,11 @@ def test_a_run_knows_its_timesteps_beforehand(dataset, random_model, monkeypatch
 @pytest.mark.parametrize("token", [False, True])
 def test_the_loss_curve_is_that_of_the_layers(token, dataset, random_model, monkeypatch):
     config = replace(CONFIG, train_placeholder_token=token)
-    tabled = setup(config, dataset, random_model, PLACE)
-    assert not any(modulation.is_modulation(name) for name, _ in tabled.transformer.named_parameters())
+    tabled = make_state(config, dataset, random_model, placement=PLACE)
+    assert not any(modulation.is_modulation(name) for name, _ in tabled.components.transformer.named_parameters())
     with monkeypatch.context() as patch:
         patch.setattr(modulation, "pays", lambda *_: False)
-        plain = setup(config, dataset, random_model, PLACE)
+        plain = make_state(config, dataset, random_model, placement=PLACE)
     curves = [[report.loss for report in loop.train(run)] for run in (tabled, plain)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -136,7 +142,8 @@ def latents_of(components, lora=None, scale=1.0):
             for words in (request.prompt, " ")
         )
         noise = sampler.initial_noise(Size(64, 64), 0)
-        return sampler.denoise(components, noise, Size(64, 64), text, empty, request, lambda step: None)
+        job = SamplingJob(request, Size(64, 64), no_placeholders())
+        return sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
 
 
 def test_sampling_with_the_table_gives_the_latents_of_the_layers(tabled, random_model, monkeypatch):

@@ -6,13 +6,14 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 
 from lora_utils.config import SampleRequest
-from lora_utils.model import transformer
-from lora_utils.model.latents import Size
+from lora_utils.model.latents import Size, pack_latents
 from lora_utils.model.text_encoder import encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.vae import decode_images, encode_images, fold_temporal_convolutions, unfolded_state
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import sampler
+from lora_utils.sampling.sampler import Conditioning
+from tests.helpers import job_of
 
 PROMPTS = ["a red circle", "", " ", "a photo of a big blue ring on a pink background at the left", "ein Bär {0} 🐻 <b>"]
 
@@ -68,7 +69,8 @@ def test_a_whole_sampling_run_gives_the_pipelines_latents(guidance, size, compon
         text = encode(components, [request.prompt])
         empty = encode(components, [" "]) if request.guided else None
         noise = sampler.initial_noise(size, 7)
-        ours = sampler.denoise(components, noise, size, text, empty, request, lambda step: None)
+        conditioning = Conditioning(text, empty)
+        ours = sampler.denoise(components, job_of(request, size), noise, conditioning, lambda _step: None)
     theirs = pipeline(
         prompt=request.prompt,
         negative_prompt=" " if request.guided else None,
@@ -91,7 +93,7 @@ def test_prompts_of_unequal_length_sampled_as_one_batch_are_those_sampled_alone(
 
     def latents(noise, prompts):
         text, empty = encode(components, prompts), encode(components, [" "] * len(prompts))
-        return sampler.denoise(components, noise, size, text, empty, request, lambda step: None)
+        return sampler.denoise(components, job_of(request, size), noise, Conditioning(text, empty), lambda _step: None)
 
     with torch.inference_mode():
         several = latents(noise, PROMPTS)
@@ -100,9 +102,9 @@ def test_prompts_of_unequal_length_sampled_as_one_batch_are_those_sampled_alone(
             torch.testing.assert_close(several[index : index + 1], alone, atol=1e-3, rtol=1e-3)
 
 
-def test_a_sampled_picture_is_the_pipelines(components, pipeline):
+def test_a_sampled_image_is_the_pipelines(components, pipeline):
     request = SampleRequest("a red circle", steps=3, width=64, height=64, seed=1)
-    (ours,) = sampler.sample(components, request, Size(64, 64), no_placeholders(), lambda *_: None)
+    (ours,) = sampler.sample(components, job_of(request, Size(64, 64)), lambda *_: None)
     theirs = pipeline(
         prompt="a red circle",
         negative_prompt=" ",
@@ -126,11 +128,11 @@ def test_the_folded_vae_is_the_video_vae_for_one_frame(random_model, components)
         std = torch.tensor(whole.config["latents_std"]).view(1, -1, 1, 1)
         theirs = whole.decode(latents).sample[:, :, 0]
     ours = encode_images(components.vae, pixels)
-    torch.testing.assert_close(ours, transformer.pack((latents[:, :, 0] - mean) / std), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, pack_latents((latents[:, :, 0] - mean) / std), atol=1e-5, rtol=0)
     decoded = decode_images(components.vae, ours, Size(64, 48))
     expected = ((theirs / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-    for picture, wanted in zip(decoded, expected, strict=True):
-        assert (torch.from_numpy(np.array(picture)) - wanted).abs().max() <= 1
+    for image, wanted in zip(decoded, expected, strict=True):
+        assert (torch.from_numpy(np.array(image)) - wanted).abs().max() <= 1
 
 
 def test_unfolding_gives_a_video_vae_that_folds_to_the_same(random_model):

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.train import weights_of
 from examples import demo, evaluate
 from lora_utils.config import TrainConfig
-from lora_utils.lora import adapter
 from lora_utils.lora.adapter import attach_trainable_lora
+from lora_utils.lora.formats import LoraFile, LowRank
 from lora_utils.lora.hooks import applied_loras, move_lora
 from lora_utils.model import memory_plan, quantization
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings
-from lora_utils.model.transformer import build_transformer, load_transformer, predict_velocity
+from lora_utils.model.transformer import Storage, build_transformer, load_transformer, predict_velocity
 from lora_utils.training import loop
-from lora_utils.training.setup import setup
+from tests.helpers import make_state
 from train import train
 
 SCHEMES = list(quantization.WEIGHT_BYTES)
@@ -30,7 +31,7 @@ SIZE = Size(64, 64)
 
 
 def load(folder, scheme):
-    return load_transformer(folder, PLACE, quantization=scheme)
+    return load_transformer(folder, PLACE, Storage(scheme))
 
 
 def linears(transformer):
@@ -105,7 +106,7 @@ def stored_bytes(tensor):
 def test_a_loaded_transformer_holds_the_bytes_that_the_plan_counts_on(scheme, table):
     config = {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 8, "joint_attention_dim": 256}
     place, times = Placement(torch.device("cpu"), torch.bfloat16), torch.tensor([0.5]) if table else None
-    transformer = build_transformer(config, weights_of(config, place), "nowhere", place, times, scheme)
+    transformer = build_transformer(config, weights_of(config, place), Path("nowhere"), place, Storage(scheme, times))
     held = sum(stored_bytes(parameter) for parameter in transformer.parameters())
     assert held == pytest.approx(memory_plan.transformer_bytes(config, 2, table)[scheme], rel=0.01)
 
@@ -128,8 +129,8 @@ def test_taking_a_lora_away_leaves_the_quantised_base_as_it_was(scheme, random_m
     quantized = load(random_model, scheme)
     with torch.inference_mode():
         before = velocity(quantized)
-        layers = {"transformer_blocks.0.attn.to_q": adapter.LowRank(torch.ones(2, 128), torch.ones(128, 2), 2.0)}
-        lora = move_lora(adapter.LoraFile(layers, {}, ""), quantized, PLACE)
+        layers = {"transformer_blocks.0.attn.to_q": LowRank(torch.ones(2, 128), torch.ones(128, 2), 2.0)}
+        lora = move_lora(LoraFile(layers, {}, ""), quantized, PLACE)
         with applied_loras(quantized, [(lora, 1.0)]):
             assert not torch.equal(velocity(quantized), before)
         assert torch.equal(velocity(quantized), before)
@@ -142,7 +143,7 @@ def test_the_loss_stays_within_five_percent(scheme, dataset, tiny_model):
     )
     curves = []
     for chosen in ("none", scheme):
-        run = setup(replace(config, quantization=chosen), dataset, tiny_model, PLACE)
+        run = make_state(replace(config, quantization=chosen), dataset, tiny_model, placement=PLACE)
         curves.append([report.loss for report in loop.train(run)])
         assert run.config.quantization == chosen
     assert curves[1] != curves[0]

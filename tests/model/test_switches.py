@@ -12,11 +12,10 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, Q
 from lora_utils.config import TrainConfig
 from lora_utils.lora import adapter
 from lora_utils.model import memory_plan, modulation
-from lora_utils.model.device import default_placement
 from lora_utils.training import loop
-from lora_utils.training.recompute import use_compiled, use_plan
-from lora_utils.training.setup import setup
+from lora_utils.training.recompute import change_plan
 from lora_utils.training.state import TrainState
+from tests.helpers import make_state
 
 CONFIG = TrainConfig(
     steps=20, rank=8, learning_rate=1e-3, batch_size=4, resolution="64", lora_targets="attention_mlp", seed=0,
@@ -24,11 +23,13 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-def prepare(dataset, folder, table, text_on_card=True) -> TrainState:
+def new_run(dataset, folder, table, text_on_gpu=True) -> TrainState:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modulation, "pays", lambda *_: table)
-        patch.setattr(memory_plan, "choose", lambda *_, **_named: memory_plan.MemoryPlan("none", text_on_card))
-        return setup(CONFIG, dataset, folder, default_placement())
+        patch.setattr(
+            memory_plan, "choose_training_plan", lambda *_, **_named: memory_plan.MemoryPlan("none", text_on_gpu)
+        )
+        return make_state(CONFIG, dataset, folder)
 
 
 def use_stock_layers(run: TrainState) -> None:
@@ -49,7 +50,7 @@ def use_stock_blocks(run: TrainState) -> None:
 
 def curve(run: TrainState, change: Callable[[TrainState], None]) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plan_memory", change)
+        patch.setattr(loop, "plan_recompute", change)
         return [report.loss for report in loop.train(run)]
 
 
@@ -59,7 +60,7 @@ def plain(dataset, tiny_model):
         use_stock_layers(run)
         use_stock_blocks(run)
 
-    run = prepare(dataset, tiny_model, table=False)
+    run = new_run(dataset, tiny_model, table=False)
     losses = curve(run, change)
     assert run.placeholders.embeddings[0].norm() > 10 * run.initial_embeddings[0].norm(), "the row has learned too"
     return losses
@@ -73,26 +74,24 @@ SWITCHES = {
     "own LoRA layers": (False, own_layers),
     "own blocks": (False, lambda _run: None),
     "modulation table": (True, lambda _run: None),
-    "half of the blocks recompute": (True, lambda run: use_plan(run, 3)),
-    "all blocks recompute": (True, lambda run: use_plan(run, 6)),
-    "compiled": (True, lambda run: use_compiled(run, compiled=True)),
-    "compiled, and half recompute": (
-        True, lambda run: (use_compiled(run, compiled=True), use_plan(run, 3)),
-    ),
-}  # fmt: skip
+    "half of the blocks checkpointed": (True, lambda run: change_plan(run, checkpointed_blocks=3)),
+    "all blocks checkpointed": (True, lambda run: change_plan(run, checkpointed_blocks=6)),
+    "compiled": (True, lambda run: change_plan(run, compiled=True)),
+    "compiled, and half checkpointed": (True, lambda run: change_plan(run, compiled=True, checkpointed_blocks=3)),
+}
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_the_loss_curve_is_the_plain_one(name, plain, dataset, tiny_model):
     table, change = SWITCHES[name]
-    run = prepare(dataset, tiny_model, table)
+    run = new_run(dataset, tiny_model, table)
     assert modulation.has_table(run.components.transformer) == table
     assert curve(run, change) == pytest.approx(plain, rel=1e-5)
     assert run.plan.compiled == name.startswith("compiled"), "it didn't fall back"
 
 
-def test_a_text_encoder_on_the_host_gives_the_same_curve(plain, dataset, tiny_model):
-    assert curve(prepare(dataset, tiny_model, True, text_on_card=False), lambda _run: None) == pytest.approx(
+def test_a_text_encoder_on_the_cpu_gives_the_same_curve(plain, dataset, tiny_model):
+    assert curve(new_run(dataset, tiny_model, True, text_on_gpu=False), lambda _run: None) == pytest.approx(
         plain, rel=1e-5
     )
 

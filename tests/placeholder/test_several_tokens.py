@@ -18,10 +18,10 @@ from lora_utils.dataset import load
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extract_archive
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
-from lora_utils.model.device import default_placement
+from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.training import loop
-from lora_utils.training.setup import setup
 from predict import Predictor
+from tests.helpers import make_state
 from train import train
 
 OBJECTS = {"<anna>": "mushroom", "<ben>": "fish"}
@@ -71,8 +71,8 @@ def draw(random_model, weights, prompt):
         predictor.setup()
         sampling = {"steps": 2, "width": 64, "height": 64, "output_format": "png", "seed": 5}
         (path,) = call(predictor.predict, prompt=prompt, replicate_weights=weights, **sampling)
-    with Image.open(path) as picture:
-        return np.array(picture, int)
+    with Image.open(path) as image:
+        return np.array(image, int)
 
 
 def test_the_archive_holds_a_row_for_each_and_the_meta_describes_each(weights, components, tmp_path):
@@ -118,7 +118,7 @@ def test_rows_that_are_lost_or_exchanged_are_an_error(lost, weights, random_mode
 def run(dataset, random_model, tmp_path):
     extract_archive(dataset, tmp_path)
     config = TrainConfig(train_placeholder_token=True, placeholder_token=NAMES, **{**SETTINGS, "batch_size": 1})
-    return setup(config, load(tmp_path, config), random_model, default_placement())
+    return make_state(config, load(tmp_path, config), random_model)
 
 
 def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
@@ -137,7 +137,7 @@ def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
 def test_a_token_that_no_caption_holds_is_named(run, dataset, random_model, tmp_path):
     config = TrainConfig(train_placeholder_token=True, placeholder_token="<anna>,<carl>", **SETTINGS)
     with pytest.raises(UserError, match="none of the 8 captions holds the placeholder token '<carl>'"):
-        setup(config, load(tmp_path, config), random_model, default_placement())
+        load(tmp_path, config, load_tokenizer(random_model))
 
 
 @pytest.mark.parametrize(

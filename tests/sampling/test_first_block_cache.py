@@ -12,7 +12,8 @@ from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import encode_text
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import first_block_cache, sampler
-from lora_utils.sampling.options import SamplingOptions
+from lora_utils.sampling.sampler import Conditioning
+from tests.helpers import job_of
 
 SIZE = Size(64, 64)
 REQUEST = SampleRequest("a red circle", steps=8, seed=1)
@@ -24,13 +25,16 @@ def latents(components, branches=1, prompt="a red circle"):
             encode_text(components.text_encoder, components.tokenizer, [words], no_placeholders())
             for words in (prompt, " ")
         )
+        job, noise = job_of(REQUEST, SIZE), sampler.initial_noise(SIZE, 1)
+
+        def denoise():
+            return sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
+
         if branches == 2:  # as images that are too large for one batch
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sampler, "TOGETHER_TOKENS", 0)
-                return sampler.denoise(
-                    components, sampler.initial_noise(SIZE, 1), SIZE, text, empty, REQUEST, lambda _: None
-                )
-        return sampler.denoise(components, sampler.initial_noise(SIZE, 1), SIZE, text, empty, REQUEST, lambda _: None)
+                return denoise()
+        return denoise()
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -77,7 +81,7 @@ def test_a_failure_within_leaves_the_blocks_as_they_were(components):
     assert torch.equal(latents(components), full)
 
 
-def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model, monkeypatch):
+def test_on_the_trained_model_it_saves_forwards_and_the_image_stays(tiny_model, monkeypatch):
     components, states, reused = (
         load_components(tiny_model, default_placement()),
         [],
@@ -91,11 +95,10 @@ def test_on_the_trained_model_it_saves_forwards_and_the_picture_stays(tiny_model
             states.append(state)
             yield state
 
-    monkeypatch.setattr(first_block_cache, "reused", watched)
+    monkeypatch.setattr(sampler, "first_block_caching", watched)
 
     def draw(threshold):
-        ways = SamplingOptions(reuse_threshold=threshold)
-        return sampler.sample(components, request, SIZE, no_placeholders(), lambda *_: None, ways)[0].pixels
+        return sampler.sample(components, job_of(request, SIZE, reuse_threshold=threshold), lambda *_: None)[0].pixels
 
     full, fast = (torch.tensor(list(draw(threshold).tobytes())).float() for threshold in (None, 0.1))
     assert 0 < (full - fast).abs().mean() < 3

@@ -14,7 +14,7 @@ from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.weights import Weights
-from lora_utils.model import flow, memory, transformer
+from lora_utils.model import flow, memory
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement
 from lora_utils.model.latents import Size, image_size, pack_latents, unpack_latents
@@ -23,14 +23,16 @@ from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.vae import decode_images
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import sampler
-from lora_utils.sampling.options import REUSE_THRESHOLD, SamplingOptions, choose_options, load_init_image, log
+from lora_utils.sampling.options import REUSE_THRESHOLD, SamplingOptions, choose_options, load_init_image
+from lora_utils.sampling.sampler import Conditioning
+from tests.helpers import job_of
 
 REQUEST = SampleRequest("a red circle on a gray background", steps=6, width=64, height=64, seed=3)
 SIZE = Size(64, 64)
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def photo(tmp_path) -> Path:
     shown = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64))
     shown.save(tmp_path / "a.png")
     return tmp_path / "a.png"
@@ -44,39 +46,38 @@ def mask(tmp_path) -> Path:
     return tmp_path / "mask.png"
 
 
-def start_of(components, picture, mask=None, request=REQUEST):
-    return load_init_image(components, request, picture, mask)[1]
+def start_of(components, photo, mask=None, request=REQUEST):
+    return load_init_image(components, request, photo, mask)[1]
 
 
 def draw(components, start=None, request=REQUEST, on_step=lambda *_: None):
-    chosen = SamplingOptions(start)
-    return sampler.sample(components, request, SIZE, no_placeholders(), on_step, chosen)[0].pixels
+    return sampler.sample(components, job_of(request, SIZE, init_image=start), on_step)[0].pixels
 
 
 def same(one, other):
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_a_strength_of_one_draws_anew_and_of_zero_changes_nothing(components, picture):
-    start = start_of(components, picture)
+def test_a_strength_of_one_draws_again_and_of_zero_changes_nothing(components, photo):
+    start = start_of(components, photo)
     assert same(draw(components, start, replace(REQUEST, strength=1.0)), draw(components))
     round_trip = decode_images(components.vae, start.clean, SIZE)[0]
     assert same(draw(components, start, replace(REQUEST, strength=0.0)), round_trip)
 
 
 @pytest.mark.parametrize(("strength", "run"), [(0.5, 3), (0.34, 3), (0.33, 2), (0.01, 1), (1.0, 6)])
-def test_only_the_rest_of_the_schedule_is_run(strength, run, components, picture):
+def test_only_the_rest_of_the_schedule_is_run(strength, run, components, photo):
     steps = []
     request = replace(REQUEST, strength=strength)
-    draw(components, start_of(components, picture), request, lambda _pictures, step: steps.append(step))
+    draw(components, start_of(components, photo), request, lambda _images, step: steps.append(step))
     assert steps == list(range(1, run + 1))
     assert request.steps_run == run
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_it_is_the_pipelines_img2img(strength, components, picture, random_model):
+def test_it_is_the_pipelines_img2img(strength, components, photo, random_model):
     """Given the same latents, for diffusers draws from the VAE's distribution where we take its mode."""
-    start = start_of(components, picture)
+    start = start_of(components, photo)
     request = replace(REQUEST, strength=strength)
     with torch.inference_mode():
         text, empty = (
@@ -84,7 +85,8 @@ def test_it_is_the_pipelines_img2img(strength, components, picture, random_model
             for words in (request.prompt, " ")
         )
         noise = sampler.initial_noise(SIZE, request.seed)
-        ours = sampler.denoise(components, noise, SIZE, text, empty, request, lambda _: None, start)
+        job = job_of(request, SIZE, init_image=start)
+        ours = sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
     stock = QwenImageImg2ImgPipeline.from_pretrained(random_model)
     stock.set_progress_bar_config(disable=True)
     theirs = stock(
@@ -95,19 +97,20 @@ def test_it_is_the_pipelines_img2img(strength, components, picture, random_model
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_outside_a_mask_the_latents_are_the_pictures_own(components, picture, mask):
-    start = start_of(components, picture, mask)
+def test_outside_a_mask_the_latents_are_the_images_own(components, photo, mask):
+    start = start_of(components, photo, mask)
     request = replace(REQUEST, strength=1.0)
     with torch.inference_mode():
         text = encode_text(components.text_encoder, components.tokenizer, [request.prompt], no_placeholders())
         noise = sampler.initial_noise(SIZE, 3)
-        latents = sampler.denoise(components, noise, SIZE, text, None, request, lambda _: None, start)
+        job = job_of(request, SIZE, init_image=start)
+        latents = sampler.denoise(components, job, noise, Conditioning(text, None), lambda _step: None)
     grid, clean = unpack_latents(latents, SIZE), unpack_latents(start.clean, SIZE)  # [1, 16, 8, 8]
     assert torch.equal(grid[..., 4:], clean[..., 4:])
     assert (grid[..., :4] - clean[..., :4]).abs().mean() > 0.3
 
 
-def test_outside_a_mask_the_picture_is_unchanged_to_within_the_vaes_error(tiny_model, tmp_path, mask):
+def test_outside_a_mask_the_image_is_unchanged_to_within_the_vaes_error(tiny_model, tmp_path, mask):
     components = load_components(tiny_model, default_placement())
     shown = Image.new("RGB", (64, 64), (120, 215, 225))
     shown.paste((220, 40, 40), (40, 24, 56, 40))
@@ -121,11 +124,11 @@ def test_outside_a_mask_the_picture_is_unchanged_to_within_the_vaes_error(tiny_m
     assert np.abs(painted - original)[:, :32].mean() > 5, "and inside it something is drawn"
 
 
-def test_any_white_of_a_latent_makes_it_one_to_be_drawn(components, picture, tmp_path):
+def test_any_white_of_a_latent_makes_it_one_to_be_drawn(components, photo, tmp_path):
     thin = Image.new("L", (64, 64), 0)
     thin.paste(255, (17, 9, 19, 11))  # 4 of the 64 pixels of one latent
     thin.save(tmp_path / "thin.png")
-    repaint = start_of(components, picture, tmp_path / "thin.png").repaint
+    repaint = start_of(components, photo, tmp_path / "thin.png").repaint
     expected = torch.zeros(1, 1, 8, 8)
     expected[..., 1, 2] = 1
     assert torch.equal(repaint, pack_latents(expected.repeat(1, 16, 1, 1)).bool())
@@ -134,19 +137,19 @@ def test_any_white_of_a_latent_makes_it_one_to_be_drawn(components, picture, tmp
 @pytest.mark.parametrize(
     ("image", "mask_size", "message"),
     [
-        (False, (64, 64), "mask says what of image is drawn again, and there is no image"),
+        (False, (64, 64), "mask says what of image is generated again, and there is no image"),
         (True, (64, 32), r"mask\.png has 64x32 pixels, its image 64x64"),
         (True, None, "there is no file"),
     ],
 )
-def test_what_cannot_be_painted_is_refused(image, mask_size, message, components, picture, tmp_path):
+def test_what_cannot_be_painted_is_refused(image, mask_size, message, components, photo, tmp_path):
     if mask_size:
         Image.new("L", mask_size, 255).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match=message):
-        load_init_image(components, REQUEST, picture if image else None, tmp_path / "mask.png")
+        load_init_image(components, REQUEST, photo if image else None, tmp_path / "mask.png")
 
 
-def test_sizes_follow_the_picture_the_aspect_ratio_and_the_area():
+def test_sizes_follow_the_image_the_aspect_ratio_and_the_area():
     assert image_size(None, None, "1:1", like_px=(640, 480)) == Size(640, 480)
     wide = image_size(None, None, "1:1", like_px=(4000, 2000))
     assert wide.width_px * wide.height_px == pytest.approx(1328**2, rel=0.03)
@@ -168,17 +171,16 @@ def weights_named(name):
 
 def test_a_lightning_lora_draws_without_guidance_on_its_own_schedule_when_asked_to(caplog):
     caplog.set_level("INFO", "lora_utils")
-    log.propagate = True
     lightning = weights_named("Qwen-Image-Lightning-8steps-V1.1.safetensors")
-    plain, way = choose_options(REQUEST, [lightning], None)
-    assert (plain, way) == (REQUEST, SamplingOptions())
+    plain, options = choose_options(REQUEST, [lightning], None)
+    assert (plain, options) == (REQUEST, SamplingOptions())
     assert "was made for go_fast" in caplog.text
-    request, way = choose_options(replace(REQUEST, go_fast=True, steps=40), [weights_named("x"), lightning], None)
+    request, options = choose_options(replace(REQUEST, go_fast=True, steps=40), [weights_named("x"), lightning], None)
     assert not request.guided
     assert request.steps == 40, "never a silent cap"
     assert "40 take longer and gain nothing" in caplog.text
-    assert way.schedule is flow.LIGHTNING
-    assert way.reuse_threshold is None
+    assert options.schedule is flow.LIGHTNING
+    assert options.reuse_threshold is None
 
 
 def test_the_lightning_schedule_is_a_fixed_shift_of_three_down_to_zero():
@@ -189,16 +191,16 @@ def test_the_lightning_schedule_is_a_fixed_shift_of_three_down_to_zero():
 
 def test_without_one_steps_are_reused_and_said_to_be_lossy(caplog):
     caplog.set_level("INFO", "lora_utils")
-    request, way = choose_options(replace(REQUEST, go_fast=True), [weights_named("x")], None)
+    request, options = choose_options(replace(REQUEST, go_fast=True), [weights_named("x")], None)
     assert request.guided
-    assert way.reuse_threshold == REUSE_THRESHOLD
+    assert options.reuse_threshold == REUSE_THRESHOLD
     assert "differs from the full run's" in caplog.text
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_drawn_together_as_far_as_memory_goes(components, monkeypatch):
+def test_images_are_drawn_together_as_far_as_memory_goes(components, monkeypatch):
     """Out of memory, fewer of them; and each is what it is alone."""
     request, asked = replace(REQUEST, num_outputs=4), []
     alone = [draw(components, request=replace(REQUEST, seed=3 + index)) for index in range(4)]
@@ -211,24 +213,24 @@ def test_pictures_are_drawn_together_as_far_as_memory_goes(components, monkeypat
         return predict(transformer, latents, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transformer, "predict_velocity", predict_in_little_memory)
-        several = sampler.sample(components, request, SIZE, no_placeholders(), lambda *_: None)
+        patch.setattr(sampler, "predict_velocity", predict_in_little_memory)
+        several = sampler.sample(components, job_of(request, SIZE), lambda *_: None)
     assert asked[0] == 8, "four images, and both branches of their guidance"
     assert set(asked[1:]) == {4}
     for one, drawn in zip(alone, several, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(drawn.pixels, int)).max() <= 1
-    monkeypatch.setattr(memory, "free_bytes", lambda _: memory.SPARE_BYTES + 1)
+    monkeypatch.setattr(sampler, "free_bytes", lambda _: memory.SPARE_BYTES + 1)
     assert sampler.at_once(components, SIZE) == 1
 
 
-def test_a_picture_that_never_fits_is_refused_with_one_that_would(components, monkeypatch):
+def test_a_image_that_never_fits_is_refused_with_one_that_would(components, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     before = draw(components)
     with monkeypatch.context() as patch:
-        patch.setattr(transformer, "predict_velocity", fail)
-        patch.setattr(memory, "free_bytes", lambda _: 3e9)
+        patch.setattr(sampler, "predict_velocity", fail)
+        patch.setattr(sampler, "free_bytes", lambda _: 3e9)
         with pytest.raises(UserError, match=r"64x64 doesn't fit into the 3 GB .* set megapixels to 0\.05"):
             draw(components)
     assert same(draw(components), before)
@@ -237,10 +239,10 @@ def test_a_picture_that_never_fits_is_refused_with_one_that_would(components, mo
 def test_the_negative_prompt_is_encoded_once(components, monkeypatch):
     prompts, encoded = sampler.PromptCache(), []
     encode = encode_text
-    monkeypatch.setattr(transformer, "encode_text", lambda *given: encoded.append(given[2][0]) or encode(*given))
+    monkeypatch.setattr(sampler, "encode_text", lambda *given: encoded.append(given[2][0]) or encode(*given))
     for prompt in ("a red circle", "a blue ring", "a red circle"):
         request = replace(REQUEST, prompt=prompt)
-        sampler.sample(components, request, SIZE, no_placeholders(), lambda *_: None, prompts=prompts)
+        sampler.sample(components, job_of(request, SIZE), lambda *_: None, prompts)
     assert encoded == ["a red circle", " ", "a blue ring"]
     for index in range(40):
         prompts.encode(components, f"number {index}", no_placeholders())

@@ -1,7 +1,6 @@
 """Prediction through the Predictor: what a user asks for, and no trace of it in the next call."""
 
 import hashlib
-import logging
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.demo import call
 from examples.shapes import Prompt
-from lora_utils.config import SampleRequest
+from lora_utils.config import SampleFiles, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.io.images import read_settings
 from lora_utils.lora.weights import LoraCache, lora_bytes
@@ -69,16 +68,16 @@ def predictor(random_model):
 
 def draw(predictor, prompt=PLAIN_PROMPT, **given):
     paths = call(predictor.predict, prompt=prompt, **{**SMALL, **given})
-    pictures = []
+    images = []
     for path in paths:
-        with Image.open(path) as picture:
-            pictures.append(np.array(picture))
-    return pictures
+        with Image.open(path) as image:
+            images.append(np.array(image))
+    return images
 
 
 def one(predictor, prompt=PLAIN_PROMPT, **given):
-    (picture,) = draw(predictor, prompt, **given)
-    return picture
+    (image,) = draw(predictor, prompt, **given)
+    return image
 
 
 def same(a, b):
@@ -88,11 +87,15 @@ def same(a, b):
 # --- no trace -------------------------------------------------------------------------------------------------------
 
 
-def test_the_base_picture_is_bit_identical_before_and_after_any_lora(predictor, archives):
+def test_the_base_image_is_bit_identical_before_and_after_any_lora(predictor, archives):
     def fingerprint():
-        parts = (predictor.components.text_encoder, predictor.components.transformer, predictor.components.vae)
+        parts = (
+            predictor.model.components.text_encoder,
+            predictor.model.components.transformer,
+            predictor.model.components.vae,
+        )
         states = [value.numpy().tobytes() for part in parts for value in part.state_dict().values()]
-        return hashlib.sha256(b"".join(states)).hexdigest(), len(predictor.components.tokenizer)
+        return hashlib.sha256(b"".join(states)).hexdigest(), len(predictor.model.components.tokenizer)
 
     before, state = one(predictor), fingerprint()
     with_a = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
@@ -110,18 +113,18 @@ def test_lora_scale_zero_is_the_base_and_other_scales_are_not(predictor, archive
     base = one(predictor)
     assert same(one(predictor, replicate_weights=archives / "token.zip", lora_scale=0.0), base)
     as_words = encode_text(
-        predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], no_placeholders()
+        predictor.model.components.text_encoder, predictor.model.components.tokenizer, [TOKEN_PROMPT], no_placeholders()
     )
     with_token = SampleRequest(TOKEN_PROMPT, lora_scale=0.0, seed=0)
-    loaded = predictor.load(with_token, str(archives / "token.zip"), None)
-    unregistered = predictor.placeholders(with_token, loaded)
-    read = encode_text(predictor.components.text_encoder, predictor.components.tokenizer, [TOKEN_PROMPT], unregistered)
+    loaded = predictor.model.load_loras(with_token, SampleFiles(replicate_weights=str(archives / "token.zip")))
+    unregistered = predictor.model.placeholders(with_token, loaded)
+    read = encode_text(
+        predictor.model.components.text_encoder, predictor.model.components.tokenizer, [TOKEN_PROMPT], unregistered
+    )
     assert torch.equal(read.states, as_words.states), "at 0 the token is read as the base reads its letters"
-    pictures = [
-        one(predictor, replicate_weights=archives / "token.zip", lora_scale=scale) for scale in (-0.5, 0.5, 1.0)
-    ]
-    assert not any(same(picture, base) for picture in pictures)
-    assert not same(pictures[1], pictures[2])
+    images = [one(predictor, replicate_weights=archives / "token.zip", lora_scale=scale) for scale in (-0.5, 0.5, 1.0)]
+    assert not any(same(image, base) for image in images)
+    assert not same(images[1], images[2])
 
 
 def test_the_same_content_is_loaded_once_whatever_its_name(predictor, archives, tmp_path, capsys):
@@ -144,7 +147,7 @@ def test_a_cancel_within_a_step_leaves_no_trace(predictor, archives, monkeypatch
         raise Cancelled
 
     with monkeypatch.context() as patch:
-        patch.setattr("predict.progress_lines", lambda *_: cancel)
+        patch.setattr("lora_utils.sampling.predictor.progress_lines", lambda *_: cancel)
         with pytest.raises(Cancelled):
             one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
     assert same(one(predictor), before)
@@ -153,21 +156,21 @@ def test_a_cancel_within_a_step_leaves_no_trace(predictor, archives, monkeypatch
 # --- what is asked for ----------------------------------------------------------------------------------------------
 
 
-def test_picture_i_is_the_picture_of_seed_plus_i_alone(predictor):
+def test_image_i_is_the_image_of_seed_plus_i_alone(predictor):
     several = draw(predictor, num_outputs=3, seed=10)
-    for index, picture in enumerate(several):  # drawn in one batch, whose sums round differently
-        assert np.abs(picture.astype(int) - one(predictor, seed=10 + index)).max() <= 1
+    for index, image in enumerate(several):  # drawn in one batch, whose sums round differently
+        assert np.abs(image.astype(int) - one(predictor, seed=10 + index)).max() <= 1
     assert not same(several[0], several[1])
 
 
 def test_no_seed_is_random_and_reported(predictor, capsys):
-    pictures = []
+    images = []
     for given in ({"seed": None}, {"seed": -1}):
-        pictures.append(one(predictor, **given))
+        images.append(one(predictor, **given))
         out = capsys.readouterr().out
-        assert same(pictures[-1], one(predictor, seed=int(out.split("seed ")[1].split(",")[0])))
+        assert same(images[-1], one(predictor, seed=int(out.split("seed ")[1].split(",")[0])))
         capsys.readouterr()
-    assert not same(*pictures)
+    assert not same(*images)
 
 
 def test_guidance_of_one_or_less_turns_cfg_off(predictor):
@@ -177,8 +180,8 @@ def test_guidance_of_one_or_less_turns_cfg_off(predictor):
 
 
 def test_odd_sizes_are_rounded_and_said_so(predictor, capsys):
-    picture = one(predictor, width=70, height=90, steps=1)
-    assert picture.shape == (96, 64, 3)
+    image = one(predictor, width=70, height=90, steps=1)
+    assert image.shape == (96, 64, 3)
     assert "70x90 rounded to 64x96" in capsys.readouterr().out
 
 
@@ -200,7 +203,7 @@ def test_files_have_unique_names_and_carry_their_settings(predictor, archives, o
     assert "diffusers" in settings[0]["versions"]  # type: ignore[operator]
 
 
-def test_progress_has_at_most_ten_lines_a_picture(predictor, capsys):
+def test_progress_has_at_most_ten_lines_a_image(predictor, capsys):
     one(predictor, steps=37)
     assert 5 <= sum(" step " in line for line in capsys.readouterr().out.splitlines()) <= 10
 
@@ -208,16 +211,16 @@ def test_progress_has_at_most_ten_lines_a_picture(predictor, capsys):
 # --- weights in their forms -----------------------------------------------------------------------------------------
 
 
-def test_a_zip_a_tar_and_the_bare_file_give_the_same_picture(predictor, archives, tmp_path):
+def test_a_zip_a_tar_and_the_bare_file_give_the_same_image(predictor, archives, tmp_path):
     with zipfile.ZipFile(archives / "token.zip") as packed:
         packed.extractall(tmp_path)
     with tarfile.open(tmp_path / "w.tar", "w") as packed:
         for name in (LORA_MEMBER, META_MEMBER):
             packed.add(tmp_path / name, name)
     forms = (archives / "token.zip", tmp_path / "w.tar", tmp_path / LORA_MEMBER)
-    pictures = [one(predictor, TOKEN_PROMPT, replicate_weights=form) for form in forms]
-    assert same(pictures[0], pictures[1])
-    assert same(pictures[0], pictures[2])
+    images = [one(predictor, TOKEN_PROMPT, replicate_weights=form) for form in forms]
+    assert same(images[0], images[1])
+    assert same(images[0], images[2])
 
 
 def test_cog_weights_are_the_default_and_replicate_weights_win(archives, predictor, monkeypatch):
@@ -250,7 +253,7 @@ ROW = "bundle_emb.<zwx>.lora.qwen25_7b"
     ("change", "message"),
     [
         (lambda t: {k: v for k, v in t.items() if k != ROW}, r"meta\.json speaks of <zwx>, the LoRA file holds none"),
-        (lambda t: {**t, ROW: torch.zeros_like(t[ROW])}, "row of <zwx> is zero"),
+        (lambda t: {**t, ROW: torch.zeros_like(t[ROW])}, "embedding of <zwx> is zero"),
         (lambda t: {**t, ROW: t[ROW] * torch.nan}, "not finite"),
         (lambda t: {**t, ROW: t[ROW].flip(-1)}, r"isn't the one that meta\.json describes"),
         (lambda t: {**t, ROW: torch.ones(1, 64)}, r"has the shape \(1, 64\), the model takes \(1, 128\)"),
@@ -261,7 +264,7 @@ def test_a_row_that_was_lost_or_changed_is_an_error(change, message, predictor, 
         one(predictor, TOKEN_PROMPT, replicate_weights=altered(archives, tmp_path, change))
 
 
-def test_the_row_is_part_of_the_picture(predictor, archives, tmp_path):
+def test_the_row_is_part_of_the_image(predictor, archives, tmp_path):
     """Another row under the same LoRA, as a bare file that no meta vouches for, gives another image."""
     with zipfile.ZipFile(archives / "token.zip") as packed:
         packed.extractall(tmp_path)
@@ -359,9 +362,8 @@ def test_one_token_that_means_two_things_is_refused_with_both_names(predictor, a
         one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip", extra_lora=str(archives / "other.zip"))
 
 
-def test_what_was_loaded_is_logged_with_its_checksum(predictor, archives, caplog, monkeypatch):
+def test_what_was_loaded_is_logged_with_its_checksum(predictor, archives, caplog):
     caplog.set_level("INFO", "lora_utils")
-    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
     one(predictor, extra_lora=str(archives / "other.zip"))
     with zipfile.ZipFile(archives / "other.zip") as packed:
         expected = hashlib.sha256(packed.read(LORA_MEMBER)).hexdigest()
@@ -377,28 +379,28 @@ def test_what_was_loaded_is_logged_with_its_checksum(predictor, archives, caplog
         ("http://127.0.0.1:9/w.zip", "can't be downloaded"),
     ],
 )
-def test_a_source_that_is_none_is_refused_and_the_next_picture_is_as_ever(source, message, predictor):
+def test_a_source_that_is_none_is_refused_and_the_next_image_is_as_ever(source, message, predictor):
     before = one(predictor)
     with pytest.raises(UserError, match=message):
         one(predictor, extra_lora=source)
     assert same(one(predictor), before)
 
 
-def test_the_shelf_holds_what_was_used_last_up_to_its_limit(predictor, archives):
-    shelf = LoraCache(most_bytes=0)
+def test_the_cache_holds_what_was_used_last_up_to_its_limit(predictor, archives):
+    cache = LoraCache(most_bytes=0)
     for name in ("token", "other", "token"):
-        shelf.get(archives / f"{name}.zip", predictor.components)
-        assert [weights.name for weights in shelf.loaded.values()] == [f"{name}.zip"], "the one in use always fits"
-    roomy = LoraCache(most_bytes=2.5 * lora_bytes(shelf.get(archives / "token.zip", predictor.components)))
+        cache.get(archives / f"{name}.zip", predictor.model.components)
+        assert [weights.name for weights in cache.loaded.values()] == [f"{name}.zip"], "the one in use always fits"
+    roomy = LoraCache(most_bytes=2.5 * lora_bytes(cache.get(archives / "token.zip", predictor.model.components)))
     for name in ("token", "other", "token", "baseline"):
-        roomy.get(archives / f"{name}.zip", predictor.components)
+        roomy.get(archives / f"{name}.zip", predictor.model.components)
     assert [weights.name for weights in roomy.loaded.values()] == ["token.zip", "baseline.zip"]
 
 
 # --- images to start from, metadata, placement --------------------------------------------------------------------
 
 
-def test_a_picture_to_start_from_gives_the_size_and_part_of_the_look(predictor, tmp_path):
+def test_a_image_to_start_from_gives_the_size_and_part_of_the_look(predictor, tmp_path):
     Image.new("RGB", (96, 64), (250, 0, 0)).save(tmp_path / "a.png")
     given = {"image": tmp_path / "a.png", "width": None, "height": None, "steps": 10}
     near, far = (one(predictor, **given, strength=strength) for strength in (0.1, 1.0))
@@ -418,20 +420,20 @@ def test_settings_can_be_left_out(predictor):
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "nf4"])
 def test_a_quantised_server_draws_nearly_the_same(scheme, predictor, archives, monkeypatch, tiny_model):
     monkeypatch.setenv("BASE_MODEL", str(tiny_model))
-    pictures = []
+    images = []
     for asked in ("none", scheme):
         monkeypatch.setenv("QUANTIZATION", asked)
         ready = Predictor()
         ready.setup()
-        pictures.append(one(ready, steps=20).astype(int))
-    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20
+        images.append(one(ready, steps=20).astype(int))
+    assert 0 < np.abs(images[0] - images[1]).mean() < 20
 
 
-def test_a_text_encoder_on_the_host_draws_the_same(predictor, monkeypatch, archives):
+def test_a_text_encoder_on_the_cpu_draws_the_same(predictor, monkeypatch, archives):
     given = {"replicate_weights": archives / "token.zip"}
     expected = one(predictor, TOKEN_PROMPT, **given)
     monkeypatch.setattr(
-        memory_plan, "choose_placement", lambda *_: memory_plan.MemoryPlan("none", text_encoder_on_device=False)
+        memory_plan, "choose_sampling_plan", lambda *_: memory_plan.MemoryPlan("none", text_encoder_on_device=False)
     )
     ready = Predictor()
     ready.setup()
@@ -441,7 +443,7 @@ def test_a_text_encoder_on_the_host_draws_the_same(predictor, monkeypatch, archi
 # --- the long run ---------------------------------------------------------------------------------------------------
 
 
-def test_after_two_hundred_calls_of_every_kind_the_base_picture_is_the_first_and_memory_is_flat(
+def test_after_two_hundred_calls_of_every_kind_the_base_image_is_the_first_and_memory_is_flat(
     predictor, archives, tmp_path
 ):
     """LoRAs, scales, none, failures and cancels in turn: nothing adds up."""
@@ -471,7 +473,7 @@ def test_after_two_hundred_calls_of_every_kind_the_base_picture_is_the_first_and
     def failing(run, error: type[BaseException] = UserError):
         with pytest.MonkeyPatch.context() as patch:
             if error is Cancelled:
-                patch.setattr("predict.progress_lines", cancelled)
+                patch.setattr("lora_utils.sampling.predictor.progress_lines", cancelled)
             with pytest.raises(error):
                 run()
 
@@ -482,4 +484,4 @@ def test_after_two_hundred_calls_of_every_kind_the_base_picture_is_the_first_and
             settled = resident().rss
     assert same(one(predictor), first)
     assert resident().rss - settled < 20e6, "bytes"
-    assert not any(block._forward_hooks for block in predictor.components.transformer.modules())
+    assert not any(block._forward_hooks for block in predictor.model.components.transformer.modules())

@@ -1,6 +1,6 @@
-"""One of several processes of a run, for test_cards.py: trains, and prints its losses and its LoRA's hash.
+"""One of several processes of a run, for test_distributed.py: trains, and prints its losses and its LoRA's hash.
 
-python -m tests.card_worker MODEL PICTURES CONFIG_AS_JSON SHARD_BASE
+python -m tests.training.distributed_worker MODEL IMAGES CONFIG_AS_JSON SHARD_BASE
 """
 
 import hashlib
@@ -15,17 +15,16 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.model.device import Placement
 from lora_utils.training import distributed, loop
-from lora_utils.training.setup import setup
+from lora_utils.training.setup import TrainJob, setup
+from lora_utils.training.state import final_lora
 
 
-def main(model: Path, pictures: Path, given: str, shard_base: str) -> None:
+def main(model: Path, images: Path, given: str, shard_base: str) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.init_processes()
+    ranks = distributed.init()
     config = TrainConfig(**json.loads(given))
-    run = setup(
-        config, load(pictures, config), model, Placement(torch.device("cpu"), torch.float32), ranks=ranks,
-        shard_base=shard_base,
-    )  # fmt: skip
+    placement = Placement(torch.device("cpu"), torch.float32)
+    run = setup(TrainJob(config, load(images, config), model, placement, ranks, shard_base=shard_base))
     frozen = [
         weight for weight in run.components.transformer.transformer_blocks.parameters() if not weight.requires_grad
     ]
@@ -39,7 +38,7 @@ def main(model: Path, pictures: Path, given: str, shard_base: str) -> None:
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
     norm = float(sum(tensor.double().norm() for tensor in tensors))
     print(json.dumps({"rank": ranks.rank, "losses": losses, "digest": digest, "norm": norm, "held": held}), flush=True)
-    distributed.destroy_processes(ranks)
+    distributed.destroy(ranks)
 
 
 if __name__ == "__main__":

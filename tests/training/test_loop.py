@@ -10,35 +10,32 @@ from torch.nn import functional as F
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
+from lora_utils.dataset.scan import check_captions
 from lora_utils.errors import UserError
 from lora_utils.model import flow, transformer
-from lora_utils.model.device import Placement, default_placement
+from lora_utils.model.device import Placement
 from lora_utils.model.text_encoder import encode_prompts, encode_text
 from lora_utils.placeholder.embedding import embedding_matrix
-from lora_utils.training import loop, setup
+from lora_utils.training import loop
 from lora_utils.training.batches import BatchStream, bucket_batches, generator_for
 from lora_utils.training.loss import batch_text, flow_matching_loss
-from lora_utils.training.setup import setup
-from lora_utils.training.state import TrainState
+from lora_utils.training.state import TrainState, describe_placeholders, final_lora
+from tests.helpers import losses, make_state, train_archive
 
 BASELINE = TrainConfig(steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
 TOKEN = replace(BASELINE, train_placeholder_token=True)
 
 
 @pytest.fixture
-def prepare(dataset, random_model):
+def new_run(dataset, random_model):
     def make(config: TrainConfig, data=dataset) -> TrainState:
-        return setup(config, data, random_model, default_placement())
+        return make_state(config, data, random_model)
 
     return make
 
 
-def losses(run: TrainState) -> list[float]:
-    return [report.loss for report in loop.train(run)]
-
-
-def test_the_loss_of_a_batch_is_the_formula(prepare):
-    run = prepare(replace(BASELINE, caption_dropout=0.0))
+def test_the_loss_of_a_batch_is_the_formula(new_run):
+    run = new_run(replace(BASELINE, caption_dropout=0.0))
     loss = flow_matching_loss(run, next(BatchStream(run.config, run.data.examples, run.components.schedule))).mean()
 
     batch = next(bucket_batches(run.data.examples, 3, 0))
@@ -60,8 +57,8 @@ def test_the_loss_of_a_batch_is_the_formula(prepare):
     assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
-def test_captions_of_unequal_length_give_the_loss_of_one_by_one(prepare):
-    run = prepare(replace(BASELINE, caption_dropout=0.0))
+def test_captions_of_unequal_length_give_the_loss_of_one_by_one(new_run):
+    run = new_run(replace(BASELINE, caption_dropout=0.0))
     lengths = {len(run.data.texts[example.caption]) for example in run.data.examples}
     assert len(lengths) > 1
     short = min(run.data.examples, key=lambda e: len(run.data.texts[e.caption]))
@@ -72,52 +69,51 @@ def test_captions_of_unequal_length_give_the_loss_of_one_by_one(prepare):
 
 
 @pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
-def test_the_same_seed_gives_the_same_run_bit_for_bit(config, prepare):
-    first, second = prepare(config), prepare(config)
+def test_the_same_seed_gives_the_same_run_bit_for_bit(config, new_run):
+    first, second = new_run(config), new_run(config)
     assert losses(first) == losses(second)
     one, two = final_lora(first), final_lora(second)
     assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
-    assert all(torch.equal(row, two.rows[token]) for token, row in one.rows.items())
-    assert losses(prepare(replace(config, seed=1))) != losses(prepare(config))
+    assert all(torch.equal(row, two.embeddings[token]) for token, row in one.embeddings.items())
+    assert losses(new_run(replace(config, seed=1))) != losses(new_run(config))
 
 
-def test_with_the_feature_off_its_inputs_change_nothing(prepare, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lora_utils"), "propagate", True)
+def test_with_the_feature_off_its_inputs_change_nothing(new_run, caplog, monkeypatch):
     odd = replace(BASELINE, placeholder_token="<other>", placeholder_init_std=0.05, placeholder_learning_rate=1.0)
-    assert losses(prepare(BASELINE)) == losses(prepare(odd))
+    assert losses(new_run(BASELINE)) == losses(new_run(odd))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(prepare):
+def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(new_run):
     """The row starts near zero and has a clip and a generator of its own, so it doesn't disturb the LoRA."""
-    frozen, trained = (prepare(replace(TOKEN, steps=1, placeholder_learning_rate=rate)) for rate in (0.0, 1e-3))
+    frozen, trained = (new_run(replace(TOKEN, steps=1, placeholder_learning_rate=rate)) for rate in (0.0, 1e-3))
     losses(frozen), losses(trained)
     one, two = final_lora(frozen), final_lora(trained)
     assert all(torch.equal(layer.up, two.layers[name].up) for name, layer in one.layers.items())
-    assert not torch.equal(one.rows["<zwx>"], two.rows["<zwx>"])
+    assert not torch.equal(one.embeddings["<zwx>"], two.embeddings["<zwx>"])
 
 
-def test_a_package_without_the_feature_trains_the_same_baseline(prepare, monkeypatch):
+def test_a_package_without_the_feature_trains_the_same_baseline(new_run, monkeypatch):
     """With all that the token does taken away, a baseline run gives the same LoRA, bit for bit."""
-    run = prepare(BASELINE)
+    run = new_run(BASELINE)
     expected, with_feature = losses(run), final_lora(run)
 
     def missing(*_):
         raise AssertionError("the baseline asked for something of the token")
 
-    for name in ("fresh_row", "assign_ids", "missing_tokens", "learning_rate", "describe", "report"):
-        monkeypatch.setattr(setup.fresh_token, name, missing)
-    monkeypatch.setattr(transformer, "spliced", lambda *_: contextlib.nullcontext())
-    run = prepare(BASELINE)
+    for name in ("setup.new_placeholders", "setup.embedding_learning_rate", "state.describe_embeddings"):
+        monkeypatch.setattr(f"lora_utils.training.{name}", missing)
+    monkeypatch.setattr("lora_utils.model.text_encoder.spliced_embeddings", lambda *_: contextlib.nullcontext())
+    run = new_run(BASELINE)
     assert losses(run) == expected
     without = final_lora(run)
     assert all(torch.equal(layer.up, without.layers[name].up) for name, layer in with_feature.layers.items())
     assert all(torch.equal(layer.down, without.layers[name].down) for name, layer in with_feature.layers.items())
 
 
-def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, components):
+def test_conditioning_is_bit_equal_in_training_and_prediction(new_run, components):
     """Cached captions and those with the token: what a step reads is what `predict` reads for the same prompt."""
-    run = prepare(replace(TOKEN, batch_size=1))
+    run = new_run(replace(TOKEN, batch_size=1))
     assert components.text_encoder is not run.components.text_encoder
     for caption in (run.data.examples[0].caption, constants.EMPTY_PROMPT):
         in_training = batch_text(run, [caption])
@@ -126,12 +122,14 @@ def test_conditioning_is_bit_equal_in_training_and_prediction(prepare, component
         assert in_training.mask is in_prediction.mask is None
 
 
-def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(prepare, dataset, monkeypatch):
+def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(new_run, dataset, monkeypatch):
     mixed = replace(dataset, examples=[*dataset.examples[:5], replace(dataset.examples[5], caption="a red circle")])
-    run = prepare(replace(TOKEN, caption_dropout=0.0, steps=4, batch_size=6), mixed)
+    run = new_run(replace(TOKEN, caption_dropout=0.0, steps=4, batch_size=6), mixed)
     assert set(run.data.texts) == {"a red circle", constants.EMPTY_PROMPT}
     encoded, encode = [], encode_prompts
-    monkeypatch.setattr(transformer, "encode_states", lambda *given: encoded.append(given[2]) or encode(*given))
+    monkeypatch.setattr(
+        "lora_utils.training.loss.encode_prompts", lambda *given: encoded.append(given[2]) or encode(*given)
+    )
     losses(run)
     probe, *steps = encoded
     assert len(probe) == 1
@@ -140,8 +138,8 @@ def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(p
     assert all(len(captions) == different and all("<zwx>" in caption for caption in captions) for captions in steps)
 
 
-def test_only_the_row_of_the_text_encoder_learns(prepare):
-    run = prepare(TOKEN)
+def test_only_the_row_of_the_text_encoder_learns(new_run):
+    run = new_run(TOKEN)
     assert run.components.text_encoder is not None
     before = {name: value.clone() for name, value in run.components.text_encoder.state_dict().items()}
     base = {name: p.clone() for name, p in run.components.transformer.named_parameters() if not p.requires_grad}
@@ -153,25 +151,25 @@ def test_only_the_row_of_the_text_encoder_learns(prepare):
     assert not torch.equal(run.placeholders.embeddings[0], run.initial_embeddings[0])
 
 
-def test_without_the_token_text_encoder_and_vae_are_gone_before_training(prepare):
-    run = prepare(BASELINE)
+def test_without_the_token_text_encoder_and_vae_are_gone_before_training(new_run):
+    run = new_run(BASELINE)
     assert run.components.text_encoder is None
     assert set(run.data.texts) == {example.caption for example in run.data.examples} | {constants.EMPTY_PROMPT}
 
 
-def test_training_lowers_the_loss(prepare):
-    curve = losses(prepare(replace(TOKEN, steps=60, learning_rate=3e-3)))
+def test_training_lowers_the_loss(new_run):
+    curve = losses(new_run(replace(TOKEN, steps=60, learning_rate=3e-3)))
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
 
 
-def test_accumulation_counts_optimizer_steps_and_averages_micro_batches(prepare):
-    run = prepare(replace(BASELINE, steps=2, batch_size=1, gradient_accumulation=5))
+def test_accumulation_counts_optimizer_steps_and_averages_micro_batches(new_run):
+    run = new_run(replace(BASELINE, steps=2, batch_size=1, gradient_accumulation=5))
     reports = list(loop.train(run))
     assert [report.step for report in reports] == [1, 2]
 
 
-def test_a_batch_never_mixes_buckets_and_an_epoch_shows_every_picture_once(prepare):
-    run = prepare(BASELINE)
+def test_a_batch_never_mixes_buckets_and_an_epoch_shows_every_image_once(new_run):
+    run = new_run(BASELINE)
     mixed = [replace(e, size=transformer.Size(96, 48)) if i % 2 else e for i, e in enumerate(run.data.examples)]
     stream = bucket_batches(mixed, batch_size=2, seed=0)
     epoch = [next(stream) for _ in range(6)]  # 5 + 5 images in batches of two: 3 + 3
@@ -188,49 +186,49 @@ def test_rates_warm_up_and_then_follow_the_schedule(scheduler, expected):
     assert [loop.rate_factor(step, config) for step in (4, 9, 13)] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_with_pictures_and_sigma(prepare):
-    run = prepare(BASELINE)
+def test_a_loss_that_is_not_finite_stops_with_images_and_sigma(new_run):
+    run = new_run(BASELINE)
     run.data.examples[0] = replace(run.data.examples[0], tensors={"latents": torch.full((16, 64), torch.nan)})
     with pytest.raises(UserError, match=r"the loss is nan at step \d.*00\.png.*sigma"):
         list(loop.train(run))
 
 
 @pytest.mark.usefixtures("without_models")
-def test_captions_without_the_token_are_refused_before_a_model_is_loaded(prepare, dataset):
-    none = replace(dataset, examples=[replace(example, caption="a mushroom") for example in dataset.examples])
-    with pytest.raises(UserError, match=r"none of the 10 captions holds .*'<zwx>'; the first is 'a mushroom'"):
-        prepare(TOKEN, none)
+def test_captions_without_the_token_are_refused_before_a_model_is_loaded(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    with pytest.raises(UserError, match=r"none of the 10 captions holds .*'<abc>'; the first is 'a photo of <zwx>"):
+        train_archive(replace(TOKEN, placeholder_token="<abc>"), archive, tmp_path / "weights.zip")
 
 
 @pytest.fixture
 def without_models(monkeypatch):
     """Whoever loads one fails the test."""
-    for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(transformer, name, lambda *_, name=name: pytest.fail(name))
+    for name in ("load_text_encoder", "cache_examples", "load_transformer"):
+        monkeypatch.setattr(f"lora_utils.training.setup.{name}", lambda *_, name=name: pytest.fail(name))
 
 
 @pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
-@pytest.mark.usefixtures("without_models")
-def test_captions_longer_than_the_model_reads_are_refused_before_it_is_loaded(config, prepare, dataset):
+def test_captions_longer_than_the_model_reads_are_refused(config, components, dataset):
     late = [replace(example, caption="red " * 1100 + "<zwx>") for example in dataset.examples[:2]]
     with pytest.raises(
         UserError, match=r"has 2 problems:\n- the caption of 00.png has \d+ tokens, and the model reads"
     ):
-        prepare(config, replace(dataset, examples=[*late, *dataset.examples[2:]]))
+        check_captions(replace(dataset, examples=[*late, *dataset.examples[2:]]), config, components.tokenizer)
 
 
-def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
-    run = prepare(TOKEN)
-    run.data.texts = {**run.data.texts, **{caption: torch.zeros(5, 128) for caption in run.data.captions}}
+def test_a_row_that_never_learns_is_an_error_and_not_a_file(new_run):
+    run = new_run(TOKEN)
+    texts = {**run.data.texts, **{caption: torch.zeros(5, 128) for caption in run.data.captions}}
+    run.data = replace(run.data, texts=texts)
     assert not any(report.token_grad_norms for report in loop.train(run))
-    with pytest.raises(RuntimeError, match="row of <zwx> hasn't moved in 6 steps"):
+    with pytest.raises(RuntimeError, match="embedding of <zwx> hasn't moved in 6 steps"):
         final_lora(run)
 
 
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (torch.zeros_like, RuntimeError, "no gradient reaches the row of <zwx> at step 1"),
+        (torch.zeros_like, RuntimeError, "no gradient reaches the embedding of <zwx> at step 1"),
         (
             lambda gradient: gradient * torch.inf,
             UserError,
@@ -238,23 +236,23 @@ def test_a_row_that_never_learns_is_an_error_and_not_a_file(prepare):
         ),
     ],
 )
-def test_a_first_gradient_of_the_row_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, prepare):
-    run = prepare(replace(TOKEN, caption_dropout=0.0))
+def test_a_first_gradient_of_the_row_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, new_run):
+    run = new_run(replace(TOKEN, caption_dropout=0.0))
     run.placeholders.embeddings[0].register_hook(spoil)
     with pytest.raises(error, match=message):
         list(loop.train(run))
 
 
-def test_a_text_encoder_without_grad_mode_is_found_at_the_first_step(prepare, monkeypatch):
-    monkeypatch.setattr(transformer, "encode_states", torch.no_grad()(encode_prompts))
+def test_a_text_encoder_without_grad_mode_is_found_at_the_first_step(new_run, monkeypatch):
+    monkeypatch.setattr("lora_utils.training.loss.encode_prompts", torch.no_grad()(encode_prompts))
     with pytest.raises(RuntimeError, match="no gradient reaches <zwx>"):
-        list(loop.train(prepare(replace(TOKEN, caption_dropout=0.0))))
+        list(loop.train(new_run(replace(TOKEN, caption_dropout=0.0))))
 
 
-def test_a_rate_of_zero_keeps_the_fresh_row_as_drawn(prepare):
-    run = prepare(replace(TOKEN, placeholder_learning_rate=0.0, placeholder_init_std=1e-4))
+def test_a_rate_of_zero_keeps_the_fresh_row_as_drawn(new_run):
+    run = new_run(replace(TOKEN, placeholder_learning_rate=0.0, placeholder_init_std=1e-4))
     losses(run)
-    assert torch.equal(final_lora(run).rows["<zwx>"][0], run.initial_embeddings[0])
+    assert torch.equal(final_lora(run).embeddings["<zwx>"][0], run.initial_embeddings[0])
     assert 0.8e-4 < run.initial_embeddings[0].std() < 1.2e-4
     (described,) = describe_placeholders(run)
     assert described["learning_rate"] == 0.0
@@ -269,15 +267,15 @@ def test_random_streams_are_independent_of_each_other():
 
 def test_in_bf16_the_lora_stays_fp32_and_learns(dataset, random_model):
     """The way a GPU runs, on the CPU: base and matmuls in bf16, LoRA and row in fp32."""
-    place = Placement(torch.device("cpu"), torch.bfloat16)
-    run = setup(replace(TOKEN, steps=3), dataset, random_model, place)
+    placement = Placement(torch.device("cpu"), torch.bfloat16)
+    run = make_state(replace(TOKEN, steps=3), dataset, random_model, placement=placement)
     assert {parameter.dtype for parameter in run.lora} == {torch.float32}
     assert run.placeholders.embeddings[0].dtype == torch.float32
     assert next(iter(run.data.texts.values())).dtype == torch.bfloat16
     base = {p.dtype for p in run.components.transformer.parameters() if not p.requires_grad}
     assert base == {torch.bfloat16}
     in_bf16 = losses(run)
-    in_fp32 = losses(setup(replace(TOKEN, steps=3), dataset, random_model, default_placement()))
+    in_fp32 = losses(make_state(replace(TOKEN, steps=3), dataset, random_model))
     assert in_bf16[0] == pytest.approx(in_fp32[0], rel=0.02)
     assert in_bf16 == pytest.approx(in_fp32, rel=0.05), "each step's rounding moves the next"
-    assert final_lora(run).rows["<zwx>"].dtype == torch.float32
+    assert final_lora(run).embeddings["<zwx>"].dtype == torch.float32

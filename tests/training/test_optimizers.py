@@ -8,19 +8,18 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from lora_utils.config import OPTIMIZERS, TrainConfig
+from lora_utils.config import TrainConfig, TrainInputs, declared_inputs, from_inputs, option_of
 from lora_utils.errors import UserError
 from lora_utils.model import memory_plan
-from lora_utils.model.device import default_placement
-from lora_utils.presets import PRESETS, filled, preset_for
+from lora_utils.presets import PRESETS, Preset, preset_for
 from lora_utils.training import loop
-from lora_utils.training.checkpoint import restore_checkpoint, save_checkpoint
+from lora_utils.training.checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
 from lora_utils.training.run import describe_goal
-from lora_utils.training.setup import setup
-from lora_utils.training.state import TrainState
-from tests.training.test_checkpoint import same_result, steps
+from lora_utils.training.state import TrainState, describe_placeholders, final_lora
+from tests.helpers import losses, make_state, same_result
 
+OPTIMIZERS = next(option_of(each).choices for each in declared_inputs(TrainInputs) if each.name == "optimizer")
 CONFIG = TrainConfig(
     steps=12, rank=4, learning_rate=1e-3, batch_size=4, resolution="64", seed=0, train_placeholder_token=True,
     lora_targets="attention_mlp", caption_dropout=0.0, validation_share=0.2,
@@ -31,9 +30,9 @@ RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 3e-3, "prodigy": 1.0}
 
 
 @pytest.fixture
-def prepare(dataset, random_model):
+def new_run(dataset, random_model):
     def make(**given) -> TrainState:
-        return setup(replace(CONFIG, **given), dataset, random_model, default_placement())
+        return make_state(replace(CONFIG, **given), dataset, random_model)
 
     return make
 
@@ -47,26 +46,26 @@ def with_gradients(*shapes):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_learns_the_pictures(optimizer, prepare):
+def test_every_optimizer_learns_the_images(optimizer, new_run):
     rank = RANKS.get(optimizer, 4)
-    run = prepare(optimizer=optimizer, learning_rate=RATES[optimizer], steps=60, rank=rank, validation_share=0.0)
-    losses = [report.loss for report in loop.train(run)]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    run = new_run(optimizer=optimizer, learning_rate=RATES[optimizer], steps=60, rank=rank, validation_share=0.0)
+    curve = losses(run)
+    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
     assert run.optimizers.rate > 1e-4  # prodigy, which starts from 1e-6, has found one
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_goes_on_bit_for_bit_with_every_optimizer_and_its_average(optimizer, prepare, tmp_path):
+def test_a_run_is_resumed_bit_for_bit_with_every_optimizer_and_its_average(optimizer, new_run, tmp_path):
     given = {"optimizer": optimizer, "learning_rate": RATES[optimizer], "ema_decay": 0.8, "warmup_steps": 3,
              "rank": RANKS.get(optimizer, 4)}  # fmt: skip
-    whole = prepare(**given)
-    expected = steps(whole)
-    first = prepare(**given)
-    losses = steps(first, 7)
+    whole = new_run(**given)
+    expected = losses(whole)
+    first = new_run(**given)
+    before = losses(first, 7)
     path = save_checkpoint(first, tmp_path, keep=1)
-    second = prepare(**given)
-    restore_checkpoint(second, path)
-    assert losses + steps(second) == expected
+    second = new_run(**given)
+    restore_checkpoint(second, read_checkpoint(path))
+    assert before + losses(second) == expected
     assert same_result(whole, second)
     if optimizer == "adamw8bit":
         kept, _ = second.optimizers.state_dict()
@@ -94,7 +93,7 @@ def test_the_memory_plan_knows_what_an_optimizer_keeps(optimizer):
     config = replace(CONFIG, optimizer=optimizer, ema_decay=0.99)
     kept = new_optimizers(config, weights, (), 0.0)
     kept.step(1.0)
-    tensors, _ = kept.state()
+    tensors, _ = kept.state_dict()
     held = sum(tensor.nbytes for tensor in tensors.values()) + sum(weight.grad.nbytes for weight in weights)
     assert held / sum(weight.numel() for weight in weights) == pytest.approx(bytes_per_weight(config), rel=0.02)
 
@@ -102,15 +101,15 @@ def test_the_memory_plan_knows_what_an_optimizer_keeps(optimizer):
 def test_the_plan_counts_the_optimizer():
     transformer = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}
     sizes = {
-        name: memory_plan.step_size(replace(CONFIG, optimizer=name), transformer, 4224, 2).needed_bytes(0)
-        for name in OPTIMIZERS
+        name: memory_plan.step_size(config, transformer, 4224, 2, bytes_per_weight(config)).needed_bytes(0)
+        for name, config in ((name, replace(CONFIG, optimizer=name)) for name in OPTIMIZERS)
     }
     assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["adamw"] < sizes["prodigy"]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_tokens_row_has_an_adamw_of_its_own_without_decay(optimizer, prepare):
-    run = prepare(optimizer=optimizer, weight_decay=0.5)
+def test_a_tokens_row_has_an_adamw_of_its_own_without_decay(optimizer, new_run):
+    run = new_run(optimizer=optimizer, weight_decay=0.5)
     (group,) = run.optimizers.embeddings.param_groups
     assert type(run.optimizers.embeddings) is AdamW
     assert group["weight_decay"] == 0
@@ -130,8 +129,8 @@ def test_betas_and_decay_are_the_callers():
 
 
 @pytest.mark.parametrize(("most", "expected"), [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
-def test_gradients_are_clipped_to_the_norm_asked_for(most, expected, prepare, monkeypatch):
-    run, seen = prepare(max_grad_norm=most), []
+def test_gradients_are_clipped_to_the_norm_asked_for(most, expected, new_run, monkeypatch):
+    run, seen = new_run(max_grad_norm=most), []
     for weight in run.lora:
         weight.grad = torch.zeros_like(weight)
     run.lora[0].grad[0, :2] = torch.tensor([3.0, 4.0])
@@ -141,8 +140,8 @@ def test_gradients_are_clipped_to_the_norm_asked_for(most, expected, prepare, mo
     assert seen == [pytest.approx(expected)]
 
 
-def test_what_is_written_is_the_average_of_the_weights_on_the_way(prepare):
-    decay, run = 0.6, prepare(ema_decay=0.6)
+def test_what_is_written_is_the_average_of_the_weights_on_the_way(new_run):
+    decay, run = 0.6, new_run(ema_decay=0.6)
     expected = None
     for taken, _ in enumerate(loop.train(run), start=1):
         share = min(decay, taken / (9 + taken)) if taken > 1 else 0.0  # (1 + t) / (10 + t), with t counted from 0
@@ -150,11 +149,11 @@ def test_what_is_written_is_the_average_of_the_weights_on_the_way(prepare):
         expected = [share * old + (1 - share) * new for old, new in zip(expected or now, now, strict=True)]
     written = final_lora(run)
     downs_and_ups = [part for layer in written.layers.values() for part in (layer.down, layer.up)]
-    for got, wanted in zip([*downs_and_ups, written.rows["<zwx>"][0]], expected, strict=True):
+    for got, wanted in zip([*downs_and_ups, written.embeddings["<zwx>"][0]], expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-7)
     assert not torch.allclose(downs_and_ups[1], run.lora[1], atol=1e-7), "the run itself goes on from its last step"
     (told,) = describe_placeholders(run)
-    assert told["last_norm"] == pytest.approx(float(written.rows["<zwx>"].norm()))
+    assert told["last_norm"] == pytest.approx(float(written.embeddings["<zwx>"].norm()))
 
 
 @pytest.mark.parametrize(
@@ -172,19 +171,18 @@ def test_schedules(scheduler, factors):
 
 @pytest.mark.parametrize("goal", PRESETS)
 def test_a_goal_chooses_what_is_left_open_and_nothing_else(goal):
+    def resolved(**given):
+        config = from_inputs(TrainInputs, {"dataset": "d.zip", "goal": goal, "seed": 1, **given}).config
+        return {name: getattr(config, name) for name in asdict(PRESETS[goal])}
+
+    assert resolved() == asdict(PRESETS[goal])
+    assert resolved(rank=99) == {**asdict(PRESETS[goal]), "rank": 99}
+    assert resolved(steps=7, learning_rate=0.5, rank=3, lora_targets="attention") == asdict(
+        Preset(7, 0.5, 3, "attention")
+    )
+    assert resolved(optimizer="prodigy")["learning_rate"] == 1.0
+    assert resolved(optimizer="prodigy", learning_rate=0.5)["learning_rate"] == 0.5
     assert preset_for(goal, "adamw") == PRESETS[goal]
-    assert preset_for(goal, "adamw", 7, 0.5, 3, "attention").steps == 7
-    mine = preset_for(goal, "adamw", rank=99)
-    assert asdict(mine) == {**asdict(PRESETS[goal]), "rank": 99}
-    assert preset_for(goal, "prodigy").learning_rate == 1.0
-    assert preset_for(goal, "prodigy", learning_rate=0.5).learning_rate == 0.5
-
-
-def test_the_command_line_fills_what_is_left_open():
-    assert filled({"goal": "style", "rank": 8, "seed": 1}) == {
-        "goal": "style", "seed": 1, **asdict(PRESETS["style"]), "rank": 8,
-    }  # fmt: skip
-    assert filled({}) == asdict(PRESETS["none"])
 
 
 def test_the_defaults_are_what_no_goal_chooses():
@@ -193,7 +191,7 @@ def test_the_defaults_are_what_no_goal_chooses():
 
 
 def test_each_choice_is_printed_with_what_the_caller_has_in_its_place():
-    config = TrainConfig(goal="object", **asdict(preset_for("object", "adamw", steps=300)), seed=0)
+    config = TrainConfig(goal="object", **{**asdict(PRESETS["object"]), "steps": 300}, seed=0)
     (line,) = describe_goal(config)
     assert line.startswith("goal object: steps 300 (yours; the goal's is 1000), ")
     assert "rank 16, lora_targets attention" in line
@@ -202,6 +200,6 @@ def test_each_choice_is_printed_with_what_the_caller_has_in_its_place():
 
 def test_an_unknown_goal_or_optimizer_is_refused_with_the_ones_there_are():
     with pytest.raises(UserError, match="goal must be one of none, person, object, style"):
-        preset_for("dog", "adamw")
+        from_inputs(TrainInputs, {"dataset": "d.zip", "goal": "dog"})
     with pytest.raises(UserError, match="optimizer must be one of adamw, adamw8bit, prodigy, adafactor"):
         TrainConfig(optimizer="lion", seed=0)

@@ -10,12 +10,11 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset.captions import prior_caption
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
-from lora_utils.model.device import default_placement
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loop
 from lora_utils.training.batches import BatchStream
 from lora_utils.training.loss import batch_text, forward_backward
-from lora_utils.training.setup import setup
+from tests.helpers import make_state
 
 CONFIG = TrainConfig(
     steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0, train_placeholder_token=True,
@@ -25,7 +24,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def run(dataset, random_model):
-    return setup(CONFIG, dataset, random_model, default_placement())
+    return make_state(CONFIG, dataset, random_model)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_what_cannot_be_is_refused(given, message):
 
 
 def test_the_target_is_what_the_base_model_predicts_bit_for_bit(dataset, random_model, components):
-    run = setup(CONFIG, dataset, random_model, default_placement(), any_timestep=True)
+    run = make_state(CONFIG, dataset, random_model, any_timestep=True)
     list(loop.train(run))
     noisy, sigma = torch.randn(2, 16, 64), torch.tensor([0.3, 0.8])
     held = list(run.data.prior_captions.values())[:2]
@@ -86,9 +85,9 @@ def test_the_lora_is_back_after_a_failure(run):
 def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
     """B is zero at first, so the LoRA's prediction is the base's: the loss is zero, and so is its gradient."""
     stream = BatchStream(CONFIG, run.data.examples, run.components.schedule, run.data.prior_captions)
-    drawn = next(batch for batch in stream if batch.preserves)
-    assert not any("<zwx>" in caption for caption in drawn.captions)
-    losses = forward_backward(run, [drawn])
+    batch = next(batch for batch in stream if batch.is_prior)
+    assert not any("<zwx>" in caption for caption in batch.captions)
+    losses = forward_backward(run, [batch], [True])
     assert losses.nansum().item() < 1e-12
     assert all(weight.grad is None or weight.grad.abs().max() < 1e-6 for weight in run.lora)
     assert run.placeholders.embeddings[0].grad is None
@@ -100,24 +99,27 @@ def test_about_that_share_of_the_micro_batches_holds_the_class_and_the_others_ar
         for held in (run.data.prior_captions, None)
     ]
     pairs = [(next(streams[0]), next(streams[1])) for _ in range(200)]
-    share = sum(held.preserves for held, _ in pairs) / len(pairs)
+    share = sum(held.is_prior for held, _ in pairs) / len(pairs)
     assert share == pytest.approx(0.5, abs=0.08)
     for held, plain in pairs:
         assert torch.equal(held.noisy, plain.noisy)
-        assert held.preserves or held.captions == plain.captions
-        assert not plain.preserves
+        assert held.is_prior or held.captions == plain.captions
+        assert not plain.is_prior
 
 
 def test_captions_without_the_token_teach_only(dataset, random_model):
     plain = [replace(example, caption="a red circle") for example in dataset.examples]
     config = replace(CONFIG, train_placeholder_token=False, trigger_word="ohwx")
-    run = setup(config, replace(dataset, examples=plain), random_model, default_placement())
+    run = make_state(config, replace(dataset, examples=plain), random_model)
     assert run.data.prior_captions == {}
-    assert not any(any(report.preserves) for report in loop.train(run))
+    assert not any(any(report.is_prior) for report in loop.train(run))
 
 
 def test_losses_that_hold_the_class_are_reported_apart(run):
     reports = list(loop.train(run))
-    assert sum(len(report.kept) for report in reports) == sum(report.preserves[0] for report in reports) > 0
-    assert all(len(report.taught) + len(report.kept) == 1 for report in reports)
-    assert torch.cat([report.kept for report in reports]).max() < torch.cat([r.taught for r in reports]).min()
+    assert sum(len(report.prior_losses) for report in reports) == sum(report.is_prior[0] for report in reports) > 0
+    assert all(len(report.instance_losses) + len(report.prior_losses) == 1 for report in reports)
+    assert (
+        torch.cat([report.prior_losses for report in reports]).max()
+        < torch.cat([r.instance_losses for r in reports]).min()
+    )

@@ -1,0 +1,85 @@
+"""What several tests share: a run that is set up, its losses, and what an archive holds."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_utils.config import RunOptions, SampleRequest, TrainConfig, TrainFiles, TrainInputs
+from lora_utils.dataset import Dataset
+from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
+from lora_utils.model.device import default_placement
+from lora_utils.model.latents import Size
+from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.sampling.options import SamplingOptions
+from lora_utils.sampling.sampler import SamplingJob
+from lora_utils.training import loop
+from lora_utils.training.checkpoint import read_checkpoint, restore_checkpoint
+from lora_utils.training.run import train_in_process
+from lora_utils.training.setup import TrainJob, setup
+from lora_utils.training.state import TrainState, final_lora
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_state(config: TrainConfig, dataset: Dataset, model: Path, **job: Any) -> TrainState:
+    """Set a run up, on the CPU unless `placement` says otherwise."""
+    return setup(TrainJob(config, dataset, model, **{"placement": default_placement(), **job}))
+
+
+def resume_state(config: TrainConfig, dataset: Dataset, model: Path, checkpoint: Path, **job: Any) -> TrainState:
+    """Set a run up as a checkpoint has left it, with the plan that it keeps."""
+    found = read_checkpoint(checkpoint)
+    state = make_state(config, dataset, model, plan=found.plan, **job)
+    restore_checkpoint(state, found)
+    return state
+
+
+def losses(state: TrainState, count: int | None = None) -> list[float]:
+    """Take so many steps, or all that are left. -> the loss of each"""
+    found = []
+    for report in loop.train(state):
+        found.append(report.loss)
+        if len(found) == count:
+            break
+    return found
+
+
+def same_result(one: TrainState, other: TrainState) -> bool:
+    """Return whether two runs have learned the same, bit for bit."""
+    a, b = final_lora(one), final_lora(other)
+    layers = all(
+        torch.equal(a.layers[name].up, b.layers[name].up) and torch.equal(a.layers[name].down, b.layers[name].down)
+        for name in a.layers
+    )
+    return layers and all(torch.equal(a.embeddings[token], b.embeddings[token]) for token in a.embeddings)
+
+
+def inputs(
+    config: TrainConfig, dataset: Path, options: RunOptions | None = None, init_weights: Path | None = None,
+    hub_token: str | None = None,
+) -> TrainInputs:  # fmt: skip
+    """Return a training's inputs from parts that are validated already."""
+    return TrainInputs(config, options or RunOptions(), TrainFiles(dataset, init_weights, hub_token))
+
+
+def train_archive(
+    config: TrainConfig, dataset: Path, target: Path, options: RunOptions | None = None, **given: Any
+) -> Path:
+    """Train in this process, from an archive to weights.zip."""
+    stopped = {"stopped": given.pop("stopped")} if "stopped" in given else {}
+    return train_in_process(inputs(config, dataset, options, **given), target, **stopped)
+
+
+def lora_of(weights: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the LoRA file's bytes, and all that meta.json says but when it was written."""
+    with zipfile.ZipFile(weights) as packed:
+        meta = json.loads(packed.read(META_MEMBER))
+        return packed.read(LORA_MEMBER), {name: value for name, value in meta.items() if name != "created"}
+
+
+def job_of(request: SampleRequest, size: Size, **options: Any) -> SamplingJob:
+    """Return a sampling job without a token."""
+    return SamplingJob(request, size, no_placeholders(), SamplingOptions(**options))

@@ -1,0 +1,137 @@
+"""Previews: what prediction would return, sampled while a run is on, without a trace in what it learns."""
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image, ImageChops
+
+from examples.demo import call
+from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.errors import UserError
+from lora_utils.tracking import contact_sheet
+from lora_utils.training.previews import generate_previews, preview_rows
+from predict import Predictor
+from tests.helpers import lora_of
+
+CONFIG = TrainConfig(
+    steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=3, train_placeholder_token=True,
+    quantization="none",
+)  # fmt: skip
+PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
+
+
+def names(folder):
+    return [path.name for path in contact_sheet.list_sheets(folder)]
+
+
+def test_a_sheet_after_the_last_step_is_what_predict_draws(train_run, random_model, monkeypatch):
+    """The same file, rounded as it is, through the same hooks and the same sampler; only the modulations come from a
+    table in training, which rounds differently."""
+    weights, folder = train_run(sample_prompts=PROMPTS, sample_steps=4)
+    with Image.open(folder / "samples" / "step-000008.png") as sheet:
+        drawn = sheet.convert("RGB")
+    predictor = Predictor()
+    predictor.setup()
+    asked = [("a photo of <zwx> on a cyan background", 0, 0), ("a photo of on a cyan background", 1, 0),
+             ("a red circle", 0, 1)]  # fmt: skip
+    side = 4 * 64  # enlarged without smoothing
+    for prompt, column, row in asked:
+        seed = CONFIG.seed + row
+        (path,) = call(
+            predictor.predict, prompt=prompt, replicate_weights=weights, steps=4, width=64, height=64, seed=seed,
+            output_format="png",
+        )  # fmt: skip
+        with Image.open(str(path)) as image:
+            expected = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+        left, top = 8 + column * (side + 8), 20 + row * (side + 20 + 8) + 20
+        found = drawn.crop((left, top, left + side, top + side))
+        apart = ImageChops.difference(found, expected)
+        assert max(most for _, most in apart.getextrema()) <= 1, prompt
+        assert sum(apart.convert("L").histogram()[1:]) <= 0.001 * side**2, prompt
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention_mlp"])
+@pytest.mark.parametrize("token", [True, False])
+def test_a_run_that_is_watched_learns_what_it_learns_unseen(token, targets, train_run):
+    config = replace(CONFIG, train_placeholder_token=token, lora_targets=targets, ema_decay=0.5)
+    prompts = PROMPTS if token else "a red circle"
+    seen, _ = train_run("seen", config, sample_prompts=prompts, sample_every=2, sample_steps=2, save_every=2)
+    unseen, _ = train_run("unseen", config)
+    assert lora_of(seen)[0] == lora_of(unseen)[0]
+
+
+def test_sheets_come_before_the_first_step_on_the_way_and_after_the_last(train_run):
+    _, folder = train_run(sample_prompts="a red circle", sample_every=3, sample_steps=1)
+    assert names(folder) == ["step-000000.png", "step-000003.png", "step-000006.png", "step-000008.png"]
+    _, folder = train_run(sample_prompts="a red circle", sample_steps=1)
+    assert names(folder) == ["step-000000.png", "step-000008.png"], "a new run in that folder leaves no other's"
+
+
+def test_a_run_that_is_resumed_draws_the_rest(train_run, tmp_path):
+    _, whole = train_run("whole", sample_prompts=PROMPTS, sample_every=2, sample_steps=2)
+    given = {"sample_prompts": PROMPTS, "sample_every": 2, "sample_steps": 2, "save_every": 3, "resume": "auto"}
+    asked = iter([False, False, False, True])
+    train_run("parts", stopped=lambda: next(asked), **given)
+    (tmp_path / "parts.zip").unlink()
+    train_run("parts", **given)
+    assert names(tmp_path / "parts") == names(whole)
+    for name in names(whole):
+        with Image.open(whole / "samples" / name) as one, Image.open(tmp_path / "parts" / "samples" / name) as other:
+            assert ImageChops.difference(one, other).getbbox() is None, name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "config", "expected"),
+    [
+        ("a photo of <zwx> in a garden", CONFIG, ["a photo of <zwx> in a garden", "a photo of in a garden"]),
+        ("<zwx>, a photo", CONFIG, ["<zwx>, a photo", "a photo"]),
+        ("<zwx>", CONFIG, ["<zwx>", " "]),
+        ("a photo of <zwx>", replace(CONFIG, class_word="house"), ["a photo of <zwx>", "a photo of house"]),
+        ("[trigger] at dusk", CONFIG, ["<zwx> at dusk", "at dusk"]),
+        ("a red circle", CONFIG, ["a red circle"]),
+        ("ohwx at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
+        ("[trigger] at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
+    ],
+)
+def test_a_prompt_with_a_token_is_drawn_without_it_too(prompt, config, expected):
+    (row,) = preview_rows(config, RunOptions(run_dir="x", sample_prompts=prompt))
+    assert [request.prompt for request in row] == expected
+    assert {request.seed for request in row} == {config.seed}, "from the same noise"
+
+
+def test_several_prompts_have_seeds_of_their_own():
+    rows = preview_rows(replace(CONFIG, resolution="64,128"), RunOptions("x", sample_prompts=" a | b\n\nc"))
+    assert [(request.prompt, request.seed, request.width) for (request,) in rows] == [
+        ("a", 3, 128), ("b", 4, 128), ("c", 5, 128),
+    ]  # fmt: skip
+
+
+def test_prompts_that_cannot_be_drawn_are_refused_before_anything_is_loaded(train_run, monkeypatch):
+    monkeypatch.setattr("lora_utils.training.setup.load_text_encoder", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="sample_prompts hold '<abc>', and the run trains <zwx>"):
+        train_run(sample_prompts="a photo of <abc>")
+    with pytest.raises(UserError, match="need a run_dir"):
+        RunOptions(sample_prompts="a red circle")
+
+
+def test_a_sample_that_fails_ends_a_run_at_its_start_and_not_later(train_run, monkeypatch, caplog):
+    calls, draw = [], generate_previews
+
+    def failing(at):
+        def drawn(*given):
+            calls.append(1)
+            if len(calls) == at:
+                raise UserError("an image of 64x64 doesn't fit")
+            return draw(*given)
+
+        return drawn
+
+    monkeypatch.setattr("lora_utils.training.monitor.generate_previews", failing(1))
+    with pytest.raises(UserError, match="doesn't fit"):
+        train_run("first", sample_prompts="a red circle", sample_steps=1)
+    calls.clear()
+    monkeypatch.setattr("lora_utils.training.monitor.generate_previews", failing(2))
+    weights, folder = train_run("later", sample_prompts="a red circle", sample_every=4, sample_steps=1)
+    assert weights.is_file()
+    assert "no previews after step 4: an image of 64x64 doesn't fit" in caplog.text
+    assert names(folder) == ["step-000000.png", "step-000008.png"]
