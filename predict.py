@@ -14,6 +14,8 @@ from lora_utils.sampling.predictor import ModelPredictor  # noqa: E402 (see abov
 
 
 class Predictor(BasePredictor):
+    """The model that a server holds."""
+
     def setup(self, weights: Optional[Path] = None) -> None:
         """Load the base model and, if COG_WEIGHTS names one, the default LoRA."""
         log_to_stdout()

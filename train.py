@@ -12,6 +12,8 @@ from lora_utils.training import launch  # noqa: E402 (see above)
 
 
 class TrainingOutput(BaseModel):
+    """What a training returns."""
+
     weights: Path  # the hosted trainer looks for this name
 
 

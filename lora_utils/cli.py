@@ -72,8 +72,8 @@ def help_text(declared: Field[Any]) -> str:
     about, known = option_of(declared), []
     if about.least is not None and about.most is not None and declared.default_factory is not random_seed:
         known.append(f"{about.least:g} to {about.most:g}")
-    told = "Empty:" in about.sentence or declared.default in (None, "", " ", False, MISSING)
-    if not told:
+    said = "Empty:" in about.sentence or declared.default in (None, "", " ", False, MISSING)
+    if not said:
         known.append(f"default {declared.default}")
     return (about.sentence + (f" [{', '.join(known)}]" if known else "")).replace("%", "%%")
 

@@ -52,7 +52,7 @@ class Option:
 def option(default: Any, sentence: str, **known: Any) -> Any:
     """Declare an input: its default (`REQUIRED` for none), the sentence that describes it, and fields of `Option`.
 
-    `ge` and `le` are its range. A default of `random_seed` is drawn for each run.
+    `ge` and `le` are its range. A default of `random_seed` is another one each time.
     """
     about = Option(sentence, known.pop("ge", None), known.pop("le", None), **known)
     given = {"metadata": {"option": about}, "repr": not about.secret}
@@ -62,7 +62,7 @@ def option(default: Any, sentence: str, **known: Any) -> Any:
 
 
 def option_of(declared: Field[Any]) -> Option:
-    """Return what `option` was told of a dataclass field."""
+    """Return what is known of a dataclass field that `option` declared."""
     return declared.metadata["option"]
 
 
@@ -80,7 +80,7 @@ def kind_of(declared: Field[Any]) -> type:
 
 
 def random_seed() -> int:
-    """Draw a seed for a caller who gave none. It is reported and can be given back."""
+    """Return a seed for a caller who gave none. It is reported and can be given back."""
     return secrets.randbelow(MAX_SEED + 1)
 
 

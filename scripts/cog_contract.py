@@ -15,21 +15,25 @@ TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"
 
 @dataclass(frozen=True)
 class CogInput:
+    """One input of a signature, as text."""
+
     name: str
     type: str
     optional: bool
     options: dict[str, ast.expr]
 
     def literal(self, option: str) -> Any:
+        """Return the value of one of its options."""
         return ast.literal_eval(self.options[option])
 
     @property
     def required(self) -> bool:
+        """Whether a caller must give it."""
         return "default" not in self.options
 
 
 def entry_point(source: str) -> ast.FunctionDef:
-    """The top-level function `train`, or the method `Predictor.predict`."""
+    """Return the top-level function `train`, or the method `Predictor.predict`."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == "train":
             return node
@@ -39,6 +43,7 @@ def entry_point(source: str) -> ast.FunctionDef:
 
 
 def inputs(source: str) -> list[CogInput]:
+    """Return the inputs of an entry point's signature, in their order."""
     function = entry_point(source)
     arguments = [argument for argument in function.args.args if argument.arg != "self"]
     found = []
@@ -62,7 +67,7 @@ def _is_literal(node: ast.expr) -> bool:
 
 
 def problems(source: str) -> list[str]:  # noqa: PLR0912 (a list of rules, one after the other)
-    """Each rule of the contract that the source breaks."""
+    """Return each rule of the contract that the source breaks."""
     found = []
     function = entry_point(source)
     if function.decorator_list:

@@ -38,8 +38,8 @@ def cog_type(declared: Field[Any]) -> str:
 
 def default_of(declared: Field[Any]) -> object:
     """Return the default that Cog's signature gives an input: None where `from_inputs` finds the value."""
-    drawn = declared.default_factory is random_seed
-    return None if drawn or option_of(declared).preset else declared.default
+    random = declared.default_factory is random_seed
+    return None if random or option_of(declared).preset else declared.default
 
 
 def cog_input(declared: Field[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a disk refuses said clearly."""
+"""Files that are written completely or not at all, and what a disk refuses said clearly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

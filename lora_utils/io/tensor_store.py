@@ -2,7 +2,7 @@
 
 Owns the files' layout, their reading as they are needed, and what the folder may grow to; must not know what the
 tensors are. An entry is a safetensors file, written under another name and then renamed, so a run that is killed
-leaves whole entries only. Entries are read when they are asked for and not held: memory stays flat however many
+leaves complete entries only. Entries are read when they are asked for and not held: memory stays flat however many
 images there are, and what is read often stays in the system's page cache.
 """
 

@@ -35,7 +35,7 @@ def attach_trainable_lora(
 ) -> list[nn.Parameter]:
     """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what is to be trained.
 
-    A is drawn as torch draws a linear layer (peft's default too), but from `generator`; B is zero. peft wraps the
+    A starts as torch starts a linear layer (peft's default too), but from `generator`; B is zero. peft wraps the
     layers, whatever their weights are stored as; the arithmetic is ours.
     """
     names = target_names(transformer, targets)

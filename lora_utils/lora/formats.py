@@ -77,6 +77,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """The rank, R."""
         return self.down.shape[0]
 
     def with_alpha_of_rank(self) -> "LowRank":

@@ -28,7 +28,7 @@ def project_each(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 class JointRope(nn.Module):
-    """Stands in for `pos_embed`: one complex table [S, E / 2] for text and image, kept for the shapes last seen."""
+    """It replaces `pos_embed`: one complex table [S, E / 2] for text and image, kept for the shapes last seen."""
 
     def __init__(self, original: nn.Module):
         super().__init__()
@@ -46,7 +46,7 @@ class JointRope(nn.Module):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """RoPE on [B, S, H, E] in fp32, as diffusers computes it, by a table [S, E / 2] of complex numbers.
+    """Apply RoPE to [B, S, H, E] in fp32, as diffusers computes it, by a table [S, E / 2] of complex numbers.
 
     Or by their real and imaginary parts [S, E / 2, 2]: more passes over memory, but the compiler fuses them, and it
     can't do complex numbers.
@@ -59,7 +59,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm, then * (1 + scale) + shift. x [B, N, D], shift and scale [B, D].
+    """Apply LayerNorm, then * (1 + scale) + shift. x [B, N, D], shift and scale [B, D].
 
     For one image the modulation is the norm's own affine part and costs no pass of its own.
     """
@@ -71,7 +71,7 @@ def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Ten
 def attend(
     attn: Any, image: Tensor, text: Tensor, mask: Tensor | None, rope: Tensor, project: Project
 ) -> tuple[Tensor, Tensor]:
-    """Joint attention of image [B, N, D] and text [B, T, D], text first. -> both, before their output layers.
+    """Attend jointly over image [B, N, D] and text [B, T, D], text first. -> both, before their output layers.
 
     torch chooses the fastest kernel for the shape; most refuse a mask, so there is none where no text is padded.
     """
@@ -97,7 +97,7 @@ def compute_block(
     block: Any, project: Project, image: Tensor, text: Tensor, mask: Tensor | None, image_mod: Tensor,
     text_mod: Tensor, rope: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A dual-stream block on image [B, N, D] and text [B, T, D], with modulations [B, 6 D] -> text and image."""
+    """Compute a dual-stream block on image [B, N, D] and text [B, T, D], with modulations [B, 6 D] -> text and image."""
     i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = image_mod.chunk(6, dim=-1)  # [B, D] each
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = text_mod.chunk(6, dim=-1)
     mixed_image, mixed_text = attend(

@@ -1,4 +1,4 @@
-"""The model as a whole: the one mutable holder of its parts, made here and passed along."""
+"""All of the model: the one mutable holder of its parts, made here and passed along."""
 
 import json
 from dataclasses import dataclass

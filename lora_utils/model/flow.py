@@ -3,7 +3,7 @@
 This module owns the noise schedule, the training target, guidance and the Euler step.
 
 Legend: B batch, N image tokens, C packed channels (64). sigma is the share of noise: 1 is noise, 0 is the image;
-the model is told t = sigma.
+the model is given t = sigma.
 """
 
 import math

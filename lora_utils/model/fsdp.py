@@ -15,7 +15,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_MESH_NAME = "fsdp"  # tells peft that a layer's parts are storage alone, and its shape is the whole one's
+_MESH_NAME = "fsdp"  # tells peft that a layer's parts are storage alone, and its shape is that of the complete one
 
 
 def in_a_block(name: str) -> bool:

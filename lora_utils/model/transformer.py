@@ -23,7 +23,7 @@ from lora_utils.model.text_encoder import TextEmbeddings
 
 _OTHER_MODELS_OPTIONS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # Qwen-Image-Edit's and -Layered's
 
-# A source of weights. It is told how to rename each one, and doesn't read those whose new name is None.
+# A source of weights. It renames each one by a function, and doesn't read those whose new name is None.
 WeightStream = Callable[[Callable[[str], str | None]], Iterator[tuple[str, Tensor]]]
 
 

@@ -115,8 +115,8 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _sheet(path: Path) -> str:
-    with Image.open(path) as picture:
-        sheet = picture.convert("RGB")
+    with Image.open(path) as stored:
+        sheet = stored.convert("RGB")
     if sheet.width > _SHEET_WIDTH_PX:
         sheet = sheet.resize((_SHEET_WIDTH_PX, sheet.height * _SHEET_WIDTH_PX // sheet.width))
     packed = io.BytesIO()

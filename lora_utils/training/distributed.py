@@ -1,6 +1,6 @@
 """Collectives: what the processes of one run exchange. Alone, every exchange is nothing.
 
-Each process draws the batches of the complete step and computes its own part of them, so a run on two GPUs is the run
+Each process makes the batches of the complete step and computes its own part of them, so a run on two GPUs is the run
 of one GPU with twice the accumulation.
 """
 

@@ -60,7 +60,7 @@ def test_the_learned_row_is_part_of_what_is_drawn(demo_run, tiny_model):
     """
     components = load_components(tiny_model, default_placement())
     learned = load_weights(demo_run / "weights.zip", components)
-    forgotten = replace(learned, lora=replace(learned.lora, rows=evaluate.fresh_rows(learned)))
+    forgotten = replace(learned, lora=replace(learned.lora, embeddings=evaluate.new_embeddings(learned)))
     prompt = [f"a photo of {demo.TOKEN} on a {demo.NEW[0]} background"]
     (one,), (other,) = (evaluate.sample_with(components, prompt, weights) for weights in (learned, forgotten))
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 30
@@ -87,7 +87,7 @@ def two_tokens(tmp_path_factory, tiny_model):
 
 def drawn(components, weights, rows):
     """What the two tokens draw with these rows in place of the learned ones: shares of house and fish for each."""
-    changed = replace(weights, lora=replace(weights.lora, rows=rows))
+    changed = replace(weights, lora=replace(weights.lora, embeddings=rows))
     shares = {}
     for token in weights.lora.embeddings:
         texts = [question.text for question in evaluate.object_prompts(Prompt(token), 20)]
