@@ -1,9 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two at a time, a file's tests together, for they share what their module trained.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo serve test lint clean
+.PHONY: demo serve test test-slow lint clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,13 +19,18 @@ demo: $(VENV)/.installed  ## train a LoRA with the zero-prior token on the small
 serve: $(VENV)/.installed  ## cog's server on the small model: predictions on port 5000, trainings on 5001
 	$(BIN)/python -m examples.serve
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## all tests but the slow ones, in minutes
+	$(PYTEST) -m "not slow"
 
-lint: $(VENV)/.installed
+test-slow: $(VENV)/.installed  ## the slow ones
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.installed  ## format, types, what is written from the list of inputs, and the length of sentences
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/python -m scripts.cog_signatures --check
+	$(BIN)/python -m scripts.prose_length
 
-clean:
+clean:  ## remove what was made
 	rm -rf $(VENV) out build

@@ -42,8 +42,8 @@ MAX_SHIFT = 0.9
 SHIFT_TERMINAL = 0.02
 TRAIN_TIMESTEPS = 1000
 
-# Linear layers of a transformer block that a LoRA may adapt. `img_mod` and `txt_mod` act on an image as one, by timestep
-# alone and are left as they are.
+# Linear layers of a transformer block that a LoRA may adapt. `img_mod` and `txt_mod` depend on the timestep alone, act
+# on all of an image alike, and are left as they are.
 ATTENTION_TARGETS = (
     "attn.to_q",
     "attn.to_k",

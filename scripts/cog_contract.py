@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any
 
 TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "Path": "string", "Secret": "string"}
+# How `cog build` writes an option of Input() into the schema; accept since https://github.com/replicate/cog/pull/2863.
+_SCHEMA_NAMES = {
+    "ge": "minimum",
+    "le": "maximum",
+    "choices": "enum",
+    "description": "description",
+    "accept": "x-cog-accept",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,8 @@ def problems(source: str) -> list[str]:  # noqa: PLR0912 (a list of rules, one a
             json.dumps(description.value),
         ):
             found.append(f"{item.name}: description isn't one literal")
+        if "accept" in item.options and item.type != "Path":
+            found.append(f"{item.name}: accept belongs to files")
         if item.required or not _is_literal(item.options["default"]):
             continue
         default = item.literal("default")
@@ -118,7 +128,7 @@ def _properties(items: list[CogInput]) -> dict[str, Any]:
             entry["format"] = "uri"
         if item.type == "Secret":
             entry |= {"format": "password", "writeOnly": True, "x-cog-secret": True}
-        for option, name in (("ge", "minimum"), ("le", "maximum"), ("choices", "enum"), ("description", "description")):
+        for option, name in _SCHEMA_NAMES.items():
             if option in item.options:
                 entry[name] = item.literal(option)
         if not item.required and item.literal("default") is not None:

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 os.environ["CACHE_DIR"] = ""  # what is encoded is kept in memory, and no test finds what another has left
 
 from lora_utils.io.logging import configure_libraries, log_to_stdout
@@ -29,7 +30,7 @@ from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
 from tests.helpers import train_archive
 
-torch.set_num_threads(1)  # the models are so small that a second thread only waits
+torch.set_num_threads(1)
 log_to_stdout()
 logging.getLogger("lora_utils").propagate = True  # pytest's caplog listens at the root
 

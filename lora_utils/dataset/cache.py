@@ -207,7 +207,7 @@ def find_captions(
 def encode_captions(
     fixed: FixedCaptions, text_encoder: Qwen2_5_VLTextModel | None, tokenizer: Qwen2Tokenizer, store: TensorStore
 ) -> CachedTexts:
-    """Encode the new captions, and return all of them. One at a time: a prompt's states are then bit for bit what prediction makes of it."""
+    """Encode the new captions one at a time, as prediction does, so that both are the same bit for bit. -> all"""
     entries = dict(fixed.found)
     progress = Progress(len(fixed.new), _LOG_EVERY_S)
     for count, (caption, key) in enumerate(fixed.new.items(), start=1):

@@ -4,6 +4,7 @@ This module also sets up other libraries, once, for an entry point: what they lo
 """
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -16,12 +17,13 @@ from lora_utils.errors import UserError
 log = logging.getLogger(__name__)
 ERROR_PREFIX = "error: "  # stands in front of what a command says was wrong
 
-# Other libraries' remarks on the base model's own files, which are right as they are. Each is a logger with a piece of
-# its text; docs/troubleshooting.md names them.
+# Other libraries' remarks on the base model's own files, which are right as they are: Qwen-Image's text encoder has its
+# rotary settings twice in its config, and its transformer a field that nothing reads. Each is a logger with how its
+# text begins, so that a remark on anything else is shown. docs/troubleshooting.md names them.
 _NOISE = {
-    "transformers.modeling_rope_utils": ("mrope_section",),
-    "transformers.configuration_utils": ("rope_scaling",),
-    "diffusers.configuration_utils": ("pooled_projection_dim",),
+    "transformers.configuration_utils": r"Qwen2_5_VLConfig got `key=rope_scaling` in kwargs",
+    "transformers.modeling_rope_utils": r"Unrecognized keys in `rope_parameters` for .*: \{'mrope_section'\}$",
+    "diffusers.configuration_utils": r"The config attributes \{'pooled_projection_dim': \d+\} were passed",
 }
 
 
@@ -34,14 +36,14 @@ class _Printed(logging.Handler):
 
 
 class _WithoutNoise(logging.Filter):
-    """A filter that drops records with one of these texts."""
+    """A filter that drops the records whose text begins as a pattern says."""
 
-    def __init__(self, texts: tuple[str, ...]):
+    def __init__(self, pattern: str):
         super().__init__()
-        self.texts = texts
+        self.pattern = re.compile(pattern)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in self.texts)
+        return not self.pattern.match(record.getMessage())
 
 
 def log_to_stdout(level: int = logging.INFO) -> None:
@@ -64,8 +66,8 @@ def configure_libraries() -> None:
     warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # it can't merge; nothing here does
     # Nothing here computes in place on what a sharded transformer returns, which is what this warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for name, texts in _NOISE.items():
-        logging.getLogger(name).addFilter(_WithoutNoise(texts))
+    for name, pattern in _NOISE.items():
+        logging.getLogger(name).addFilter(_WithoutNoise(pattern))
 
     from diffusers.utils.logging import disable_progress_bar  # noqa: PLC0415 (heavy, and only here)
     from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415

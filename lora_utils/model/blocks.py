@@ -97,7 +97,7 @@ def compute_block(
     block: Any, project: Project, image: Tensor, text: Tensor, mask: Tensor | None, image_mod: Tensor,
     text_mod: Tensor, rope: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute a dual-stream block on image [B, N, D] and text [B, T, D], with modulations [B, 6 D] -> text and image."""
+    """Compute a dual-stream block on image [B, N, D] and text [B, T, D], modulations [B, 6 D] -> text and image."""
     i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = image_mod.chunk(6, dim=-1)  # [B, D] each
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = text_mod.chunk(6, dim=-1)
     mixed_image, mixed_text = attend(

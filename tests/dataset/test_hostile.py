@@ -19,9 +19,9 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extract_archive
+from tests.hostile_uploads import HOSTILE
 
-# Three thousand cases in all, spread over the kinds of damage.
-CASES = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+CASES = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 FORMATS = {
     "png": "png",
@@ -133,35 +133,25 @@ def read_whatever(content: bytes, mask_from: str = "none") -> None:
         assert open_files() <= files, "every file was closed"
 
 
-@CASES
-@given(st.sampled_from(ARCHIVES), damage, cut)
-def test_a_damaged_archive(pack, changes, share):
+def read_archive(pack, changes, share):
     read_whatever(damaged(pack(WHOLE), changes, share))
 
 
-@CASES
-@given(st.sampled_from(sorted(PICTURES)), st.sampled_from(sorted(PICTURES)), damage, cut)
-def test_a_damaged_image_under_any_name(kind, name, changes, share):
+def read_image(kind, name, changes, share):
     read_whatever(as_zip({f"0.{name}": damaged(PICTURES[kind], changes, share)}))
 
 
-@CASES
-@given(st.sampled_from(sorted(PICTURES)), damage, cut, st.sampled_from(["file", "alpha"]))
-def test_a_damaged_mask_or_a_image_with_a_damaged_alpha(kind, changes, share, mask_from):
+def read_mask_or_alpha(kind, changes, share, mask_from):
     other = damaged(PICTURES[kind] if mask_from == "file" else TRANSPARENT, changes, share)
     names = {"file": f"0.mask.{kind}", "alpha": "1.png"}
     read_whatever(as_zip({"0.png": TRANSPARENT, names[mask_from]: other}), mask_from)
 
 
-@CASES
-@given(st.sampled_from(sorted(CAPTIONS)), damage, cut, st.binary(max_size=40))
-def test_damaged_captions(name, changes, share, more):
+def read_captions(name, changes, share, more):
     read_whatever(as_zip({**WHOLE, name: damaged(CAPTIONS[name], changes, share) + more}))
 
 
-@CASES
-@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.booleans())
-def test_names_of_any_kind(names, tarred):
+def read_names(names, tarred):
     members = {f"{name}{'.png' if index % 2 else ''}": PICTURES["png"] for index, name in enumerate(names)}
     try:
         content = (as_tar if tarred else as_zip)({**WHOLE, **members})
@@ -170,10 +160,40 @@ def test_names_of_any_kind(names, tarred):
     read_whatever(content)
 
 
-@CASES
-@given(st.binary(max_size=300))
-def test_bytes_that_are_nothing(content):
+def read_bytes(content):
     read_whatever(content)
+
+
+formats = st.sampled_from(sorted(PICTURES))
+KINDS = {
+    "a damaged archive": (read_archive, (st.sampled_from(ARCHIVES), damage, cut)),
+    "a damaged image under any name": (read_image, (formats, formats, damage, cut)),
+    "a damaged mask or alpha": (read_mask_or_alpha, (formats, damage, cut, st.sampled_from(["file", "alpha"]))),
+    "damaged captions": (read_captions, (st.sampled_from(sorted(CAPTIONS)), damage, cut, st.binary(max_size=40))),
+    "names of any kind": (read_names, (st.lists(st.text(max_size=30), min_size=1, max_size=4), st.booleans())),
+    "bytes that are nothing": (read_bytes, (st.binary(max_size=300),)),
+}
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_damaged_is_a_dataset_or_one_error(kind, count):
+    """Three thousand cases among the slow tests, 360 of the same in each run."""
+    read, parts = KINDS[kind]
+    settings(CASES, max_examples=count)(given(*parts)(read))()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_upload_is_refused_in_one_sentence_and_leaves_nothing_outside_its_folder(name, tmp_path):
+    make, message = HOSTILE[name]
+    upload = tmp_path / "upload"
+    upload.write_bytes(make())
+    (tmp_path / "work").mkdir()
+    refused = refusal_of(upload, tmp_path / "work")
+    assert refused is not None
+    assert message in refused
+    assert {path.name for path in tmp_path.iterdir()} == {"upload", "work"}
+    assert not Path("/tmp/evil.png").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18, as_zip({}), as_zip({"a/": b""})])

@@ -67,13 +67,6 @@ def test_a_image_that_cannot_be_read_is_named(tmp_path):
         load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
 
 
-def test_a_caption_that_is_not_text_is_named(tmp_path):
-    save(GRADIENT, tmp_path / "one.png")
-    (tmp_path / "one.txt").write_bytes(b"\xff\xfe\x00bad")
-    with pytest.raises(UserError, match=r"one\.txt isn't UTF-8"):
-        load(tmp_path, TrainConfig(resolution="64", default_caption="", seed=0))
-
-
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "movie.mp4").write_bytes(b"x")
     with pytest.raises(UserError, match=r"no images.*movie\.mp4"):

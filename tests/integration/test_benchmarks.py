@@ -40,6 +40,7 @@ def test_differences_are_paired_by_object_and_seed():
     assert differences == pytest.approx([0.0, 0.3])
 
 
+@pytest.mark.slow
 def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_prior, "WORK", tmp_path / "work")
     monkeypatch.setattr(zero_prior, "KEPT", tmp_path / "runs.jsonl")

@@ -27,6 +27,7 @@ def test_the_signature_keeps_every_rule(name):
         ("x: str = Input(default='a', choices=['b'], description='d')", "no choice"),
         ("x: str = Input(default='a', description='d' 'e')", "isn't one literal"),
         ("x: list = Input(default=1, description='d')", "type list"),
+        ("x: str = Input(default='a', accept='image/*', description='d')", "accept belongs to files"),
     ],
 )
 def test_the_rules_can_fail(broken, rule):
@@ -50,6 +51,12 @@ def test_the_signature_is_the_list_of_inputs(name):
         assert (item.literal("accept") if "accept" in item.options else "") == about.accept, item.name
         assert (item.type == "Path") == bool(about.accept), item.name
         assert (item.type == "Secret") == about.secret, item.name
+
+
+def test_a_form_is_told_which_files_an_input_takes():
+    schemas = cog_contract.openapi_schema(SOURCES["predict"], SOURCES["train"])["components"]["schemas"]
+    assert schemas["Input"]["properties"]["image"]["x-cog-accept"] == "image/*"
+    assert ".zip" in schemas["TrainingInput"]["properties"]["dataset"]["x-cog-accept"]
 
 
 def test_the_rarest_inputs_come_last():

@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 from benchmarks import soak
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_again_and_again_makes_what_an_undisturbed_one_makes(capsys):
     failed = soak.main(["--minutes=0.2", "--save_every=3", "--kill_every_s=6", "--seed=9"])
     told = capsys.readouterr().out

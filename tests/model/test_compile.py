@@ -102,6 +102,7 @@ def test_on_a_gpu_only_a_run_long_enough_to_win_it_back_is_compiled(random_model
     assert once > 0
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)  # torch's own limit
 def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_model):
     """Past torch's own limit it would silently run uncompiled. The graphs are run as they are, which is quick."""

@@ -150,6 +150,7 @@ def test_the_loss_stays_within_five_percent(scheme, dataset, tiny_model):
     assert sum(curves[1][-5:]) == pytest.approx(sum(curves[0][-5:]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_is_taught_on_the_coarsest_base_is_found_on_the_exact_one(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(tiny_model))
     demo.write_dataset(tmp_path / "dataset.zip", demo.OBJECT, demo.shapes.Prompt(demo.TOKEN))

@@ -103,7 +103,7 @@ def test_a_token_that_only_some_processes_see_is_trained_all_the_same(run_worker
     assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("shard_base", ["never", "always"])
+@pytest.mark.parametrize("shard_base", [pytest.param("never", marks=pytest.mark.slow), "always"])
 def test_a_run_on_all_gpus_writes_one_file_and_relays_what_is_said(
     shard_base, archive, two_gpus, tmp_path, monkeypatch, capsys
 ):
@@ -197,6 +197,7 @@ def test_a_cancel_ends_all(monkeypatch):
     assert not processes_of_runs()
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_all_and_the_run_can_be_resumed(archive, two_gpus, tmp_path, capsys):
     config = replace(CONFIG, steps=40)
     options = RunOptions(run_dir=str(tmp_path / "run"), save_every=10, resume="auto")
