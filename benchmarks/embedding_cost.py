@@ -1,6 +1,6 @@
 """What training one row costs at Qwen2.5-VL's true shape: the spliced row against the matrix with a gradient mask.
 
-    python -m benchmarks.row_cost
+    python -m benchmarks.embedding_cost
 
 The embedding matrix is 152064 x 3584; the text encoder has 2 of its 28 layers, with random weights. Every variant runs
 in a process of its own, for the peak memory is the process's.
