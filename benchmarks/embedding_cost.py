@@ -1,4 +1,4 @@
-"""What training one row costs at Qwen2.5-VL's true shape: the spliced row against the matrix with a gradient mask.
+"""What training one embedding costs at Qwen2.5-VL's true shape: spliced in, against the matrix with a gradient mask.
 
     python -m benchmarks.embedding_cost
 
@@ -61,11 +61,11 @@ def step_without(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
 
 def step_spliced(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
     """As the package trains it."""
-    row = initial_embedding(WIDTH, 1e-5, torch.Generator().manual_seed(0)).requires_grad_()
-    optimizer = torch.optim.AdamW([row], lr=5e-4, weight_decay=0.0)
+    embedding = initial_embedding(WIDTH, 1e-5, torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = torch.optim.AdamW([embedding], lr=5e-4, weight_decay=0.0)
 
     def step() -> None:
-        with spliced_embeddings(encoder, Placeholders(("<zwx>",), (SLOT,), (row,))):
+        with spliced_embeddings(encoder, Placeholders(("<zwx>",), (SLOT,), (embedding,))):
             states = encoder(input_ids=caption_ids(), use_cache=False).last_hidden_state
         states.float().square().mean().backward()
         optimizer.step()
@@ -75,7 +75,7 @@ def step_spliced(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
 
 
 def step_masked(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
-    """The whole matrix trainable in fp32, as small updates need it, and all rows but one masked out of the gradient."""
+    """The matrix trainable in fp32, as small updates need it, and all rows but one masked out of the gradient."""
     matrix = encoder.get_submodule("embed_tokens")
     matrix.weight = torch.nn.Parameter(embedding_matrix(encoder).float())
     matrix.register_forward_hook(lambda _module, _given, embedded: embedded.to(torch.bfloat16))
@@ -93,7 +93,7 @@ def step_masked(encoder: Qwen2_5_VLTextModel) -> Callable[[], None]:
     return step
 
 
-VARIANTS = {"reading the caption only": step_without, "spliced row": step_spliced, "masked matrix": step_masked}
+VARIANTS = {"reading the caption only": step_without, "spliced embedding": step_spliced, "masked matrix": step_masked}
 
 
 def peak_gb() -> float:

@@ -75,10 +75,10 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return
-    print("| pictures | cache | check, s | prepare, s | peak, MB |\n|---|---|---|---|---|")
+    print("| images | cache | check, s | setup, s | peak, MB |\n|---|---|---|---|---|")
     for count in arguments.counts:
         with tempfile.TemporaryDirectory() as work:
-            images = Path(work) / "pictures"
+            images = Path(work) / "images"
             images.mkdir()
             write_images(images, count)
             for cache, named in (("cold", "cache"), ("warm", "cache"), ("none", "")):
@@ -87,7 +87,7 @@ def main() -> None:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 print(
-                    f"| {found['pictures']} | {cache} | {found['check_s']:.1f} | {found['prepare_s']:.1f} | "
+                    f"| {found['images']} | {cache} | {found['check_s']:.1f} | {found['setup_s']:.1f} | "
                     f"{found['peak_mb']:.0f} |",
                     flush=True,
                 )

@@ -96,7 +96,7 @@ def end_table(arms: dict[str, list[Run]]) -> str:
         values = [[run["points"][-1][metric] for run in runs] for metric in AT_THE_END]
         shares = [run["points"][-1]["row_share"] for run in runs if run["points"][-1]["row_share"] is not None]
         rows.append([arm, *map(mean_and_error, values), mean_and_error(shares), str(len(runs))])
-    return _table(["", *(name.replace("_", " ") for name in AT_THE_END), "row / median word", "runs"], rows)
+    return _table(["", *(name.replace("_", " ") for name in AT_THE_END), "embedding / median word", "runs"], rows)
 
 
 def matched_table(arms: dict[str, list[Run]]) -> str:
@@ -190,10 +190,13 @@ def write(runs: list[Run], folder: Path, target: Path) -> Path:
         "Paired by object and seed; p of a two-sided sign-flip test, not corrected for the number of comparisons.",
         paired_table(arms, reference),
     ]
-    for group, title in (("sweep", "The row's rate and its first size"), ("remedies", "Remedies for the trained row")):
+    for group, title in (
+        ("sweep", "The embedding's rate and its first size"),
+        ("remedies", "Remedies for the trained embedding"),
+    ):
         if found := _by_arm(runs, group):
             page += [f"## {title}", end_table(found), matched_table(found), paired_table(found, reference)]
-    page += ["## Pictures of the first seed", "![pictures](zero_prior_sheet.png)"]
+    page += ["## Images of the first seed", "![images](zero_prior_sheet.png)"]
     path = target / "ZERO_PRIOR.md"
     path.write_text("\n\n".join(page) + "\n")
     return path

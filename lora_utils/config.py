@@ -180,57 +180,61 @@ def parse_prompts(text: str) -> str:
 
 # --- training -------------------------------------------------------------------------------------------------------
 
+# The formatter is off where inputs are listed: one reads as its default, its sentence and its limits, and with an
+# argument a line the list would be three times as long.
+
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """What a training learns from its images. A run is a function of this, the images and the base model."""
 
+    # fmt: off
     train_placeholder_token: bool = option(
         False, "Train a new token without any meaning along with the LoRA. Off: the placeholder inputs are ignored.",
         group="main",
-    )  # fmt: skip
+    )
     trigger_word: str = option(
         "", "A word put in front of each caption that lacks it, and in place of [trigger]. Empty: [trigger] is the "
         "placeholder token.", parse=str.strip, group="main",
-    )  # fmt: skip
+    )
     default_caption: str = option("", "Caption of images that have none of their own.", parse=str.strip, group="main")
     goal: str = option(
         "none", "What is taught. It chooses the rank, steps, learning_rate and lora_targets that you leave empty.",
         choices=tuple(PRESETS), group="main",
-    )  # fmt: skip
+    )
     steps: int = option(
         PRESETS["none"].steps, "Optimizer steps. Empty: the goal's, 1000 without one.",
         ge=1, le=20000, preset=True, group="main",
-    )  # fmt: skip
+    )
     rank: int = option(
         PRESETS["none"].rank, "Rank of the LoRA; alpha equals it. Empty: the goal's, 32 without one.",
         ge=1, le=256, preset=True, group="main",
-    )  # fmt: skip
+    )
     learning_rate: float = option(
         PRESETS["none"].learning_rate, "Learning rate of the LoRA. Empty: the goal's, 1e-4 without one; 1 for prodigy, "
         "which multiplies the rate it finds.", ge=1e-7, le=1, preset=True, group="main",
-    )  # fmt: skip
+    )
     resolution: str = option(
         "512,768,1024", "Training resolutions in pixels: multiples of 16, separated by commas. Images keep their "
         "aspect ratio.", parse=parse_resolutions, group="main",
-    )  # fmt: skip
+    )
     batch_size: int = option(1, "Images per batch.", ge=1, le=16, group="main")
     seed: int = option(
         random_seed, "The same seed gives the same weights. Empty or -1: random, and reported.",
         ge=-1, le=MAX_SEED, group="main",
-    )  # fmt: skip
+    )
     placeholder_token: str = option(
         "<zwx>", "Name of the new token, as your captions and prompts write it. Several are separated by commas.",
         parse=parse_token_names, only_if="train_placeholder_token",
-    )  # fmt: skip
+    )
     lora_targets: str = option(
         PRESETS["none"].lora_targets, "Layers that the LoRA adapts: attention alone, or the MLPs too (2.3 times as "
         "large). Empty: the goal's, attention without one.", choices=tuple(constants.LORA_TARGETS), preset=True,
-    )  # fmt: skip
+    )
     quantization: str = option(
         "auto", "How the frozen model's weights are stored. auto: exact where the GPU has room, else in 8 bits, else "
         "in 4.", choices=QUANTIZATIONS,
-    )  # fmt: skip
+    )
     gradient_accumulation: int = option(1, "Batches per optimizer step.", ge=1, le=64)
     autocaption: bool = option(
         False, "Let the text encoder, a vision-language model, describe the images that have no caption."
@@ -242,12 +246,12 @@ class TrainConfig:
     mask_from: str = option(
         "none", "Where images are learned in full: white in NAME.mask.png beside them (file), or opaque in themselves "
         "(alpha). none: everywhere.", choices=("none", "file", "alpha"),
-    )  # fmt: skip
+    )
     mask_floor: float = option(0.1, "Weight of the loss outside a mask; inside it is 1.", ge=0, le=1)
     class_word: str = option(
         "", "What the token or trigger word is one of, like 'person'. Training then holds that class to what the base "
         "model makes of it.", parse=str.strip,
-    )  # fmt: skip
+    )
     preservation_weight: float = option(
         0.25, "Share of the batches that hold the class (prior preservation) instead of teaching.", ge=0, le=0.9
     )
@@ -258,7 +262,7 @@ class TrainConfig:
     optimizer: str = option(
         "adamw", "Optimizer of the LoRA. adamw8bit and adafactor need less memory, prodigy finds its own rate. The "
         "token always has its own adamw.", choices=("adamw", "adamw8bit", "prodigy", "adafactor"),
-    )  # fmt: skip
+    )
     lr_scheduler: str = option(
         "constant", "What the learning rates do after the warm-up.", choices=("constant", "cosine", "linear")
     )
@@ -266,23 +270,24 @@ class TrainConfig:
     placeholder_learning_rate: float | None = option(
         None, "Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). "
         "0: it stays as it starts.", ge=0, le=1, only_if="train_placeholder_token", group="advanced",
-    )  # fmt: skip
+    )
     placeholder_init_std: float = option(
         1e-5, "Standard deviation of the token's first embedding. Near zero means no prior.",
         ge=0, le=0.1, only_if="train_placeholder_token", group="advanced",
-    )  # fmt: skip
+    )
     ema_decay: float = option(
         0.0, "Decay of a moving average of the weights, like 0.99, that is returned in place of the last step's. "
         "0: none.",
         ge=0, le=0.9999, group="advanced",
-    )  # fmt: skip
+    )
     weight_decay: float = option(1e-4, "Weight decay of the LoRA; the token has none.", ge=0, le=1, group="advanced")
     beta1: float = option(0.9, "First beta of Adam; adafactor has none.", ge=0, le=0.999, group="advanced")
     beta2: float = option(0.999, "Second beta of Adam; adafactor has none.", ge=0, le=0.9999, group="advanced")
     max_grad_norm: float = option(
         1.0, "Norm that gradients are clipped to, the LoRA's and each token's by itself. 0: no clipping.",
         ge=0, le=1000, group="advanced",
-    )  # fmt: skip
+    )
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Validate each input, then what is wrong only beside another one."""
@@ -324,34 +329,36 @@ class TrainConfig:
 class RunOptions:
     """What is kept and shown of a training while it runs, and where it goes. None of it changes what is learned."""
 
+    # fmt: off
     run_dir: str = option(
         "", "Folder on the machine that trains, for checkpoints, previews, curves and report.html. Empty: nothing is "
         "kept.", parse=str.strip,
-    )  # fmt: skip
+    )
     save_every: int = option(0, "Steps from one checkpoint in run_dir to the next. 0: none.", ge=0, le=20000)
     keep_checkpoints: int = option(2, "Checkpoints that are kept; older ones are removed.", ge=1, le=1000)
     resume: str = option(
         "never", "auto: continue from the last checkpoint in run_dir, if there is one. The result is that of an "
         "uninterrupted run.", choices=("never", "auto"),
-    )  # fmt: skip
+    )
     sample_prompts: str = option(
         "", "Prompts of previews, one a line or separated by |. They are sampled into run_dir with the token and "
         "without it.", parse=parse_prompts,
-    )  # fmt: skip
+    )
     sample_every: int = option(
         0, "Steps from one set of previews to the next. 0: only before the first step and after the last.",
         ge=0, le=20000,
-    )  # fmt: skip
+    )
     sample_steps: int = option(20, "Denoising steps of a preview.", ge=1, le=100)
     hub_repo: str = option(
         "", "owner/name on the Hugging Face hub. The weights and a model card are pushed there. Needs hub_token.",
         parse=str.strip,
-    )  # fmt: skip
+    )
     hub_private: bool = option(True, "Make that repository private, if it is new.")
     shard_base: str = option(
         "auto", "Shard the frozen transformer over several GPUs, so that each holds a part. auto: where it doesn't fit "
         "on one.", choices=("auto", "never", "always"), group="advanced",
-    )  # fmt: skip
+    )
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Validate each input, then what is wrong only beside another one."""
@@ -373,17 +380,19 @@ class RunOptions:
 class TrainFiles:
     """What a training reads from files, and the secret that it needs to write elsewhere."""
 
+    # fmt: off
     dataset: Path = option(
         REQUIRED, "A zip or tar of images (jpg, png, webp, bmp, gif, tiff, avif, heic) with captions in NAME.txt "
         "beside them or in metadata.jsonl, metadata.csv or captions.json.", accept=ARCHIVES,
-    )  # fmt: skip
+    )
     init_weights: Path | None = option(
         None, "A weights.zip or LoRA to continue learning from, of the same rank and layers. Its token continues too.",
         accept=WEIGHTS,
-    )  # fmt: skip
+    )
     hub_token: str | None = option(
         None, "Token of the hub that may write to hub_repo. It is neither kept nor logged.", secret=True
     )
+    # fmt: on
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
@@ -393,12 +402,13 @@ class TrainFiles:
 class SampleRequest:
     """One prediction: `num_outputs` images of one prompt, image i from seed + i."""
 
+    # fmt: off
     prompt: str = option(REQUIRED, "What to show. Name the placeholder token of your weights, if they have one.")
     lora_scale: float = option(1.0, "Strength of the LoRA; 0 is the base model.", ge=-1, le=3, group="main")
     aspect_ratio: str = option(
         "1:1", "One of the model's official sizes, 1328x1328 for 1:1.",
         choices=tuple(constants.OFFICIAL_SIZES_PX), group="main",
-    )  # fmt: skip
+    )
     width: int | None = option(
         None, "Width in pixels, rounded to 16. Needs height; overrides aspect_ratio.", ge=64, le=2048, group="main"
     )
@@ -409,7 +419,7 @@ class SampleRequest:
     seed: int = option(
         random_seed, "The same seed gives the same image. Empty or -1: random, and reported.",
         ge=-1, le=MAX_SEED, group="main",
-    )  # fmt: skip
+    )
     steps: int = option(50, "Denoising steps.", ge=1, le=100, group="main")
     guidance: float = option(
         4.0, "Classifier-free guidance. 1 or less turns it off and takes half the time.", ge=0, le=10, group="main"
@@ -418,22 +428,23 @@ class SampleRequest:
     strength: float = option(
         0.7, "How far to go from image: the share of the steps that are run. 1 starts from noise, 0 changes nothing.",
         ge=0, le=1,
-    )  # fmt: skip
+    )
     go_fast: bool = option(
         False, "Faster and lossy: a Lightning LoRA samples without guidance on its own schedule; without one, steps "
         "that change little reuse earlier work.",
-    )  # fmt: skip
+    )
     megapixels: float | None = option(
         None, "Area of the image at that aspect ratio. Empty: the official size.", ge=0.05, le=4
     )
     extra_lora: str = option(
         "", "A second LoRA: a URL, a path, or a hub repository as owner/name or owner/name/file.safetensors.",
         parse=str.strip,
-    )  # fmt: skip
+    )
     extra_lora_scale: float = option(1.0, "Strength of the second LoRA.", ge=-1, le=3)
     output_format: str = option("webp", "Format of the images.", choices=("webp", "jpg", "png"))
     output_quality: int = option(95, "Quality of webp and jpg.", ge=1, le=100)
     disable_metadata: bool = option(False, "Leave prompt and settings out of the files.")
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Validate each input, then what is wrong only beside another one."""
@@ -462,6 +473,7 @@ class SampleRequest:
 class SampleFiles:
     """What a prediction reads from files, and the secret that it needs for a private repository."""
 
+    # fmt: off
     replicate_weights: str | None = option(
         None, "weights.zip from a training, a tar of the same, or a .safetensors LoRA.", accept=WEIGHTS, group="main"
     )
@@ -474,7 +486,8 @@ class SampleFiles:
     hf_token: str | None = option(
         None, "Token of the hub, for a private repository. It is neither kept nor logged.",
         secret=True, group="advanced",
-    )  # fmt: skip
+    )
+    # fmt: on
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------

@@ -119,6 +119,26 @@ def is_lightning(weights: Weights) -> bool:
     return "lightning" in weights.name.casefold()
 
 
+def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
+    """Read a LoRA of any layout to continue learning from, before a model is loaded.
+
+    Raises UserError where its rank or tokens aren't the run's, with what to set.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        lora_path, _ = extract_weights(path, Path(folder))
+        lora = read_lora_file(lora_path, path.name)
+    if others := sorted({layer.rank for layer in lora.layers.values()} - {config.rank}):
+        raise UserError(
+            f"init_weights {path.name} is of rank {others[-1]}, and rank is {config.rank}; set rank={others[-1]}."
+        )
+    if unused := [token for token in lora.embeddings if token not in config.tokens]:
+        raise UserError(
+            f"init_weights {path.name} has learned {', '.join(unused)}; set train_placeholder_token and name them in "
+            "placeholder_token, or their embeddings would be lost."
+        )
+    return lora
+
+
 # --- loaded weights -------------------------------------------------------------------------------------------------
 
 LORA_CACHE_BYTES = 4 * 10**9  # of LoRAs on the device; one of rank 32 on attention has 0.19

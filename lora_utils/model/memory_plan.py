@@ -32,9 +32,7 @@ SHARDED = "sharded"
 
 # On the careful side, for no GPU has measured them yet (`benchmarks.train --compiled` will).
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
-COMPILED_GAIN = 0.1  # of a step's time
-# FLOP/s of a GPU that the choice is made for. A measured speed would differ from one start of a run to the next.
-NOMINAL_SPEED = 4e14
+COMPILED_GAIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,20 +261,6 @@ def choose_sampling_plan(asked: str, estimate: MemoryEstimate) -> MemoryPlan:
         advice += ", or set QUANTIZATION to auto"
     chosen = choose(candidates, estimate, advice)
     return MemoryPlan(chosen.scheme, chosen.text_encoder_stays)
-
-
-def compiled_seconds(
-    config: TrainConfig, shapes: ModelShapes, device: torch.device, image_tokens: int, text_tokens: int
-) -> float:
-    """Return what of a run's time may be compiled: on a GPU all of it, at two thirds of the nominal speed; on a CPU 0.
-
-    On a CPU a resumed run is the uninterrupted one bit for bit, and compiled it wouldn't be: the code that the
-    compiler makes for a shape, and how that rounds, depend on the shapes that the process has seen before.
-    """
-    if device.type != "cuda":
-        return 0.0
-    step = config.batch_size * flops.training_flops(shapes.of_flops, image_tokens, text_tokens, 0)
-    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------

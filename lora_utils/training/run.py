@@ -16,7 +16,7 @@ from lora_utils.io.archive import extracted
 from lora_utils.io.download import base_model_name, download_model
 from lora_utils.io.files import disk_errors
 from lora_utils.lora import hub
-from lora_utils.lora.weights import TrainingFacts, save_weights
+from lora_utils.lora.weights import TrainingFacts, read_init_weights, save_weights
 from lora_utils.model.device import default_placement
 from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.presets import preset_for
@@ -31,7 +31,7 @@ from lora_utils.training.checkpoint import (
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.monitor import TrainMonitor, describe_speed, final_loss
 from lora_utils.training.previews import check_preview_prompts, preview_rows
-from lora_utils.training.setup import TrainJob, read_init_weights, setup
+from lora_utils.training.setup import TrainJob, setup
 from lora_utils.training.state import TrainState, describe_placeholders, final_lora
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +27,8 @@ from lora_utils.dataset.scan import check_captions
 from lora_utils.errors import UserError
 from lora_utils.io.tensor_store import TensorStore, content_key, folder_fingerprint, open_tensor_store
 from lora_utils.lora.adapter import attach_trainable_lora, load_trainable_lora
-from lora_utils.lora.formats import LoraFile, read_lora_file
-from lora_utils.lora.weights_zip import extract_weights
-from lora_utils.model import flow, memory_plan
+from lora_utils.lora.formats import LoraFile
+from lora_utils.model import flops, flow, memory_plan
 from lora_utils.model.components import Components, load_schedule
 from lora_utils.model.device import Placement, free_bytes, release_memory, reset_peak
 from lora_utils.model.memory_plan import MemoryPlan
@@ -207,7 +205,7 @@ def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None)
     free = distributed.all_reduce_min(job.ranks, free_bytes(device))
     count = None if timesteps is None else len(timesteps)
     estimate = memory_plan.training_estimate(shapes, largest.step_size, count, free, job.ranks.world_size)
-    compiled_s = memory_plan.compiled_seconds(config, shapes, device, largest.size.tokens, largest.text_tokens)
+    compiled_s = flops.compiled_seconds(config, shapes.of_flops, device, largest.size.tokens, largest.text_tokens)
     plan = memory_plan.choose_training_plan(
         config.quantization, estimate, bool(config.tokens), compiled_s, job.shard_base
     )
@@ -275,26 +273,6 @@ def _load_transformer(
     lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
     log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
     return transformer, lora
-
-
-def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
-    """Read a LoRA of any layout to continue learning from, before a model is loaded.
-
-    Raises UserError where its rank or tokens aren't the run's, with what to set.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        lora_path, _ = extract_weights(path, Path(folder))
-        lora = read_lora_file(lora_path, path.name)
-    if others := sorted({layer.rank for layer in lora.layers.values()} - {config.rank}):
-        raise UserError(
-            f"init_weights {path.name} is of rank {others[-1]}, and rank is {config.rank}; set rank={others[-1]}."
-        )
-    if unused := [token for token in lora.embeddings if token not in config.tokens]:
-        raise UserError(
-            f"init_weights {path.name} has learned {', '.join(unused)}; set train_placeholder_token and name them in "
-            "placeholder_token, or their embeddings would be lost."
-        )
-    return lora
 
 
 def start_from_weights(transformer: QwenImageTransformer2DModel, placeholders: Placeholders, lora: LoraFile) -> None:

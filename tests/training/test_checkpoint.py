@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_utils.config import RunOptions, TrainConfig, TrainInputs, from_inputs
 from lora_utils.errors import UserError
-from lora_utils.lora.weights import TrainingFacts, save_weights
+from lora_utils.lora.weights import TrainingFacts, read_init_weights, save_weights
 from lora_utils.lora.weights_zip import LORA_MEMBER
 from lora_utils.model import memory_plan
 from lora_utils.training import loop
@@ -30,7 +30,6 @@ from lora_utils.training.checkpoint import (
     with_seed_of_run,
 )
 from lora_utils.training.distributed import Ranks
-from lora_utils.training.setup import read_init_weights
 from lora_utils.training.state import final_lora
 from tests.helpers import ROOT, lora_of, losses, make_state, resume_state, same_result, train_archive
 

@@ -1,0 +1,1 @@
+"""Bytes in and out: archives, downloads, images, atomic files, the log."""

@@ -1,0 +1,1 @@
+"""Trainable and applied LoRAs, their file formats, weights.zip, and the hub."""

@@ -1,0 +1,1 @@
+"""Numbers and images in; curves, contact sheets and reports out."""
