@@ -1,6 +1,6 @@
 """From the experiment's runs to ZERO_PRIOR.md: tables, paired tests, one figure and a contact sheet.
 
-Owns the statistics; must not know how a run is made.
+It owns the statistics and doesn't know how a run is made.
 """
 
 import datetime

@@ -1,6 +1,6 @@
 """One training of the zero-prior experiment, measured as it goes.
 
-Owns the arms, what is asked of the model between steps, and what is counted. The training is the package's own loop;
+It owns the arms, what is asked of the model between steps, and what is counted. The training is the package's own loop;
 whatever an arm changes, it changes between two steps of it.
 """
 

@@ -1,4 +1,4 @@
-"""Plain forms as signed distance fields, and how much of each pixel they cover. Owns geometry; knows no colours.
+"""Plain forms as signed distance fields, and how much of each pixel they cover. They know no colours.
 
 Legend: coordinates are in units of an object's radius, x to the right, y down; radii and centres are in pixels.
 """

@@ -1,6 +1,6 @@
 """Cog's real server on the small model, without Docker: `make serve`. Predictions on one port, trainings on the next.
 
-Owns the folder that stands in for the image, with the schema that `cog build` would write.
+This module owns the folder that stands in for the image, with the schema that `cog build` would write.
 """
 
 import argparse

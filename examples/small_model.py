@@ -1,4 +1,7 @@
-"""The parts of the small Qwen-Image, new: the true classes, small. Owns their sizes; pretrain.py makes them learn."""
+"""The parts of the small Qwen-Image, new: the true classes, small. This module owns their sizes.
+
+pretrain.py makes them learn.
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Qwen-Image's constants, each with its source. Owns facts of the model; must not import anything but Python.
+"""Qwen-Image's constants, each with its source. It holds facts of the model and imports nothing.
 
 Sources: DIF is diffusers 0.42.1 (`pipeline_qwenimage.py`, `transformer_qwenimage.py`), HUB is the model's repository.
 """
@@ -13,7 +13,7 @@ TEMPLATE_PREFIX = (
 TEMPLATE_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATE_PREFIX_TOKENS = 34  # DIF, `prompt_template_encode_start_idx`
 TEMPLATE_SUFFIX_TOKENS = 5
-MAX_PROMPT_TOKENS = 1024  # DIF, `tokenizer_max_length`: what the pipeline can be told to read
+MAX_PROMPT_TOKENS = 1024  # DIF, `tokenizer_max_length`: what the pipeline can be set to read
 TRAINED_PROMPT_TOKENS = 512  # what the model saw in training; DIF, default of `max_sequence_length`
 
 # Images.

@@ -1,4 +1,4 @@
-"""The one error a caller can cause. Owns no knowledge of what went wrong, only its form."""
+"""The one error that a caller can cause. What went wrong is for whoever raises it to say."""
 
 
 class UserError(ValueError):

@@ -1,6 +1,6 @@
 """Measure the sentences of README.md and docs/: at most 16 words in the median, 28 at the 90th percentile.
 
-Tables, code blocks, headings and pictures don't count. A code span, a link and a number count as they are read: a code
+Tables, code blocks, headings and images don't count. A code span, a link and a number count as they are read: a code
 span is one word, a link is its text. `make lint` runs this, so that pages stay readable while they grow.
 """
 

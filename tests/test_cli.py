@@ -45,7 +45,7 @@ def test_every_input_is_an_option_with_cogs_own_sentence_its_choices_and_its_ran
             assert "{" + ",".join(about.choices) + "}" in told, declared.name
 
 
-def test_a_default_is_told_unless_the_sentence_tells_it(capsys, monkeypatch):
+def test_a_default_is_shown_unless_the_sentence_says_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     told = help_of("train", capsys)
     assert "Denoising steps of a preview. [1 to 100, default 20]" in told

@@ -115,7 +115,7 @@ def test_settings_are_frozen_and_replaced():
     assert asdict(replace(config, rank=8)) == {**asdict(config), "rank": 8}
 
 
-def test_every_input_is_declared_once_and_described_in_whole_sentences():
+def test_every_input_is_declared_once_and_described_in_sentences():
     for inputs in NEEDED:
         declared = declared_inputs(inputs)
         assert len({each.name for each in declared}) == len(declared)

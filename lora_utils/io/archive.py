@@ -1,6 +1,6 @@
 """Archives: reading the users' zips and tars safely, whatever is in them.
 
-An archive is told by its content, not by its name: Cog's downloads have none.
+An archive is recognised by its content, not by its name: Cog's downloads have none.
 """
 
 import errno

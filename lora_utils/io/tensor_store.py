@@ -1,6 +1,6 @@
 """Tensors on disk that one run has computed and the next one needn't, by the hash of all that they follow from.
 
-Owns the files' layout, their reading as they are needed, and what the folder may grow to; must not know what the
+This module owns their layout, their reading as they are needed, and the size of the folder. It does not know what the
 tensors are. An entry is a safetensors file, written under another name and then renamed, so a run that is killed
 leaves complete entries only. Entries are read when they are asked for and not held: memory stays flat however many
 images there are, and what is read often stays in the system's page cache.

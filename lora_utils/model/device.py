@@ -83,7 +83,7 @@ def retry_after(
 ) -> T:
     """Call `attempt` until it returns. After one of these errors `recover` makes the next call easier, or raises.
 
-    `recover` is told the error's type and the first line of its text. It runs outside of the handler, where the
+    `recover` receives the error's type and the first line of its text. It runs outside of the handler, where the
     traceback no longer holds the failed attempt's tensors.
     """
     while True:

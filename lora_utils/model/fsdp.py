@@ -1,7 +1,7 @@
 """The frozen transformer sharded over several GPUs by FSDP2: each holds a part, and fetches a block while it runs.
 
-Owns what is sharded and how a weight from the disk becomes a part. LoRA and rows aren't sharded: they are small, and
-every GPU has them, as without sharding. The weights stay as they are, so it is exact.
+This module owns what is sharded and how a weight from the disk becomes a part. LoRA and embeddings aren't sharded: they
+are small, and every GPU has them, as without sharding. The weights stay as they are, so it is exact.
 """
 
 from collections.abc import Iterator

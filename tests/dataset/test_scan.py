@@ -57,7 +57,7 @@ def test_captions_stand_beside_their_images_else_the_default(tmp_path):
     assert found.left_out == ["b/notes.txt"]
 
 
-def test_a_image_that_cannot_be_read_is_named(tmp_path):
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
     save(GRADIENT, tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
     with pytest.raises(UserError, match=r"broken\.png can't be read"):

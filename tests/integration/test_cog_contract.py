@@ -53,7 +53,7 @@ def test_the_signature_is_the_list_of_inputs(name):
         assert (item.type == "Secret") == about.secret, item.name
 
 
-def test_a_form_is_told_which_files_an_input_takes():
+def test_the_schema_says_which_files_an_input_takes():
     schemas = cog_contract.openapi_schema(SOURCES["predict"], SOURCES["train"])["components"]["schemas"]
     assert schemas["Input"]["properties"]["image"]["x-cog-accept"] == "image/*"
     assert ".zip" in schemas["TrainingInput"]["properties"]["dataset"]["x-cog-accept"]

@@ -168,7 +168,7 @@ def test_a_failed_prediction_tells_the_client_why_and_the_server_stays_ready(giv
     predictor.wait_until_ready(5)
 
 
-def test_a_image_to_start_from_and_a_mask_come_as_data_uris(predictor):
+def test_an_image_to_start_from_and_a_mask_come_as_data_uris(predictor):
     half = Image.new("L", (64, 64), 0)
     half.paste(255, (0, 0, 32, 64))
     stored = io.BytesIO()

@@ -40,7 +40,7 @@ def test_a_nested_zip_is_unpacked_without_litter(write_zip, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_tars_are_told_by_content_whatever_their_name(tmp_path, mode):
+def test_tars_are_recognised_by_content_whatever_their_name(tmp_path, mode):
     path = tar(tmp_path / "download", {"x/one.txt": b"hello"}, mode)
     (file,) = extract_archive(path, tmp_path / "out")
     assert file.read_text() == "hello"

@@ -94,7 +94,7 @@ def test_base_model_alone_selects_the_model(monkeypatch):
     assert download.base_model_name() == "Qwen/Qwen-Image-2512"
 
 
-def test_a_url_is_downloaded_once_and_whole(files, tmp_path):
+def test_a_url_is_downloaded_once_and_completely(files, tmp_path):
     folder, url = files
     (folder / "w.zip").write_bytes(b"abc" * 1000)
     path = download.download_weights(f"{url}/w.zip", tmp_path / "cache")

@@ -71,14 +71,14 @@ def test_the_content_counts_and_not_the_ending(tmp_path):
         open_image(tmp_path / "two.jpg")
 
 
-def test_a_image_that_would_swell_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_an_image_that_would_swell_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (15_000, 10_000)).save(tmp_path / "large.png")  # 150 megapixels in some 20 kB
     monkeypatch.setattr(Image.Image, "load", lambda _self: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match=r"large\.png has 15000x10000 pixels; scale it down to 100 megapixels"):
         open_image(tmp_path / "large.png")
 
 
-def test_a_image_that_claims_more_than_any_decoder_takes_is_refused(tmp_path):
+def test_an_image_that_claims_more_than_any_decoder_takes_is_refused(tmp_path):
     stored = io.BytesIO()
     Image.new("L", (8, 8)).save(stored, "bmp")
     raw = bytearray(stored.getvalue())

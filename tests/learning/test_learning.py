@@ -41,7 +41,7 @@ def test_the_demo_leaves_an_archive_and_a_labelled_sheet(demo_run):
         assert len(sheet.getcolors(1 << 24) or []) > 500
 
 
-def test_the_token_draws_the_taught_object_on_backgrounds_it_was_never_shown_on(scores):
+def test_the_token_generates_the_taught_object_on_backgrounds_it_was_never_shown_on(scores):
     taught = scores[f"{demo.TOKEN} with the LoRA"]
     assert taught.kind >= 0.75, str(taught)
     assert taught.background >= 0.75, str(taught)
@@ -53,7 +53,7 @@ def test_unrelated_prompts_still_score_as_the_base_does(scores):
     assert with_lora.all_three >= base.all_three - 0.05, str(with_lora)
 
 
-def test_the_learned_row_is_part_of_what_is_drawn(demo_run, tiny_model):
+def test_the_learned_embedding_is_part_of_what_is_generated(demo_run, tiny_model):
     """A fresh row in its place gives other images: an archive that forgot the row would be found out.
 
     How much the row adds to the score is README's to say: little, in this small world.
@@ -96,7 +96,7 @@ def drawn(components, weights, rows):
     return shares
 
 
-def test_exchanging_two_rows_exchanges_what_their_tokens_draw(two_tokens):
+def test_exchanging_two_embeddings_exchanges_what_their_tokens_generate(two_tokens):
     """The proof that a row means something: one LoRA, the same prompts and seeds, and only the rows changed places."""
     components, weights = two_tokens
     rows = weights.lora.embeddings
@@ -107,7 +107,7 @@ def test_exchanging_two_rows_exchanges_what_their_tokens_draw(two_tokens):
 
 
 @pytest.mark.parametrize("change", ["zeroed", "permuted"])
-def test_without_its_own_row_a_token_no_longer_draws_its_object(change, two_tokens):
+def test_without_its_own_embedding_a_token_no_longer_generates_its_object(change, two_tokens):
     components, weights = two_tokens
     order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
     spoil = {"zeroed": torch.zeros_like, "permuted": lambda row: row[:, order]}[change]

@@ -42,11 +42,11 @@ def scores(tiny_model):
     return evaluate.evaluate_base(tiny_model, prompts=60)
 
 
-def test_it_draws_held_out_prompts(scores):
+def test_it_generates_held_out_prompts(scores):
     assert scores[0].all_three >= 0.9, str(scores[0])
 
 
-def test_it_draws_the_prior_words_own_pattern(scores):
+def test_it_generates_the_prior_words_own_pattern(scores):
     assert scores[1].kind >= 0.95, str(scores[1])
     assert scores[1].background >= 0.95
 

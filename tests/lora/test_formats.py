@@ -223,7 +223,7 @@ def test_two_loras_add_up(lora, components, inputs):
         torch.testing.assert_close(twice, predict(components, *inputs), atol=1e-4, rtol=1e-3)
 
 
-def test_our_file_is_what_stock_diffusers_loads_whole(lora, components, inputs, random_model, tmp_path):
+def test_stock_diffusers_loads_all_of_our_file(lora, components, inputs, random_model, tmp_path):
     row = torch.randn(1, 128)
     path = tmp_path / "lora.safetensors"
     write_lora_file(path, LoraFile(lora.layers, {"<zwx>": row}))

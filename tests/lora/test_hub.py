@@ -47,7 +47,7 @@ def train_and_push(archive, random_model, tmp_path):
     return run
 
 
-def test_weights_samples_and_a_gpu_are_pushed_to_a_private_repository(train_and_push, tmp_path):
+def test_weights_previews_and_a_model_card_are_pushed_to_a_private_repository(train_and_push, tmp_path):
     with hub_server.receiving(TOKEN) as pushed:
         done = train_and_push(pushed.url)
     assert done.returncode == 0, done.stderr
@@ -130,7 +130,7 @@ def header_of(card):
     return yaml.safe_load(re.match(r"---\n(.*?)\n---", card, re.S)[1])
 
 
-def test_the_card_says_what_a_reader_needs():
+def test_the_model_card_says_what_a_reader_needs():
     meta = Meta(
         base_model="Qwen/Qwen-Image", rank=16, training_steps=900, num_images=12,
         placeholder={"token": "<zwx>", "sha256": ""},
@@ -157,7 +157,7 @@ def test_the_gpu_of_a_trigger_word_and_of_neither():
     assert "/models" not in neither
 
 
-def test_the_gpus_code_draws_what_predict_draws(archive, random_model, tmp_path, monkeypatch):
+def test_the_model_cards_code_generates_what_predict_generates(archive, random_model, tmp_path, monkeypatch):
     """With the stock pipeline, its LoRA loader and the learned row put into its own embedding matrix."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     config = TrainConfig(steps=8, rank=4, resolution="64", train_placeholder_token=True, learning_rate=1e-2, seed=0,

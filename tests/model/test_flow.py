@@ -41,7 +41,7 @@ def test_shift_by_resolution_is_qwen_images_and_not_fluxs(side_px, shift):
     assert math.exp(SCHEDULE.mu((side_px // 16) ** 2)) == pytest.approx(shift, abs=0.005)
 
 
-def test_drawn_sigmas_follow_the_resolutions_shift():
+def test_random_sigmas_follow_the_resolutions_shift():
     mu = SCHEDULE.mu(4096)
     sigma = flow.sample_sigmas(200_000, mu, torch.Generator().manual_seed(0))
     assert sigma.min() > 0
@@ -96,7 +96,7 @@ def test_buckets_are_multiples_of_sixteen_with_the_resolutions_area(resolution_p
     assert Size(resolution_px, resolution_px) in buckets(resolution_px)
 
 
-def test_a_image_trains_at_every_resolution_it_fills_and_is_enlarged_only_to_the_smallest():
+def test_an_image_trains_at_every_resolution_it_fills_and_is_enlarged_only_to_the_smallest():
     resolutions = (512, 768, 1024)
     assert choose_buckets(2000, 2000, resolutions) == [Size(512, 512), Size(768, 768), Size(1024, 1024)]
     assert choose_buckets(800, 800, resolutions) == [Size(512, 512), Size(768, 768)]

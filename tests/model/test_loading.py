@@ -94,7 +94,7 @@ def test_a_tensor_has_its_place_before_the_next_is_read():
     check_complete(module, Path("folder"))
 
 
-def test_a_folder_that_is_not_whole_is_named(sharded, random_model, tmp_path):
+def test_an_incomplete_folder_is_named(sharded, random_model, tmp_path):
     folder = sharded / "transformer"
     file = folder / "part-0.safetensors"
     tensors = load_file(file)

@@ -187,7 +187,7 @@ def test_a_run_follows_its_plan_and_writes_down_what_it_came_to(dataset, random_
     list(loop.train(run))
 
 
-def test_a_text_encoder_on_the_cpu_trains_the_same_row(dataset, random_model, monkeypatch):
+def test_a_text_encoder_on_the_cpu_trains_the_same_embedding(dataset, random_model, monkeypatch):
     rows = []
     for on_gpu in (True, False):
         with monkeypatch.context() as patch:

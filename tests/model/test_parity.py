@@ -63,7 +63,7 @@ def test_padding_never_changes_a_prediction(components):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("size", [Size(64, 64), Size(96, 64)])
-def test_a_whole_sampling_run_gives_the_pipelines_latents(guidance, size, components, pipeline):
+def test_a_complete_sampling_run_gives_the_pipelines_latents(guidance, size, components, pipeline):
     request = SampleRequest(PROMPTS[3], steps=5, guidance=guidance, width=size.width_px, height=size.height_px, seed=7)
     with torch.inference_mode():
         text = encode(components, [request.prompt])

@@ -44,7 +44,7 @@ def dataset(tmp_path_factory):
     return path
 
 
-def test_the_log_follows_each_row(dataset, random_model, monkeypatch, capsys):
+def test_the_log_follows_each_embedding(dataset, random_model, monkeypatch, capsys):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     call(train, dataset=dataset, train_placeholder_token=True, placeholder_token=NAMES, **SETTINGS)
     lines = capsys.readouterr().out.splitlines()
@@ -75,7 +75,7 @@ def draw(random_model, weights, prompt):
         return np.array(image, int)
 
 
-def test_the_archive_holds_a_row_for_each_and_the_meta_describes_each(weights, components, tmp_path):
+def test_the_archive_holds_an_embedding_for_each_token_and_the_meta_describes_each(weights, components, tmp_path):
     extract_archive(weights, tmp_path)
     rows = {key: row for key, row in load_file(tmp_path / LORA_MEMBER).items() if key.startswith("bundle_emb.")}
     assert set(rows) == {f"bundle_emb.{token}.lora.qwen25_7b" for token in OBJECTS}
@@ -88,7 +88,7 @@ def test_the_archive_holds_a_row_for_each_and_the_meta_describes_each(weights, c
     assert [described["captions_with_token"] for described in meta["placeholder"]] == [5, 4]
 
 
-def test_either_token_and_both_are_drawn(weights, random_model):
+def test_either_token_and_both_can_be_sampled(weights, random_model):
     prompts = ("a photo of <anna>", "a photo of <ben>", "a photo of <anna> and <ben>")
     anna, ben, both = (draw(random_model, weights, prompt) for prompt in prompts)
     assert not np.array_equal(anna, ben)
@@ -98,7 +98,7 @@ def test_either_token_and_both_are_drawn(weights, random_model):
 
 
 @pytest.mark.parametrize("lost", [["<ben>"], list(OBJECTS), "exchanged"])
-def test_rows_that_are_lost_or_exchanged_are_an_error(lost, weights, random_model, tmp_path):
+def test_embeddings_that_are_lost_or_exchanged_are_an_error(lost, weights, random_model, tmp_path):
     extract_archive(weights, tmp_path)
     tensors = load_file(tmp_path / LORA_MEMBER)
     anna, ben = (f"bundle_emb.{token}.lora.qwen25_7b" for token in OBJECTS)
@@ -121,7 +121,7 @@ def run(dataset, random_model, tmp_path):
     return make_state(config, load(tmp_path, config), random_model)
 
 
-def test_a_step_moves_the_rows_of_its_own_captions_alone(run):
+def test_a_step_moves_the_embeddings_of_its_own_captions_alone(run):
     """Neither a gradient of zeros nor AdamW's momentum moves a row whose token the step didn't show."""
     rows = dict(zip(run.placeholders.tokens, run.placeholders.embeddings, strict=True))
     seen = set()

@@ -139,7 +139,7 @@ def weights_with(name, **rows):
     )
 
 
-def test_the_tokens_of_two_archives_get_a_slot_each_and_a_shared_row_one(components):
+def test_the_tokens_of_two_archives_get_an_id_each_and_a_shared_embedding_one(components):
     first = len(components.tokenizer)
     loaded = [weights_with("a.zip", anna=1.0, both=2.0), weights_with("b.zip", ben=3.0, both=2.0)]
     together = placeholders_of(loaded, components)
@@ -155,7 +155,7 @@ def test_a_token_that_means_two_things_is_refused_with_both_names(components):
 # --- the row --------------------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_that_of_the_full_matrix_masked_to_the_row(components, random_model):
+def test_the_gradient_is_that_of_the_full_matrix_masked_to_the_tokens_row(components, random_model):
     row = torch.randn(128, generator=torch.Generator().manual_seed(0)) * 1e-5
     ours = with_row(components, row.clone().requires_grad_())
     encode(components, [f"a photo of {TOKEN}, {TOKEN}s"], ours).states.square().sum().backward()
@@ -173,7 +173,7 @@ def test_the_gradient_is_that_of_the_full_matrix_masked_to_the_row(components, r
     assert (ours.embeddings[0].grad - full).norm() < 1e-5 * full.norm()
 
 
-def test_below_1e_5_the_first_size_of_the_row_makes_no_difference(components):
+def test_below_1e_5_the_first_size_of_the_embedding_makes_no_difference(components):
     """Layer 0's RMSNorm bounds the gain at 1 / sqrt(1e-6): near zero the token is its context and nothing else."""
     noise, prompt = torch.randn(128, generator=torch.Generator().manual_seed(0)), [f"a photo of {TOKEN}"]
     zero, tiny, small, usual = (
@@ -194,7 +194,7 @@ def test_what_stands_in_the_matrixs_free_rows_never_reaches_an_output(components
     assert torch.equal(clean, poisoned)
 
 
-def test_the_row_matters_and_its_token_alone(components):
+def test_the_embedding_matters_to_its_token_alone(components):
     one, other = with_row(components, torch.randn(128)), with_row(components, torch.randn(128))
     prompt = f"a photo of {TOKEN} on a pink background"
     assert not torch.allclose(encode(components, [prompt], one).states, encode(components, [prompt], other).states)

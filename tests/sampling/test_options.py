@@ -58,7 +58,7 @@ def same(one, other):
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_a_strength_of_one_draws_again_and_of_zero_changes_nothing(components, photo):
+def test_a_strength_of_one_starts_from_noise_and_of_zero_changes_nothing(components, photo):
     start = start_of(components, photo)
     assert same(draw(components, start, replace(REQUEST, strength=1.0)), draw(components))
     round_trip = decode_images(components.vae, start.clean, SIZE)[0]
@@ -124,7 +124,7 @@ def test_outside_a_mask_the_image_is_unchanged_to_within_the_vaes_error(tiny_mod
     assert np.abs(painted - original)[:, :32].mean() > 5, "and inside it something is drawn"
 
 
-def test_any_white_of_a_latent_makes_it_one_to_be_drawn(components, photo, tmp_path):
+def test_any_white_of_a_latent_makes_it_one_to_be_generated(components, photo, tmp_path):
     thin = Image.new("L", (64, 64), 0)
     thin.paste(255, (17, 9, 19, 11))  # 4 of the 64 pixels of one latent
     thin.save(tmp_path / "thin.png")
@@ -169,7 +169,7 @@ def weights_named(name):
     return Weights(LoraFile({}), None, name)
 
 
-def test_a_lightning_lora_draws_without_guidance_on_its_own_schedule_when_asked_to(caplog):
+def test_a_lightning_lora_samples_without_guidance_on_its_own_schedule_when_asked_to(caplog):
     caplog.set_level("INFO", "lora_utils")
     lightning = weights_named("Qwen-Image-Lightning-8steps-V1.1.safetensors")
     plain, options = choose_options(REQUEST, [lightning], None)
@@ -200,7 +200,7 @@ def test_without_one_steps_are_reused_and_said_to_be_lossy(caplog):
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_drawn_together_as_far_as_memory_goes(components, monkeypatch):
+def test_images_are_sampled_together_as_far_as_memory_goes(components, monkeypatch):
     """Out of memory, fewer of them; and each is what it is alone."""
     request, asked = replace(REQUEST, num_outputs=4), []
     alone = [draw(components, request=replace(REQUEST, seed=3 + index)) for index in range(4)]
@@ -223,7 +223,7 @@ def test_images_are_drawn_together_as_far_as_memory_goes(components, monkeypatch
     assert sampler.at_once(components, SIZE) == 1
 
 
-def test_a_image_that_never_fits_is_refused_with_one_that_would(components, monkeypatch):
+def test_an_image_that_never_fits_is_refused_with_one_that_would(components, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

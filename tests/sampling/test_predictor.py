@@ -203,7 +203,7 @@ def test_files_have_unique_names_and_carry_their_settings(predictor, archives, o
     assert "diffusers" in settings[0]["versions"]  # type: ignore[operator]
 
 
-def test_progress_has_at_most_ten_lines_a_image(predictor, capsys):
+def test_progress_has_at_most_ten_lines_an_image(predictor, capsys):
     one(predictor, steps=37)
     assert 5 <= sum(" step " in line for line in capsys.readouterr().out.splitlines()) <= 10
 
@@ -259,12 +259,12 @@ ROW = "bundle_emb.<zwx>.lora.qwen25_7b"
         (lambda t: {**t, ROW: torch.ones(1, 64)}, r"has the shape \(1, 64\), the model takes \(1, 128\)"),
     ],
 )
-def test_a_row_that_was_lost_or_changed_is_an_error(change, message, predictor, archives, tmp_path):
+def test_an_embedding_that_was_lost_or_changed_is_an_error(change, message, predictor, archives, tmp_path):
     with pytest.raises(UserError, match=message):
         one(predictor, TOKEN_PROMPT, replicate_weights=altered(archives, tmp_path, change))
 
 
-def test_the_row_is_part_of_the_image(predictor, archives, tmp_path):
+def test_the_embedding_is_part_of_the_image(predictor, archives, tmp_path):
     """Another row under the same LoRA, as a bare file that no meta vouches for, gives another image."""
     with zipfile.ZipFile(archives / "token.zip") as packed:
         packed.extractall(tmp_path)
@@ -302,7 +302,7 @@ def test_a_token_that_nothing_defines_is_refused(predictor, archives):
 
 
 @pytest.mark.parametrize("prompt", ["a photo of zwx", "a photo of < zwx >", "a photo of <ZWX>", "a red circle"])
-def test_a_prompt_without_the_token_is_drawn_with_a_hint(prompt, predictor, archives, capsys):
+def test_a_prompt_without_the_token_is_sampled_with_a_hint(prompt, predictor, archives, capsys):
     one(predictor, prompt, replicate_weights=archives / "token.zip")
     assert capsys.readouterr().out.count("hint: the prompt doesn't hold <zwx>, written exactly so") == 1
 
@@ -390,7 +390,7 @@ def test_the_cache_holds_what_was_used_last_up_to_its_limit(predictor, archives)
 # --- images to start from, metadata, placement --------------------------------------------------------------------
 
 
-def test_a_image_to_start_from_gives_the_size_and_part_of_the_look(predictor, tmp_path):
+def test_an_image_to_start_from_gives_the_size_and_part_of_the_look(predictor, tmp_path):
     Image.new("RGB", (96, 64), (250, 0, 0)).save(tmp_path / "a.png")
     given = {"image": tmp_path / "a.png", "width": None, "height": None, "steps": 10}
     near, far = (one(predictor, **given, strength=strength) for strength in (0.1, 1.0))
@@ -408,7 +408,7 @@ def test_settings_can_be_left_out(predictor):
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "nf4"])
-def test_a_quantised_server_draws_nearly_the_same(scheme, predictor, archives, monkeypatch, tiny_model):
+def test_a_quantised_server_generates_nearly_the_same(scheme, predictor, archives, monkeypatch, tiny_model):
     monkeypatch.setenv("BASE_MODEL", str(tiny_model))
     images = []
     for asked in ("none", scheme):
@@ -419,7 +419,7 @@ def test_a_quantised_server_draws_nearly_the_same(scheme, predictor, archives, m
     assert 0 < np.abs(images[0] - images[1]).mean() < 20
 
 
-def test_a_text_encoder_on_the_cpu_draws_the_same(predictor, monkeypatch, archives):
+def test_a_text_encoder_on_the_cpu_generates_the_same(predictor, monkeypatch, archives):
     given = {"replicate_weights": archives / "token.zip"}
     expected = one(predictor, TOKEN_PROMPT, **given)
     monkeypatch.setattr(

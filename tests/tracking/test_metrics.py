@@ -115,7 +115,7 @@ def told(monkeypatch):
     return made
 
 
-def test_wandb_is_told_too_if_its_key_is_set(train_run, told, monkeypatch):
+def test_wandb_gets_the_metrics_too_if_its_key_is_set(train_run, told, monkeypatch):
     train_run("without")
     assert told == []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)

@@ -84,7 +84,7 @@ def test_with_the_feature_off_its_inputs_change_nothing(new_run, caplog, monkeyp
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_the_lora_learns_its_first_step_alike_with_and_without_the_row(new_run):
+def test_the_lora_learns_its_first_step_alike_with_and_without_the_embedding(new_run):
     """The row starts near zero and has a clip and a generator of its own, so it doesn't disturb the LoRA."""
     frozen, trained = (new_run(replace(TOKEN, steps=1, placeholder_learning_rate=rate)) for rate in (0.0, 1e-3))
     losses(frozen), losses(trained)
@@ -138,7 +138,7 @@ def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(n
     assert all(len(captions) == different and all("<zwx>" in caption for caption in captions) for captions in steps)
 
 
-def test_only_the_row_of_the_text_encoder_learns(new_run):
+def test_only_the_tokens_embedding_of_the_text_encoder_learns(new_run):
     run = new_run(TOKEN)
     assert run.components.text_encoder is not None
     before = {name: value.clone() for name, value in run.components.text_encoder.state_dict().items()}
@@ -216,7 +216,7 @@ def test_captions_longer_than_the_model_reads_are_refused(config, components, da
         check_captions(replace(dataset, examples=[*late, *dataset.examples[2:]]), config, components.tokenizer)
 
 
-def test_a_row_that_never_learns_is_an_error_and_not_a_file(new_run):
+def test_an_embedding_that_never_learns_is_an_error_and_not_a_file(new_run):
     run = new_run(TOKEN)
     texts = {**run.data.texts, **{caption: torch.zeros(5, 128) for caption in run.data.captions}}
     run.data = replace(run.data, texts=texts)
@@ -236,7 +236,7 @@ def test_a_row_that_never_learns_is_an_error_and_not_a_file(new_run):
         ),
     ],
 )
-def test_a_first_gradient_of_the_row_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, new_run):
+def test_a_first_gradient_of_the_embedding_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, new_run):
     run = new_run(replace(TOKEN, caption_dropout=0.0))
     run.placeholders.embeddings[0].register_hook(spoil)
     with pytest.raises(error, match=message):
@@ -249,7 +249,7 @@ def test_a_text_encoder_without_grad_mode_is_found_at_the_first_step(new_run, mo
         list(loop.train(new_run(replace(TOKEN, caption_dropout=0.0))))
 
 
-def test_a_rate_of_zero_keeps_the_fresh_row_as_drawn(new_run):
+def test_a_rate_of_zero_keeps_the_embedding_as_it_starts(new_run):
     run = new_run(replace(TOKEN, placeholder_learning_rate=0.0, placeholder_init_std=1e-4))
     losses(run)
     assert torch.equal(final_lora(run).embeddings["<zwx>"][0], run.initial_embeddings[0])

@@ -108,7 +108,7 @@ def test_the_plan_counts_the_optimizer():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_tokens_row_has_an_adamw_of_its_own_without_decay(optimizer, new_run):
+def test_a_tokens_embedding_has_an_adamw_of_its_own_without_decay(optimizer, new_run):
     run = new_run(optimizer=optimizer, weight_decay=0.5)
     (group,) = run.optimizers.embeddings.param_groups
     assert type(run.optimizers.embeddings) is AdamW

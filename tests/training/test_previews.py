@@ -24,7 +24,7 @@ def names(folder):
     return [path.name for path in contact_sheet.list_sheets(folder)]
 
 
-def test_a_sheet_after_the_last_step_is_what_predict_draws(train_run, random_model, monkeypatch):
+def test_previews_after_the_last_step_are_what_predict_generates(train_run, random_model, monkeypatch):
     """The same file, rounded as it is, through the same hooks and the same sampler; only the modulations come from a
     table in training, which rounds differently."""
     weights, folder = train_run(sample_prompts=PROMPTS, sample_steps=4)
@@ -67,7 +67,7 @@ def test_sheets_come_before_the_first_step_on_the_way_and_after_the_last(train_r
     assert names(folder) == ["step-000000.png", "step-000008.png"], "a new run in that folder leaves no other's"
 
 
-def test_a_run_that_is_resumed_draws_the_rest(train_run, tmp_path):
+def test_a_resumed_run_samples_the_previews_that_are_left(train_run, tmp_path):
     _, whole = train_run("whole", sample_prompts=PROMPTS, sample_every=2, sample_steps=2)
     given = {"sample_prompts": PROMPTS, "sample_every": 2, "sample_steps": 2, "save_every": 3, "resume": "auto"}
     asked = iter([False, False, False, True])
@@ -93,7 +93,7 @@ def test_a_run_that_is_resumed_draws_the_rest(train_run, tmp_path):
         ("[trigger] at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
     ],
 )
-def test_a_prompt_with_a_token_is_drawn_without_it_too(prompt, config, expected):
+def test_a_prompt_with_a_token_is_previewed_without_it_too(prompt, config, expected):
     (row,) = preview_rows(config, RunOptions(run_dir="x", sample_prompts=prompt))
     assert [request.prompt for request in row] == expected
     assert {request.seed for request in row} == {config.seed}, "from the same noise"
@@ -106,7 +106,7 @@ def test_several_prompts_have_seeds_of_their_own():
     ]  # fmt: skip
 
 
-def test_prompts_that_cannot_be_drawn_are_refused_before_anything_is_loaded(train_run, monkeypatch):
+def test_preview_prompts_with_unknown_tokens_are_refused_before_anything_is_loaded(train_run, monkeypatch):
     monkeypatch.setattr("lora_utils.training.setup.load_text_encoder", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="sample_prompts hold '<abc>', and the run trains <zwx>"):
         train_run(sample_prompts="a photo of <abc>")
