@@ -1,7 +1,8 @@
-"""Measurements of the package on the small model: each module is a command, each writes a page beside itself."""
+"""Measurements of the package on the small model: each module is a command, and writes a page or prints a table."""
 
 from pathlib import Path
 
-import lora_utils  # noqa: F401 (first, so that what diffusers would say of other GPUs' kernels isn't said)
+from lora_utils.io.logging import configure_libraries
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+configure_libraries()  # all of these are commands, and each imports diffusers at its top

@@ -121,7 +121,7 @@ def memory_of(method: str, arguments: argparse.Namespace) -> float:
 
 
 def swap_lines(job: Job) -> list[str]:
-    """Seconds to read a transformer from disk, and to read and placement a rank-32 LoRA on it instead of another."""
+    """Seconds to read a transformer from disk, and to read and place a rank-32 LoRA on it instead of another."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "transformer").mkdir()
@@ -148,7 +148,7 @@ def swap_lines(job: Job) -> list[str]:
                 swaps.append(time.perf_counter() - began)
     took = min(swaps)
     return [
-        "| load the transformer, s | read and placement another LoRA, s | share |",
+        "| load the transformer, s | read and place another LoRA, s | share |",
         "| --- | --- | --- |",
         f"| {loaded_s:.2f} | {took:.3f} | {took / loaded_s:.1%} |",
     ]

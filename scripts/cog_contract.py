@@ -138,6 +138,7 @@ def _properties(items: list[CogInput]) -> dict[str, Any]:
 
 
 def openapi_schema(predict_source: str, train_source: str) -> dict[str, Any]:
+    """Return the schema of both commands as `cog build` writes it, from the text of predict.py and train.py."""
     schemas: dict[str, Any] = {}
     for name, source in (("Input", predict_source), ("TrainingInput", train_source)):
         items = inputs(source)
