@@ -83,6 +83,7 @@ def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2
 @torch.inference_mode()
 def describe_image(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, image: Image.Image) -> str:
     """Return what the model says of an image, on one line. It says the same each time."""
+    # The image, as the vision tower sees it.
     vision = cast(Any, model.config).vision_config
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": LEAST_PIXELS, "longest_edge": MOST_PIXELS},
@@ -92,20 +93,31 @@ def describe_image(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2To
     )
     seen = processor(images=[image], return_tensors="pt")
     tokens = int(seen["image_grid_thw"].prod()) // vision.spatial_merge_size**2
+
+    # The question about it.
     shown = f"<|vision_start|>{_IMAGE * tokens}<|vision_end|>"
     asked = f"<|im_start|>user\n{shown}{QUESTION}{constants.TEMPLATE_SUFFIX}"
     ids = torch.tensor([tokenizer(asked).input_ids])
     given = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": torch.eq(ids, cast(int, tokenizer.convert_tokens_to_ids(_IMAGE))).int(),
+        "mm_token_type_ids": torch.eq(ids, _token_id(tokenizer, _IMAGE)).int(),
         "pixel_values": seen["pixel_values"].to(model.dtype),
         "image_grid_thw": seen["image_grid_thw"],
     }
-    end = cast(int, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+    # The answer: the likeliest token each time.
+    end = _token_id(tokenizer, "<|im_end|>")
     settings = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
     answer = cast(Any, model).generate(
         **{name: value.to(model.device) for name, value in given.items()}, generation_config=settings
     )
-    said = cast(str, tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
+    said = str(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
     return " ".join("".join(letter if letter.isprintable() else " " for letter in said).split())
+
+
+def _token_id(tokenizer: Qwen2Tokenizer, token: str) -> int:
+    """Return the id of one of the tokenizer's own tokens."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found

@@ -141,6 +141,7 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
 
     Raises UserError for what isn't safetensors, holds no LoRA, an unknown key or method, or half a pair.
     """
+    # All tensors of the file.
     name = name or path.name
     try:
         with safe_open(path, framework="pt") as file:
@@ -150,6 +151,8 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
         raise UserError(
             f"{name} is no safetensors file ({error}); give a weights.zip or a .safetensors LoRA."
         ) from error
+
+    # Sort them by module; embeddings apart.
     parts: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -165,6 +168,8 @@ def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
         parts.setdefault(found[0], {})[found[1]] = tensor
     if not parts:
         raise UserError(f"{name} holds no LoRA layers.")
+
+    # Pair them up, each with its alpha.
     default_alpha, alphas = _header_alphas(metadata, name)
     layers = {}
     for module, part in parts.items():

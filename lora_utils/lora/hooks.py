@@ -26,6 +26,7 @@ def move_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, placemen
 
     Raises UserError that says what matched and what didn't: a LoRA that applies in part isn't the one that was trained.
     """
+    # Every layer has its counterpart.
     linears = {  # those under a trainable LoRA too, by the names that they have without it
         name.removesuffix(".base_layer"): module
         for name, module in transformer.named_modules()
@@ -38,6 +39,8 @@ def move_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, placemen
             f"this LoRA doesn't fit the model: {len(matched)} of its {len(lora.layers)} layers match "
             f"({listed(matched)}), {len(unknown)} don't exist here ({listed(unknown)}). Is it another model's?"
         )
+
+    # Each fits it, holds numbers, and is moved.
     layers = {}
     for name, layer in lora.layers.items():
         linear = linears[name]

@@ -78,10 +78,13 @@ def _first_line(error: Exception) -> str:
 
 def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
     """Return README.md as the hub reads it: what its search needs in front, then what a person wants to know."""
+    # What it is a LoRA of, and the word that calls up what it was taught.
     named = meta.base_model or ""
     base = named if HUB_REPO_PATTERN.fullmatch(named) and not Path(named).is_dir() else None
     tokens = [described["token"] for described in meta.placeholders]
     trigger = tokens[0] if tokens else meta.config.get("trigger_word") or None
+
+    # The header, which the hub's search reads.
     header = [
         "---",
         "library_name: diffusers",
@@ -91,6 +94,8 @@ def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
         *([f"instance_prompt: {json.dumps(trigger)}"] if trigger else []),
         "---",
     ]
+
+    # The text, which people read.
     settings = {name: value for name, value in meta.config.items() if value not in ("", None) and _tells(name)}
     parts = [
         "\n".join(header),

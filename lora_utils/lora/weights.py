@@ -187,6 +187,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
 
     `config` is the resolved one. Raises UserError where the disk is full.
     """
+    # What meta.json says.
     meta = Meta(
         base_model=facts.base_model,
         train_placeholder_token=config.train_placeholder_token,
@@ -207,6 +208,8 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
         versions=package_versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+    # Write both beside the target, then rename: there is a complete archive or none.
     remedy = "free some room. If save_every kept checkpoints, resume=auto writes it from the last one."
     with (
         disk_errors(f"{target} can't be written", remedy),

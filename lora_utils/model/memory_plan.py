@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -112,7 +112,8 @@ def transformer_bytes(config: dict[str, Any], element_bytes: int, table: bool) -
     No weight is made for it.
     """
     with init_empty_weights():
-        transformer = cast(nn.Module, QwenImageTransformer2DModel.from_config(config))
+        transformer = QwenImageTransformer2DModel.from_config(config)
+    assert isinstance(transformer, nn.Module)
     quantized, others = 0, 0
     for name, parameter in transformer.named_parameters():
         layer, _, leaf = name.rpartition(".")

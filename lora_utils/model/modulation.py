@@ -88,7 +88,8 @@ class _FromTable(nn.Module):
         self.table, self.block, self.stream = table, block, stream
 
     def forward(self, _temb: Tensor) -> Tensor:
-        return cast(Tensor, self.table.current)[:, self.block, self.stream]  # [B, 6D]
+        assert self.table.current is not None, "a timestep was shown"
+        return self.table.current[:, self.block, self.stream]  # [B, 6D]
 
 
 @torch.no_grad()
@@ -108,7 +109,9 @@ def build_table(
     rows = torch.empty(len(known), blocks, len(STREAMS), 6 * width, dtype=like.dtype)
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in weights:
-        block, stream, part = cast(re.Match, _NAME.fullmatch(name)).groups()
+        parsed = _NAME.fullmatch(name)
+        assert parsed, name
+        block, stream, part = parsed.groups()
         layer = halves.setdefault((block, stream), {})
         layer[part] = tensor
         if len(layer) == 2:
@@ -136,13 +139,15 @@ def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTab
 
 def remove_table(transformer: QwenImageTransformer2DModel, weights: Iterator[tuple[str, Tensor]], source: Path) -> None:
     """Replace the table by the layers with their weights, for a LoRA that adapts them."""
-    table, width = cast(_FromTable, transformer.transformer_blocks[0].img_mod).table, transformer.inner_dim
+    replaced, width = transformer.transformer_blocks[0].img_mod, transformer.inner_dim
+    assert isinstance(replaced, _FromTable)
     with init_empty_weights():
         for block in transformer.transformer_blocks:
             for name in STREAMS:
                 setattr(block, name, nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)))
     fill_parameters(transformer, weights, source)
-    cast(RemovableHandle, table.hook).remove()
+    if replaced.table.hook is not None:
+        replaced.table.hook.remove()
 
 
 def has_table(transformer: QwenImageTransformer2DModel) -> bool:

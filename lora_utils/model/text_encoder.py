@@ -8,7 +8,6 @@ Legend: B batch, T text tokens, D the text encoder's width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,9 @@ def load_tokenizer(folder: Path) -> Qwen2Tokenizer:
 
 def read_text_config(folder: Path) -> Qwen2_5_VLTextConfig:
     """Read the language model's config of a model folder."""
-    return cast(Qwen2_5_VLTextConfig, Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config)
+    config = Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder").text_config
+    assert isinstance(config, Qwen2_5_VLTextConfig)
+    return config
 
 
 def load_text_encoder(folder: Path, placement: Placement) -> Qwen2_5_VLTextModel:

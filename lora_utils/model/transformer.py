@@ -55,7 +55,8 @@ def build_transformer(
     """Build a transformer from its config and weights that are read one by one; `source` is what errors speak of."""
     # Build it empty, and decide where a weight goes.
     with init_empty_weights():
-        transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(config))
+        transformer = QwenImageTransformer2DModel.from_config(config)
+    assert isinstance(transformer, QwenImageTransformer2DModel)
     fill = partial(fill_parameters, transformer, source=source)
     if storage.quantization != "none":
         quantizer = Quantizer(transformer, storage.quantization, placement.device, placement.dtype)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ NEAR_ZERO_STD = 1e-3  # the first RMSNorm amplifies smaller embeddings; from her
 
 def embedding_matrix(text_encoder: nn.Module) -> Tensor:
     """Return the text encoder's input embeddings [V, D]. V counts the spare rows too, 152064 for Qwen."""
-    return cast(nn.Embedding, text_encoder.get_submodule("embed_tokens")).weight
+    embeddings = text_encoder.get_submodule("embed_tokens")
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.weight
 
 
 def initial_embedding(width: int, std: float, generator: torch.Generator) -> Tensor:
@@ -138,11 +140,14 @@ def describe_embeddings(
     placeholders: Placeholders, initial: Sequence[Tensor], tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel
 ) -> list[dict[str, Any]]:
     """Return what meta.json says of each embedding. `token_id` is informative: ids aren't portable."""
+    # What is the same for all: the words that they stand among.
     vocabulary = {
         "median_row_norm": median_word_norm(text_encoder, tokenizer),
         "tokenizer_length": len(tokenizer),
         "embedding_rows": embedding_matrix(text_encoder).shape[0],
     }
+
+    # Each embedding, as it was at first and as it is saved.
     described = []
     pairs = zip(placeholders.ids_by_token.items(), placeholders.embeddings, initial, strict=True)
     for (token, token_id), embedding, first in pairs:

@@ -9,7 +9,6 @@ Legend: B batch, N image tokens, T text tokens, D the transformer's width.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
 
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
@@ -51,10 +50,12 @@ class FirstBlockCache:
 
     def finish(self, after: Tensor) -> Tensor:
         """Return the image after the last block: as computed, or as the first block and the cached rest make it."""
-        branch, first = self.branches[(self.forwards - 1) % len(self.branches)], cast(Tensor, self.after_first)
+        branch = self.branches[(self.forwards - 1) % len(self.branches)]
+        assert self.after_first is not None, "the first block has run"
         if self.skips:
-            return first + cast(Tensor, branch.rest)
-        branch.rest = after - first
+            assert branch.rest is not None, "nothing is skipped before a full forward"
+            return self.after_first + branch.rest
+        branch.rest = after - self.after_first
         return after
 
 

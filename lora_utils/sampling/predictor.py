@@ -142,6 +142,7 @@ class ModelPredictor:
         self, images: Sequence[GeneratedImage], request: SampleRequest, loras: Sequence[ScaledLora], size: Size
     ) -> list[Path]:
         """Write the images, each with its settings unless they are to be left out, under names of their own."""
+        # What is embedded in each.
         settings = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -154,6 +155,8 @@ class ModelPredictor:
             "base_model": base_model_name(),
             "versions": package_versions(),
         }
+
+        # The files.
         folder = self.folder / "images"
         shutil.rmtree(folder, ignore_errors=True)  # the last call's, which the server has sent on
         folder.mkdir(parents=True)

@@ -56,6 +56,7 @@ def _thinned(curve: Curve) -> Curve:
 
 def chart(title: str, curves: Mapping[str, Curve], faint: Curve | None = None) -> str:
     """Return an SVG with axes and a legend; `faint` is grey behind. It is empty where there is no point."""
+    # The ranges of both axes.
     curves = {name: curve for name, curve in curves.items() if curve}
     points = [point for curve in [*curves.values(), faint or []] for point in curve]
     if not points:
@@ -72,6 +73,7 @@ def chart(title: str, curves: Mapping[str, Curve], faint: Curve | None = None) -
         y = _HEIGHT - _BOTTOM - (min(point[1], high) - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
         return f"{x:.1f},{y:.1f}"
 
+    # The axes, then the faint curve, then each curve with its name.
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">']
     for share in (0.0, 0.5, 1.0):
         value, y = low + share * (high - low), _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)

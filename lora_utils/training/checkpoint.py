@@ -52,6 +52,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
 
     Raises UserError for weights that are no numbers, and where the disk is full; older checkpoints are complete then.
     """
+    # What a checkpoint holds.
     tensors, optimizer = _tensors_and_numbers(state)
     if not all(value.isfinite().all() for name, value in tensors.items() if name.startswith("learned")):
         raise UserError(f"the weights aren't finite after step {state.step}, and aren't saved; lower learning_rate.")
@@ -65,6 +66,8 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         "validated_at": state.validated_at,
         "previewed_at": state.previewed_at,
     }
+
+    # Write it under another name, sync it and rename it: a kill at any moment leaves older ones complete.
     target = folder / f"{_PREFIX}{state.step:06d}"
     partial = target.with_name(target.name + _PARTIAL)
     remedy = "free some room, lower keep_checkpoints or name another run_dir."
@@ -86,6 +89,8 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+        # Only now remove the oldest.
         for old in list_checkpoints(folder)[: -max(1, keep)]:
             shutil.rmtree(old)
     return target

@@ -104,6 +104,7 @@ def launch(
     All are ended when one ends badly, by a cancel, or by any other exception here. Once `stopped` is true they are
     asked to end by themselves, with SIGTERM. Raises UserError with the last words of the one that failed.
     """
+    # What all processes have in common, and where they meet.
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -116,6 +117,8 @@ def launch(
         "MASTER_PORT": str(port),
         **(environment or {}),
     }
+
+    # Start them, relay what they say, and leave none behind.
     processes: list[_Process] = []
     try:
         for rank in range(count):

@@ -160,12 +160,12 @@ def new_optimizers(
 ) -> Optimizers:
     """Return the optimizers of these weights and embeddings; embeddings that require no gradient aren't trained."""
     trained = [embedding for embedding in embeddings if embedding.requires_grad]
-    learned = [*lora, *trained]
+    learned: list[Tensor] = [*lora, *trained]
     return Optimizers(
         _of_the_lora(config, lora),
         AdamW(trained, lr=embedding_learning_rate, weight_decay=0.0, fused=True) if trained else None,
         EMAModel(cast(Any, learned), decay=config.ema_decay, foreach=True) if config.ema_decay else None,
-        cast(list[Tensor], learned),
+        learned,
         config.learning_rate,
         embedding_learning_rate,
     )

@@ -223,6 +223,7 @@ def _encode_texts(
 
     The text encoder is loaded only if it is needed, and freed unless a token is trained.
     """
+    # Which texts are still to be encoded.
     config, began = job.config, time.monotonic()
     placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
     prompts = [text for request in job.previews for text in (request.prompt, request.negative_prompt)]
@@ -232,6 +233,8 @@ def _encode_texts(
         if not any(token in text for token in config.tokens)
     ]
     found = find_captions(fixed, tokenizer, job.model_folder, placement, store)
+
+    # The text encoder, and the embeddings that it will read.
     text_encoder: Qwen2_5_VLTextModel | None = None
     if config.tokens or found.new:
         text_encoder = load_text_encoder(job.model_folder, placement)
@@ -240,6 +243,8 @@ def _encode_texts(
     if config.tokens and text_encoder is not None:
         generator = generator_for(config.seed, "row")
         placeholders = new_placeholders(config, tokenizer, text_encoder, generator)
+
+    # Encode: the main process first, so that the others find its work in the store.
     with distributed.main_process_first(job.ranks):
         if not job.ranks.is_main:
             found = find_captions(fixed, tokenizer, job.model_folder, placement, store)
