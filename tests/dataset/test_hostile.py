@@ -5,7 +5,6 @@ import shutil
 import tarfile
 import tempfile
 import threading
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extract_archive
-from tests.hostile_uploads import HOSTILE
+from tests.hostile_uploads import HOSTILE, squeezed
 
 CASES = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
@@ -60,14 +59,6 @@ def transparent() -> bytes:
 TRANSPARENT = transparent()
 
 
-def as_zip(members: dict[str, bytes]) -> bytes:
-    stored = io.BytesIO()
-    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name, content in members.items():
-            packed.writestr(name, content)
-    return stored.getvalue()
-
-
 def as_tar(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     stored = io.BytesIO()
     with tarfile.open(fileobj=stored, mode=mode) as packed:
@@ -80,8 +71,8 @@ def as_tar(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
 
 WHOLE = {"0.png": PICTURES["png"], "a.jpg": PICTURES["jpg"], **CAPTIONS}
 ARCHIVES: list[Callable[[dict[str, bytes]], bytes]] = [
-    as_zip, as_tar, lambda m: as_tar(m, "w"), lambda m: as_tar(m, "w:bz2"), lambda m: as_tar(m, "w:xz"),
-    lambda m: as_zip({"inner.zip": as_zip(m)}), lambda m: as_zip({"inner.tar.gz": as_tar(m)}),
+    squeezed, as_tar, lambda m: as_tar(m, "w"), lambda m: as_tar(m, "w:bz2"), lambda m: as_tar(m, "w:xz"),
+    lambda m: squeezed({"inner.zip": squeezed(m)}), lambda m: squeezed({"inner.tar.gz": as_tar(m)}),
 ]  # fmt: skip
 
 damage = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
@@ -138,23 +129,23 @@ def read_archive(pack, changes, share):
 
 
 def read_image(kind, name, changes, share):
-    read_whatever(as_zip({f"0.{name}": damaged(PICTURES[kind], changes, share)}))
+    read_whatever(squeezed({f"0.{name}": damaged(PICTURES[kind], changes, share)}))
 
 
 def read_mask_or_alpha(kind, changes, share, mask_from):
     other = damaged(PICTURES[kind] if mask_from == "file" else TRANSPARENT, changes, share)
     names = {"file": f"0.mask.{kind}", "alpha": "1.png"}
-    read_whatever(as_zip({"0.png": TRANSPARENT, names[mask_from]: other}), mask_from)
+    read_whatever(squeezed({"0.png": TRANSPARENT, names[mask_from]: other}), mask_from)
 
 
 def read_captions(name, changes, share, more):
-    read_whatever(as_zip({**WHOLE, name: damaged(CAPTIONS[name], changes, share) + more}))
+    read_whatever(squeezed({**WHOLE, name: damaged(CAPTIONS[name], changes, share) + more}))
 
 
 def read_names(names, tarred):
     members = {f"{name}{'.png' if index % 2 else ''}": PICTURES["png"] for index, name in enumerate(names)}
     try:
-        content = (as_tar if tarred else as_zip)({**WHOLE, **members})
+        content = (as_tar if tarred else squeezed)({**WHOLE, **members})
     except (ValueError, IndexError):  # a name that no packer writes
         return
     read_whatever(content)
@@ -196,7 +187,7 @@ def test_a_hostile_upload_is_refused_in_one_sentence_and_leaves_nothing_outside_
     assert not Path("/tmp/evil.png").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18, as_zip({}), as_zip({"a/": b""})])
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18, squeezed({}), squeezed({"a/": b""})])
 def test_an_upload_of_nothing(content, tmp_path):
     (tmp_path / "upload").write_bytes(content)
     (tmp_path / "work").mkdir()

@@ -266,6 +266,21 @@ def test_the_docs_say_how_each_gpu_predicts(real_configs):
         assert f"| {gpu} GB | {sentence} |" in MEMORY_PAGE.read_text()
 
 
+def test_readme_sums_both_tables_up(real_configs):
+    for gpu, row in {16: "16 GB", 24: "24 GB", 48: "48 GB", 80: "80 GB and more"}.items():
+        trains = memory_plan.choose_training_plan("auto", demand(gpu * 1e9), True)
+        cells = [trains.quantization.replace("none", "bf16")]
+        cells += [] if trains.text_encoder_on_device else ["text encoder on the CPU"]
+        cells += [] if checkpointed(trains, gpu * 1e9, 1024, True) else ["no activation checkpointing"]
+        try:
+            predicts = plan_of(real_configs, gpu)
+            where = "all of it on the GPU" if predicts.text_encoder_on_device else "text encoder on the CPU"
+            prediction = f"{predicts.quantization.replace('none', 'bf16')}, {where}"
+        except UserError:
+            prediction = "too small"
+        assert f"| {row} | {', '.join(cells)} | {prediction} |" in (ROOT / "README.md").read_text()
+
+
 def test_a_gpu_that_is_too_small_to_predict_is_refused_and_a_strange_scheme_too(real_configs):
     message = r"prediction needs 20\.9 GB \(the model in nf4 10\.5, an image of the official size 8.*16 GB are free"
     with pytest.raises(UserError, match=message):
