@@ -100,11 +100,17 @@ def plain(job: Job, steps: int) -> Callable[[], Any]:
 
     def image() -> Tensor:
         return pipeline(
-            prompt_embeds=text, prompt_embeds_mask=torch.ones(text.shape[:2]), negative_prompt_embeds=empty,
-            negative_prompt_embeds_mask=torch.ones(empty.shape[:2]), height=job.size.height_px, width=job.size.width_px,
-            num_inference_steps=steps, true_cfg_scale=4.0, output_type="latent",
+            prompt_embeds=text,
+            prompt_embeds_mask=torch.ones(text.shape[:2]),
+            negative_prompt_embeds=empty,
+            negative_prompt_embeds_mask=torch.ones(empty.shape[:2]),
+            height=job.size.height_px,
+            width=job.size.width_px,
+            num_inference_steps=steps,
+            true_cfg_scale=4.0,
+            output_type="latent",
             generator=torch.Generator().manual_seed(0),
-        ).images.cpu()  # fmt: skip
+        ).images.cpu()
 
     return image
 

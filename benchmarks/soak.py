@@ -24,9 +24,12 @@ from lora_utils.tracking.metrics import METRICS_FILE
 
 STEPS_PER_MINUTE = 300  # of four micro-batches of the small model on one core, about
 MONITORED = {
-    "sample_steps": 4, "validation_share": 0.2, "sample_prompts": "a photo of <zwx> on a cyan background|a red circle",
-    "resume": "auto", "gradient_accumulation": 4,
-}  # fmt: skip
+    "sample_steps": 4,
+    "validation_share": 0.2,
+    "sample_prompts": "a photo of <zwx> on a cyan background|a red circle",
+    "resume": "auto",
+    "gradient_accumulation": 4,
+}
 
 
 def start(dataset: Path, folder: Path, steps: int, save_every: int) -> subprocess.Popen[bytes]:

@@ -330,9 +330,14 @@ def main() -> None:
     arguments = parser.parse_args()
     placement = Placement(torch.device(arguments.device), DTYPES[arguments.dtype])
     job = Job(
-        PRESETS[arguments.preset], placement, arguments.rank, arguments.batch, arguments.checkpointed, arguments.quantization,
+        PRESETS[arguments.preset],
+        placement,
+        arguments.rank,
+        arguments.batch,
+        arguments.checkpointed,
+        arguments.quantization,
         arguments.compiled,
-    )  # fmt: skip
+    )
     if arguments.memory_of:
         print_memory(arguments.memory_of, job)
         return

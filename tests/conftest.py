@@ -119,9 +119,15 @@ def train_run(
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     usual = TrainConfig(
-        steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=3, train_placeholder_token=True,
+        steps=8,
+        rank=4,
+        learning_rate=1e-3,
+        batch_size=2,
+        resolution="64",
+        seed=3,
+        train_placeholder_token=True,
         quantization="none",
-    )  # fmt: skip
+    )
 
     def run(
         name: str = "run", config: TrainConfig = usual, stopped: Callable[[], bool] = lambda: False, **given: Any

@@ -58,9 +58,12 @@ def same_result(one: TrainState, other: TrainState) -> bool:
 
 
 def inputs(
-    config: TrainConfig, dataset: Path, options: RunOptions | None = None, init_weights: Path | None = None,
+    config: TrainConfig,
+    dataset: Path,
+    options: RunOptions | None = None,
+    init_weights: Path | None = None,
     hub_token: str | None = None,
-) -> TrainInputs:  # fmt: skip
+) -> TrainInputs:
     """Return a training's inputs from parts that are validated already."""
     return TrainInputs(config, options or RunOptions(), TrainFiles(dataset, init_weights, hub_token))
 

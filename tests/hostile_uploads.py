@@ -87,7 +87,7 @@ HOSTILE = {
     "caption with zero bytes": (lambda: zip_of({"a.png": image(), "a.txt": b"a\0b"}), "holds zero bytes"),
     "caption of 100 MB": (lambda: squeezed({"a.png": image(), "a.txt": b"word " * 20_000_000}), "65536 are the most"),
     "the same name twice": (lambda: twice("a.png"), "twice"),
-}  # fmt: skip
+}
 
 
 def twice(name: str) -> bytes:

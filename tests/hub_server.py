@@ -109,10 +109,13 @@ def _receiver(pushed: Pushed, token: str, commits: bool) -> type[http.server.Bas
                 )
             elif self.path.endswith("/objects/batch"):
                 upload = [
-                    {"oid": one["oid"], "size": one["size"],
-                     "actions": {"upload": {"href": f"{pushed.url}/put/{one['oid']}"}}}
+                    {
+                        "oid": one["oid"],
+                        "size": one["size"],
+                        "actions": {"upload": {"href": f"{pushed.url}/put/{one['oid']}"}},
+                    }
                     for one in json.loads(body)["objects"]
-                ]  # fmt: skip
+                ]
                 self.reply({"transfer": "basic", "objects": upload})
             elif "/commit/" in self.path and commits:
                 for line in body.splitlines():

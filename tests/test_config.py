@@ -50,8 +50,11 @@ def test_numbers_may_come_as_json_clients_send_them():
 def test_each_input_keeps_to_its_type_range_and_choices(inputs, declared):
     about, kind = option_of(declared), kind_of(declared)
     pair = {"width": {"height": 64}, "height": {"width": 64}}.get(declared.name, {})
-    given = {**NEEDED[inputs], **pair, "train_placeholder_token": True} if inputs is TrainInputs else {
-        **NEEDED[inputs], **pair}  # fmt: skip
+    given = (
+        {**NEEDED[inputs], **pair, "train_placeholder_token": True}
+        if inputs is TrainInputs
+        else {**NEEDED[inputs], **pair}
+    )
 
     def refused(value):
         with pytest.raises(UserError, match=rf"^{declared.name} must be "):

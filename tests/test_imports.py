@@ -96,9 +96,11 @@ def test_only_entry_points_know_cog_or_parse_arguments():
     for path in sorted(LIBRARY.rglob("*.py")):
         name = str(path.relative_to(LIBRARY).with_suffix(""))
         imported = {
-            alias for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+            alias
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
-        }  # fmt: skip
+        }
         assert not {module for module in imported if module.split(".")[0] in ("cog", "train", "predict")}, name
         assert "argparse" not in imported or name in ENTRY_POINTS, name
 

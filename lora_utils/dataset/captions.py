@@ -114,9 +114,11 @@ def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
     try:
         if table.name.casefold() == "captions.json":
             values = json.loads(text)
-            rows = [{"file_name": k, **(v if isinstance(v, dict) else {"text": v})} for k, v in values.items()] if (
-                isinstance(values, dict)
-            ) else values  # fmt: skip
+            rows = (
+                [{"file_name": k, **(v if isinstance(v, dict) else {"text": v})} for k, v in values.items()]
+                if isinstance(values, dict)
+                else values
+            )
         elif table.suffix.casefold() == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:

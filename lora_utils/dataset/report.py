@@ -43,8 +43,10 @@ def _table(dataset: Dataset, captions: dict[Path, str]) -> list[str]:
         name = str(path.relative_to(dataset.folder))
         rows.append((name, f"{width}x{height}", " ".join(buckets[path]), tokens, text.replace("\n", " ")[:70]))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
-             for row in rows]  # fmt: skip
+    lines = [
+        "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    ]
     left = len(dataset.captions_by_image) - len(shown)
     return [*lines, *([f"  and {left} more"] if left else [])]
 

@@ -147,8 +147,10 @@ def _mask_problems(folder: Path, masks: Masks, facts: Mapping[Path, _ImageFacts]
         return []
     problems = []
     if mask_from == "file":
-        problems = [f"{path.relative_to(folder)} is the mask of no image; name it NAME.mask.png for NAME.jpg."
-                    for path in masks.orphans]  # fmt: skip
+        problems = [
+            f"{path.relative_to(folder)} is the mask of no image; name it NAME.mask.png for NAME.jpg."
+            for path in masks.orphans
+        ]
     if not problems and not any(one.masked or one.problem for one in facts.values()):
         what = "has a NAME.mask.png beside it" if mask_from == "file" else "is transparent anywhere"
         problems.append(f"mask_from is {mask_from}, and none of the {len(facts)} images {what}; set it to none.")

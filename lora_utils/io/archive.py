@@ -111,9 +111,17 @@ def _tar_members(archive: Path) -> Iterator[Member]:
 
 # What the readers of zip, tar, gzip, bzip2 and xz have been seen to raise for bytes that aren't theirs.
 _DAMAGE = (
-    zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error, ArithmeticError, EOFError,
-    LookupError, RuntimeError, ValueError,
-)  # fmt: skip
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    lzma.LZMAError,
+    zlib.error,
+    struct.error,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @contextmanager

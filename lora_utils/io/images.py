@@ -26,9 +26,19 @@ MASK_ASPECT_SLACK = 0.02  # by which a mask's aspect ratio may differ from its i
 
 # What Pillow's decoders have been seen to raise for bytes that aren't an image.
 _DECODER_ERRORS = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
-    ValueError, struct.error, zlib.error,
-)  # fmt: skip
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 
 _SRGB = ImageCms.createProfile("sRGB")
 _EXIF_USER_COMMENT = 0x9286

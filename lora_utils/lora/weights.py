@@ -162,9 +162,15 @@ class LoraCache:
             self.loaded.pop(next(iter(self.loaded)))
         tokens = f", with {', '.join(weights.lora.embeddings)}" if weights.lora.embeddings else ""
         log.info(
-            "%s %s: a LoRA of %d layers%s, %.0f MB, in %.3f s, sha256 %s", how, weights.name, len(weights.lora.layers),
-            tokens, lora_bytes(weights) / 1e6, time.monotonic() - began, weights.lora.sha256,
-        )  # fmt: skip
+            "%s %s: a LoRA of %d layers%s, %.0f MB, in %.3f s, sha256 %s",
+            how,
+            weights.name,
+            len(weights.lora.layers),
+            tokens,
+            lora_bytes(weights) / 1e6,
+            time.monotonic() - began,
+            weights.lora.sha256,
+        )
         return weights
 
 

@@ -94,9 +94,15 @@ def attend(
 
 
 def compute_block(
-    block: Any, project: Project, image: Tensor, text: Tensor, mask: Tensor | None, image_mod: Tensor,
-    text_mod: Tensor, rope: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    block: Any,
+    project: Project,
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    image_mod: Tensor,
+    text_mod: Tensor,
+    rope: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Compute a dual-stream block on image [B, N, D] and text [B, T, D], modulations [B, 6 D] -> text and image."""
     i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = image_mod.chunk(6, dim=-1)  # [B, D] each
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = text_mod.chunk(6, dim=-1)
@@ -160,9 +166,15 @@ class BlockForward:
     cache: BlockCache | None = None
 
     def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None,
-        temb: Tensor, image_rotary_emb: Tensor, joint_attention_kwargs: None = None, modulate_index: None = None,
-    ) -> Streams:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: Tensor,
+        joint_attention_kwargs: None = None,
+        modulate_index: None = None,
+    ) -> Streams:
         """Compute the block on image [B, N, D] and text [B, T, D], by diffusers' names -> text and image."""
         given = (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb)
 

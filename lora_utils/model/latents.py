@@ -47,9 +47,12 @@ def round_to_token(pixels: float) -> int:
 
 
 def image_size(
-    width_px: int | None, height_px: int | None, aspect_ratio: str, megapixels: float | None = None,
+    width_px: int | None,
+    height_px: int | None,
+    aspect_ratio: str,
+    megapixels: float | None = None,
     like_px: tuple[int, int] | None = None,
-) -> Size:  # fmt: skip
+) -> Size:
     """Return the size asked for: width and height if given, rounded to 16, else by aspect ratio.
 
     The aspect ratio is that of an image `like_px` to start from, if there is one, in that image's area, at most that

@@ -135,9 +135,12 @@ def sample(
 
 
 def _sample_group(
-    components: Components, job: SamplingJob, conditioning: Conditioning, group: range,
+    components: Components,
+    job: SamplingJob,
+    conditioning: Conditioning,
+    group: range,
     on_step: Callable[[range, int], None],
-) -> list[GeneratedImage]:  # fmt: skip
+) -> list[GeneratedImage]:
     """Sample the images of a group, together through the transformer and one by one through the VAE."""
     began, count, request = time.monotonic(), len(group), job.request
     noise = torch.cat([initial_noise(job.size, request.seed_of(index)) for index in group])

@@ -91,9 +91,12 @@ class BatchStream:
     PURPOSES = ("noise", "sigma", "dropout", "preservation")
 
     def __init__(
-        self, config: TrainConfig, examples: Sequence[CachedExample], schedule: flow.Schedule,
+        self,
+        config: TrainConfig,
+        examples: Sequence[CachedExample],
+        schedule: flow.Schedule,
         prior_captions: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    ):
         """Begin before the first batch of the run's seed."""
         self.config, self.schedule, self.prior_captions = config, schedule, prior_captions or {}
         self.generators = {purpose: generator_for(config.seed, purpose) for purpose in self.PURPOSES}

@@ -173,9 +173,13 @@ def _in_this_format(written: dict[str, Any]) -> dict[str, Any]:
     step = written["step"]
     settings |= {"quantization": {"auto", settings["quantization"]}}
     return {
-        **written, "plan": asdict(plan), "settings": settings, "recent_losses": [],
-        "validated_at": step, "previewed_at": step,
-    }  # fmt: skip
+        **written,
+        "plan": asdict(plan),
+        "settings": settings,
+        "recent_losses": [],
+        "validated_at": step,
+        "previewed_at": step,
+    }
 
 
 def with_seed_of_run(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,9 +96,11 @@ class _Process:
 
 
 def launch(
-    module: Sequence[str], count: int, environment: Mapping[str, str] | None = None,
+    module: Sequence[str],
+    count: int,
+    environment: Mapping[str, str] | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> None:  # fmt: skip
+) -> None:
     """Run a module of Python's with its arguments in `count` processes, and relay what they print.
 
     All are ended when one ends badly, by a cancel, or by any other exception here. Once `stopped` is true they are

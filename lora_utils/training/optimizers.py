@@ -41,9 +41,13 @@ def _of_the_lora(config: TrainConfig, lora: list[nn.Parameter]) -> Optimizer:
         case "prodigy":
             # As its authors advise for diffusion models; the guard keeps a warm-up's small rates out of the estimate.
             return Prodigy(
-                lora, lr=rate, betas=betas, weight_decay=cast(int, decay), use_bias_correction=True,
+                lora,
+                lr=rate,
+                betas=betas,
+                weight_decay=cast(int, decay),
+                use_bias_correction=True,
                 safeguard_warmup=config.warmup_steps > 0,
-            )  # fmt: skip
+            )
         case _:
             return AdamW(lora, lr=rate, betas=betas, weight_decay=decay, fused=True)
 

@@ -31,8 +31,12 @@ def plan_recompute(state: TrainState) -> None:
     change_plan(state, checkpointed_blocks=count)
     log.info(
         "memory: a step of %d tokens needs %.1f of %.1f GB free; %d of %d blocks are activation-checkpointed",
-        size.tokens, size.needed_bytes(count) / 1e9, free / 1e9, count, size.blocks,
-    )  # fmt: skip
+        size.tokens,
+        size.needed_bytes(count) / 1e9,
+        free / 1e9,
+        count,
+        size.blocks,
+    )
     began, probe = time.monotonic(), probe_batch(state)
 
     def step() -> None:

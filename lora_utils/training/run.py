@@ -116,9 +116,16 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
 
         # The model.
         job = TrainJob(
-            config, dataset, download_model(base_model), default_placement(), ranks, list(chain(*rows)),
-            options.shard_base, resumed.plan if resumed else None, init_weights,
-        )  # fmt: skip
+            config,
+            dataset,
+            download_model(base_model),
+            default_placement(),
+            ranks,
+            list(chain(*rows)),
+            options.shard_base,
+            resumed.plan if resumed else None,
+            init_weights,
+        )
         state = setup(job)
     if resumed:
         restore_checkpoint(state, resumed)

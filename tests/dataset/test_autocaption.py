@@ -17,9 +17,15 @@ from lora_utils.training import loop
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(
-    resolution="64", autocaption=True, autocaption_prefix="a photo of <zwx>, ", autocaption_suffix=" [drawn]", seed=0,
-    train_placeholder_token=True, steps=2, rank=2,
-)  # fmt: skip
+    resolution="64",
+    autocaption=True,
+    autocaption_prefix="a photo of <zwx>, ",
+    autocaption_suffix=" [drawn]",
+    seed=0,
+    train_placeholder_token=True,
+    steps=2,
+    rank=2,
+)
 
 
 @pytest.fixture

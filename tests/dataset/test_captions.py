@@ -105,8 +105,11 @@ def test_all_that_is_wrong_is_said_at_once(read):
     lines = str(caught.value).splitlines()
     assert lines[0] == "the dataset has 4 problems:"
     assert [word for word in ("three.png", "one.txt", "broken.png", "two.png") if word in str(caught.value)] == [
-        "three.png", "one.txt", "broken.png", "two.png",
-    ]  # fmt: skip
+        "three.png",
+        "one.txt",
+        "broken.png",
+        "two.png",
+    ]
 
 
 def test_a_thousand_problems_are_counted_and_the_first_are_shown(read):

@@ -71,9 +71,14 @@ def as_tar(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
 
 WHOLE = {"0.png": PICTURES["png"], "a.jpg": PICTURES["jpg"], **CAPTIONS}
 ARCHIVES: list[Callable[[dict[str, bytes]], bytes]] = [
-    squeezed, as_tar, lambda m: as_tar(m, "w"), lambda m: as_tar(m, "w:bz2"), lambda m: as_tar(m, "w:xz"),
-    lambda m: squeezed({"inner.zip": squeezed(m)}), lambda m: squeezed({"inner.tar.gz": as_tar(m)}),
-]  # fmt: skip
+    squeezed,
+    as_tar,
+    lambda m: as_tar(m, "w"),
+    lambda m: as_tar(m, "w:bz2"),
+    lambda m: as_tar(m, "w:xz"),
+    lambda m: squeezed({"inner.zip": squeezed(m)}),
+    lambda m: squeezed({"inner.tar.gz": as_tar(m)}),
+]
 
 damage = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
 cut = st.one_of(st.just(1.0), st.floats(0, 1))

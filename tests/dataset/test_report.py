@@ -80,9 +80,13 @@ def test_all_that_is_wrong_is_said_at_once(folder, tokenizer):
     said = str(caught.value)
     assert "6 problems" in said
     for part in (
-        "metadata.jsonl names 'gone.png'", "3.png can't be read", "2.png: the caption", "the caption of 0.png has",
-        "none of the 2 captions holds the placeholder token '<anna>'", "placeholder token '<ben>'",
-    ):  # fmt: skip
+        "metadata.jsonl names 'gone.png'",
+        "3.png can't be read",
+        "2.png: the caption",
+        "the caption of 0.png has",
+        "none of the 2 captions holds the placeholder token '<anna>'",
+        "placeholder token '<ben>'",
+    ):
         assert part in said
 
 

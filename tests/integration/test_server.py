@@ -195,8 +195,16 @@ def test_the_hubs_token_of_a_training_is_in_none_either(trainer, dataset):
 
 
 def test_a_goal_fills_what_is_left_out_and_a_folder_keeps_what_is_seen(trainer, dataset, tmp_path):
-    given = {"dataset": data_uri(dataset), "goal": "object", "steps": 2, "resolution": "64", "optimizer": "adafactor",
-             "run_dir": str(tmp_path), "sample_prompts": "a red circle", "sample_steps": 1}  # fmt: skip
+    given = {
+        "dataset": data_uri(dataset),
+        "goal": "object",
+        "steps": 2,
+        "resolution": "64",
+        "optimizer": "adafactor",
+        "run_dir": str(tmp_path),
+        "sample_prompts": "a red circle",
+        "sample_steps": 1,
+    }
     reply = trainer.post("/trainings", given).json()
     assert reply["status"] == "succeeded", reply
     assert "goal object: steps 2 (yours; the goal's is 1000), learning_rate 0.0002, rank 16" in reply["logs"]

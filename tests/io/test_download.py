@@ -172,7 +172,7 @@ def weights_from_the_hub(folder, source, cache, token=None, most_bytes=None):
         (["model.bin"], "Qwen/small/model.bin", "has no 'model.bin' that could be a LoRA"),
         (["one.safetensors"], "Qwen/other", "no repository 'Qwen/other' that may be read; for a private one give"),
     ],
-)  # fmt: skip
+)
 def test_a_repositorys_lora_is_found_and_pickles_are_never_looked_at(names, source, expected, repository, tmp_path):
     said, _, served = weights_from_the_hub(repository(*names), source, tmp_path / "cache")
     assert expected in said

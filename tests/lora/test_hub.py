@@ -35,13 +35,35 @@ def train_and_push(archive, random_model, tmp_path):
     """`python -m lora_utils train` as a user runs it, against a hub on this machine."""
 
     def run(url, token=TOKEN, *given):
-        command = [sys.executable, "-m", "lora_utils", "train", str(archive), "--steps=4", "--rank=4",
-                   "--resolution=64", "--train_placeholder_token", "--learning_rate=1e-2", "--seed=0",
-                   "--hub_repo=me/it", f"--run_dir={tmp_path / 'run'}", "--sample_prompts=a photo of <zwx>",
-                   "--sample_steps=1", *given]  # fmt: skip
-        environment = {**os.environ, "BASE_MODEL": str(random_model), "PYTHONPATH": str(ROOT), "HF_ENDPOINT": url,
-                       "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token, "OMP_NUM_THREADS": "1",
-                       "HF_HOME": str(tmp_path / "hub")}  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "lora_utils",
+            "train",
+            str(archive),
+            "--steps=4",
+            "--rank=4",
+            "--resolution=64",
+            "--train_placeholder_token",
+            "--learning_rate=1e-2",
+            "--seed=0",
+            "--hub_repo=me/it",
+            f"--run_dir={tmp_path / 'run'}",
+            "--sample_prompts=a photo of <zwx>",
+            "--sample_steps=1",
+            *given,
+        ]
+        environment = {
+            **os.environ,
+            "BASE_MODEL": str(random_model),
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": token,
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(tmp_path / "hub"),
+        }
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     return run
@@ -132,10 +154,13 @@ def header_of(card):
 
 def test_the_model_card_says_what_a_reader_needs():
     meta = Meta(
-        base_model="Qwen/Qwen-Image", rank=16, training_steps=900, num_images=12,
+        base_model="Qwen/Qwen-Image",
+        rank=16,
+        training_steps=900,
+        num_images=12,
         placeholder={"token": "<zwx>", "sha256": ""},
         config={"steps": 900, "seed": 77, "default_caption": "my dog Rex"},
-    )  # fmt: skip
+    )
     card = hub.model_card("me/it", meta, ["samples/a.png", "samples/b.png"])
     header = header_of(card)
     assert header["base_model"] == "Qwen/Qwen-Image"
@@ -160,17 +185,26 @@ def test_the_gpu_of_a_trigger_word_and_of_neither():
 def test_the_model_cards_code_generates_what_predict_generates(archive, random_model, tmp_path, monkeypatch):
     """With the stock pipeline, its LoRA loader and the learned row put into its own embedding matrix."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
-    config = TrainConfig(steps=8, rank=4, resolution="64", train_placeholder_token=True, learning_rate=1e-2, seed=0,
-                         placeholder_learning_rate=0.05)  # fmt: skip
+    config = TrainConfig(
+        steps=8,
+        rank=4,
+        resolution="64",
+        train_placeholder_token=True,
+        learning_rate=1e-2,
+        seed=0,
+        placeholder_learning_rate=0.05,
+    )
     weights = train_archive(config, archive, tmp_path / "weights.zip", RunOptions())
     with zipfile.ZipFile(weights) as packed:
         (tmp_path / hub.LORA_NAME).write_bytes(packed.read(LORA_MEMBER))
         card = hub.model_card("me/it", Meta.from_json(packed.read("meta.json").decode(), "weights.zip"), [])
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     for written, here in {
-        '"Qwen/Qwen-Image"': repr(str(random_model)), '.to("cuda")': "", "bfloat16": "float32",
+        '"Qwen/Qwen-Image"': repr(str(random_model)),
+        '.to("cuda")': "",
+        "bfloat16": "float32",
         'load_lora_weights("me/it"': f"load_lora_weights({str(tmp_path)!r}",
-    }.items():  # fmt: skip
+    }.items():
         assert written in code
         code = code.replace(written, here)
     code = code[: code.index('pipeline("a photo')]
@@ -180,13 +214,26 @@ def test_the_model_cards_code_generates_what_predict_generates(archive, random_m
     pipeline = namespace["pipeline"]
     pipeline.set_progress_bar_config(disable=True)
     stock = pipeline(
-        "a photo of <zwx>", true_cfg_scale=4.0, negative_prompt=" ", width=64, height=64, num_inference_steps=4,
+        "a photo of <zwx>",
+        true_cfg_scale=4.0,
+        negative_prompt=" ",
+        width=64,
+        height=64,
+        num_inference_steps=4,
         generator=torch.Generator().manual_seed(5),
-    ).images[0]  # fmt: skip
+    ).images[0]
     predictor = Predictor()
     predictor.setup()
-    (path,) = call(predictor.predict, prompt="a photo of <zwx>", replicate_weights=weights, width=64, height=64,
-                   steps=4, seed=5, output_format="png")  # fmt: skip
+    (path,) = call(
+        predictor.predict,
+        prompt="a photo of <zwx>",
+        replicate_weights=weights,
+        width=64,
+        height=64,
+        steps=4,
+        seed=5,
+        output_format="png",
+    )
     with Image.open(str(path)) as image:
         apart = ImageChops.difference(stock, image.convert("RGB"))
     assert max(most for _, most in apart.getextrema()) <= 1

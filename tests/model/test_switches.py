@@ -18,9 +18,16 @@ from lora_utils.training.state import TrainState
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(
-    steps=20, rank=8, learning_rate=1e-3, batch_size=4, resolution="64", lora_targets="attention_mlp", seed=0,
-    train_placeholder_token=True, quantization="none",
-)  # fmt: skip
+    steps=20,
+    rank=8,
+    learning_rate=1e-3,
+    batch_size=4,
+    resolution="64",
+    lora_targets="attention_mlp",
+    seed=0,
+    train_placeholder_token=True,
+    quantization="none",
+)
 
 
 def new_run(dataset, folder, table, text_on_gpu=True) -> TrainState:

@@ -90,10 +90,17 @@ def test_it_is_the_pipelines_img2img(strength, components, photo, random_model):
     stock = QwenImageImg2ImgPipeline.from_pretrained(random_model)
     stock.set_progress_bar_config(disable=True)
     theirs = stock(
-        prompt=request.prompt, negative_prompt=" ", true_cfg_scale=4.0, num_inference_steps=6, width=64, height=64,
-        image=unpack_latents(start.clean, SIZE), strength=strength, generator=torch.Generator().manual_seed(3),
+        prompt=request.prompt,
+        negative_prompt=" ",
+        true_cfg_scale=4.0,
+        num_inference_steps=6,
+        width=64,
+        height=64,
+        image=unpack_latents(start.clean, SIZE),
+        strength=strength,
+        generator=torch.Generator().manual_seed(3),
         output_type="latent",
-    ).images  # fmt: skip
+    ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 

@@ -457,7 +457,7 @@ def test_after_calls_of_every_kind_the_base_image_is_the_first_and_memory_is_fla
         lambda: failing(lambda: one(predictor, extra_lora="/missing")),
         lambda: failing(lambda: one(predictor, replicate_weights=archives / "token.zip", go_fast=True), Cancelled),
         lambda: one(predictor),
-    ]  # fmt: skip
+    ]
 
     def failing(run, error: type[BaseException] = UserError):
         with pytest.MonkeyPatch.context() as patch:

@@ -34,9 +34,19 @@ from lora_utils.training.state import final_lora
 from tests.helpers import ROOT, lora_of, losses, make_state, resume_state, same_result, train_archive
 
 CONFIG = TrainConfig(
-    steps=12, rank=4, learning_rate=1e-3, batch_size=3, gradient_accumulation=2, resolution="64", seed=0,
-    lr_scheduler="cosine", warmup_steps=3, train_placeholder_token=True, class_word="square", preservation_weight=0.3,
-)  # fmt: skip
+    steps=12,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=3,
+    gradient_accumulation=2,
+    resolution="64",
+    seed=0,
+    lr_scheduler="cosine",
+    warmup_steps=3,
+    train_placeholder_token=True,
+    class_word="square",
+    preservation_weight=0.3,
+)
 
 
 @pytest.fixture
@@ -395,8 +405,21 @@ def test_weights_of_other_layers_are_refused_too(trained, new_run):
 
 # --- as a user runs it ----------------------------------------------------------------------------------------------
 
-LONG = ["--steps", "40", "--rank", "4", "--batch_size", "2", "--resolution", "64", "--seed", "3",
-        "--train_placeholder_token", "--learning_rate", "1e-3"]  # fmt: skip
+LONG = [
+    "--steps",
+    "40",
+    "--rank",
+    "4",
+    "--batch_size",
+    "2",
+    "--resolution",
+    "64",
+    "--seed",
+    "3",
+    "--train_placeholder_token",
+    "--learning_rate",
+    "1e-3",
+]
 
 
 def start(archive, folder, model, *given):

@@ -29,9 +29,18 @@ from tests.cog_server import free_port
 from tests.helpers import ROOT, inputs, lora_of
 
 CONFIG = TrainConfig(
-    steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=0, train_placeholder_token=True,
-    caption_dropout=0.3, class_word="square", preservation_weight=0.3, quantization="none",
-)  # fmt: skip
+    steps=8,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=2,
+    resolution="64",
+    seed=0,
+    train_placeholder_token=True,
+    caption_dropout=0.3,
+    class_word="square",
+    preservation_weight=0.3,
+    quantization="none",
+)
 TWICE = replace(CONFIG, gradient_accumulation=2)
 
 
@@ -111,9 +120,13 @@ def test_a_run_on_all_gpus_writes_one_file_and_relays_what_is_said(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
     options = RunOptions(
-        run_dir="run", save_every=4, sample_prompts="a photo of <zwx>", sample_steps=2, sample_every=4,
+        run_dir="run",
+        save_every=4,
+        sample_prompts="a photo of <zwx>",
+        sample_steps=2,
+        sample_every=4,
         shard_base=shard_base,
-    )  # fmt: skip
+    )
     given = inputs(replace(CONFIG, validation_share=0.2), archive, options)
     launch.train_on_all_gpus(given, tmp_path / "weights.zip")
     said = capsys.readouterr().out

@@ -21,9 +21,17 @@ from tests.helpers import losses, make_state, same_result
 
 OPTIMIZERS = next(option_of(each).choices for each in declared_inputs(TrainInputs) if each.name == "optimizer")
 CONFIG = TrainConfig(
-    steps=12, rank=4, learning_rate=1e-3, batch_size=4, resolution="64", seed=0, train_placeholder_token=True,
-    lora_targets="attention_mlp", caption_dropout=0.0, validation_share=0.2,
-)  # fmt: skip
+    steps=12,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=4,
+    resolution="64",
+    seed=0,
+    train_placeholder_token=True,
+    lora_targets="attention_mlp",
+    caption_dropout=0.0,
+    validation_share=0.2,
+)
 # bitsandbytes keeps 32 bits of a matrix with fewer than 4096 weights: at rank 64 these have as many
 RANKS = {"adamw8bit": 64}
 RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 3e-3, "prodigy": 1.0}
@@ -56,8 +64,13 @@ def test_every_optimizer_learns_the_images(optimizer, new_run):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_is_resumed_bit_for_bit_with_every_optimizer_and_its_average(optimizer, new_run, tmp_path):
-    given = {"optimizer": optimizer, "learning_rate": RATES[optimizer], "ema_decay": 0.8, "warmup_steps": 3,
-             "rank": RANKS.get(optimizer, 4)}  # fmt: skip
+    given = {
+        "optimizer": optimizer,
+        "learning_rate": RATES[optimizer],
+        "ema_decay": 0.8,
+        "warmup_steps": 3,
+        "rank": RANKS.get(optimizer, 4),
+    }
     whole = new_run(**given)
     expected = losses(whole)
     first = new_run(**given)
@@ -158,9 +171,12 @@ def test_what_is_written_is_the_average_of_the_weights_on_the_way(new_run):
 
 @pytest.mark.parametrize(
     ("scheduler", "factors"),
-    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
-     ("cosine", [0.5, 1, 1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4)])],
-)  # fmt: skip
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4)]),
+    ],
+)
 def test_schedules(scheduler, factors):
     config = replace(CONFIG, lr_scheduler=scheduler, warmup_steps=2, steps=6)
     assert [loop.rate_factor(step, config) for step in range(6)] == pytest.approx(factors)

@@ -17,9 +17,17 @@ from lora_utils.training.loss import batch_text, forward_backward
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(
-    steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0, train_placeholder_token=True,
-    class_word="square", preservation_weight=0.5, quantization="none",
-)  # fmt: skip
+    steps=6,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=3,
+    resolution="64",
+    seed=0,
+    train_placeholder_token=True,
+    class_word="square",
+    preservation_weight=0.5,
+    quantization="none",
+)
 
 
 @pytest.fixture

@@ -14,9 +14,15 @@ from predict import Predictor
 from tests.helpers import lora_of
 
 CONFIG = TrainConfig(
-    steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=3, train_placeholder_token=True,
+    steps=8,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=2,
+    resolution="64",
+    seed=3,
+    train_placeholder_token=True,
     quantization="none",
-)  # fmt: skip
+)
 PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
 
 
@@ -32,15 +38,24 @@ def test_previews_after_the_last_step_are_what_predict_generates(train_run, rand
         drawn = sheet.convert("RGB")
     predictor = Predictor()
     predictor.setup()
-    asked = [("a photo of <zwx> on a cyan background", 0, 0), ("a photo of on a cyan background", 1, 0),
-             ("a red circle", 0, 1)]  # fmt: skip
+    asked = [
+        ("a photo of <zwx> on a cyan background", 0, 0),
+        ("a photo of on a cyan background", 1, 0),
+        ("a red circle", 0, 1),
+    ]
     side = 4 * 64  # enlarged without smoothing
     for prompt, column, row in asked:
         seed = CONFIG.seed + row
         (path,) = call(
-            predictor.predict, prompt=prompt, replicate_weights=weights, steps=4, width=64, height=64, seed=seed,
+            predictor.predict,
+            prompt=prompt,
+            replicate_weights=weights,
+            steps=4,
+            width=64,
+            height=64,
+            seed=seed,
             output_format="png",
-        )  # fmt: skip
+        )
         with Image.open(str(path)) as image:
             expected = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
         left, top = 8 + column * (side + 8), 20 + row * (side + 20 + 8) + 20
@@ -102,8 +117,10 @@ def test_a_prompt_with_a_token_is_previewed_without_it_too(prompt, config, expec
 def test_several_prompts_have_seeds_of_their_own():
     rows = preview_rows(replace(CONFIG, resolution="64,128"), RunOptions("x", sample_prompts=" a | b\n\nc"))
     assert [(request.prompt, request.seed, request.width) for (request,) in rows] == [
-        ("a", 3, 128), ("b", 4, 128), ("c", 5, 128),
-    ]  # fmt: skip
+        ("a", 3, 128),
+        ("b", 4, 128),
+        ("c", 5, 128),
+    ]
 
 
 def test_preview_prompts_with_unknown_tokens_are_refused_before_anything_is_loaded(train_run, monkeypatch):

@@ -18,9 +18,15 @@ from lora_utils.training.validation import validate
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(
-    steps=8, rank=4, learning_rate=1e-3, batch_size=2, resolution="64", seed=3, train_placeholder_token=True,
+    steps=8,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=2,
+    resolution="64",
+    seed=3,
+    train_placeholder_token=True,
     quantization="none",
-)  # fmt: skip
+)
 PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
 
 
