@@ -114,6 +114,7 @@ def test_the_ways_are_timed_in_turns_after_a_warm_up():
     assert calls == ["one", "other"] * 3
 
 
+@pytest.mark.slow
 def test_the_time_to_a_first_step_and_a_first_image_is_measured(random_model, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = [row.split(" | ") for row in start.table(random_model)[2:]]

@@ -82,12 +82,13 @@ def two_tokens(tmp_path_factory, tiny_model):
         settings = {**demo.TRAINING, "placeholder_token": ",".join(objects), "learning_rate": 1e-3}
         trained = demo.call(train, dataset=folder / "both.zip", **settings)
     components = load_components(tiny_model, default_placement())
-    return components, load_weights(Path(str(trained.weights)), components)
+    weights = load_weights(Path(str(trained.weights)), components)
+    return components, weights, generated(components, weights, weights.lora.embeddings)
 
 
-def drawn(components, weights, rows):
-    """What the two tokens draw with these rows in place of the learned ones: shares of house and fish for each."""
-    changed = replace(weights, lora=replace(weights.lora, embeddings=rows))
+def generated(components, weights, embeddings):
+    """What the two tokens generate with these embeddings: the shares of house and fish for each."""
+    changed = replace(weights, lora=replace(weights.lora, embeddings=embeddings))
     shares = {}
     for token in weights.lora.embeddings:
         texts = [question.text for question in evaluate.object_prompts(Prompt(token), 20)]
@@ -96,22 +97,22 @@ def drawn(components, weights, rows):
     return shares
 
 
+@pytest.mark.slow
 def test_exchanging_two_embeddings_exchanges_what_their_tokens_generate(two_tokens):
-    """The proof that a row means something: one LoRA, the same prompts and seeds, and only the rows changed places."""
-    components, weights = two_tokens
-    rows = weights.lora.embeddings
-    learned = drawn(components, weights, rows)
+    """The proof that an embedding means something: the same LoRA, prompts and seeds, and only they changed places."""
+    components, weights, learned = two_tokens
+    embeddings = weights.lora.embeddings
     assert learned["<anna>"]["house"] >= learned["<ben>"]["house"] + 0.5, learned
-    exchanged = drawn(components, weights, {"<anna>": rows["<ben>"], "<ben>": rows["<anna>"]})
+    exchanged = generated(components, weights, {"<anna>": embeddings["<ben>"], "<ben>": embeddings["<anna>"]})
     assert (exchanged["<anna>"], exchanged["<ben>"]) == (learned["<ben>"], learned["<anna>"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["zeroed", "permuted"])
 def test_without_its_own_embedding_a_token_no_longer_generates_its_object(change, two_tokens):
-    components, weights = two_tokens
+    components, weights, learned = two_tokens
     order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
     spoil = {"zeroed": torch.zeros_like, "permuted": lambda row: row[:, order]}[change]
-    learned = drawn(components, weights, weights.lora.embeddings)
-    spoiled = drawn(components, weights, {token: spoil(row) for token, row in weights.lora.embeddings.items()})
+    spoiled = generated(components, weights, {token: spoil(row) for token, row in weights.lora.embeddings.items()})
     right, wrong = (shares["<anna>"]["house"] + shares["<ben>"]["fish"] for shares in (learned, spoiled))
     assert wrong <= right - 0.4, (learned, spoiled)

@@ -103,6 +103,7 @@ def test_a_sharded_base_gives_the_same_and_each_process_holds_its_part(run_worke
     assert close(in_two[0], first)
 
 
+@pytest.mark.slow
 def test_a_token_that_only_some_processes_see_is_trained_all_the_same(run_workers):
     """An embedding without a gradient here, but with one there: dropped captions of one process, say."""
     given = replace(CONFIG, caption_dropout=0.6, batch_size=1, preservation_weight=0.0, class_word="")
