@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
+from lora_utils.io.tensor_store import content_key, folder_fingerprint
 from lora_utils.model import flow, modulation
 from lora_utils.model.device import Placement
 from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer
@@ -52,6 +53,11 @@ def load_schedule(folder: Path) -> flow.Schedule:
         max_shift=config["max_shift"],
         shift_terminal=config["shift_terminal"],
     )
+
+
+def model_key(folder: Path) -> str:
+    """Return a key of a model folder's files, so that a checkpoint can tell another base model from its own."""
+    return content_key(**{part: folder_fingerprint(folder / part) for part in ("transformer", "text_encoder", "vae")})
 
 
 def load_components(

@@ -25,11 +25,11 @@ from lora_utils.dataset.captions import prior_caption
 from lora_utils.dataset.examples import Dataset, listed_names
 from lora_utils.dataset.scan import check_captions
 from lora_utils.errors import UserError
-from lora_utils.io.tensor_store import TensorStore, content_key, folder_fingerprint, open_tensor_store
+from lora_utils.io.tensor_store import TensorStore, open_tensor_store
 from lora_utils.lora.adapter import attach_trainable_lora, load_trainable_lora
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model import flops, flow, memory_plan
-from lora_utils.model.components import Components, load_schedule
+from lora_utils.model.components import Components, load_schedule, model_key
 from lora_utils.model.device import Placement, free_bytes, release_memory, reset_peak
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer, prompt_ids
@@ -95,8 +95,7 @@ def setup(job: TrainJob) -> TrainState:
     learned, held_out = _split_dataset(job, tokenizer)
     if job.config.autocaption:
         seconds["describe"] = clock.lap()
-    prior = {caption: prior_caption(caption, job.config) for caption in learned.captions}
-    prior = {caption: replaced for caption, replaced in prior.items() if replaced != caption}
+    prior = _prior_captions(learned.captions, job.config)
     text_tokens = _text_tokens(job.config, [*learned.captions, *prior.values()], tokenizer)
 
     # The plan.
@@ -119,11 +118,10 @@ def setup(job: TrainJob) -> TrainState:
     rate = 0.0
     if encoded.text_encoder is not None:
         rate = embedding_learning_rate(job.config, tokenizer, encoded.text_encoder)
-    parts = ("transformer", "text_encoder", "vae")
     state = TrainState(
         config=job.config,
         ranks=job.ranks,
-        base_model=content_key(**{part: folder_fingerprint(job.model_folder / part) for part in parts}),
+        base_model=model_key(job.model_folder),
         init_weights=job.init_weights.sha256 if job.init_weights else "",
         data=TrainData(examples, cached[len(learned.examples) :], learned.captions, prior, encoded.texts, text_tokens),
         largest=largest,
@@ -160,6 +158,12 @@ def _split_dataset(job: TrainJob, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, D
         names = listed_names([path.name for path in held_out.captions_by_image])
         log.info("held out to measure on: %d images, %s", held_out.num_images, names)
     return learned, held_out
+
+
+def _prior_captions(captions: Sequence[str], config: TrainConfig) -> dict[str, str]:
+    """Return the caption that holds the class, for each caption that has one."""
+    pairs = ((caption, prior_caption(caption, config)) for caption in captions)
+    return {caption: replaced for caption, replaced in pairs if replaced != caption}
 
 
 def _text_tokens(config: TrainConfig, captions: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:
