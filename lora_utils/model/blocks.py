@@ -106,6 +106,8 @@ def compute_block(
     """Compute a dual-stream block on image [B, N, D] and text [B, T, D], modulations [B, 6 D] -> text and image."""
     i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = image_mod.chunk(6, dim=-1)  # [B, D] each
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = text_mod.chunk(6, dim=-1)
+
+    # Attention, over both streams together.
     mixed_image, mixed_text = attend(
         block.attn,
         modulate(image, block.img_norm1, i_shift1, i_scale1),
@@ -116,6 +118,8 @@ def compute_block(
     )
     image = torch.addcmul(image, i_gate1[:, None], block.attn.to_out[0](mixed_image))
     text = torch.addcmul(text, t_gate1[:, None], block.attn.to_add_out(mixed_text))
+
+    # The MLP of each stream.
     image = torch.addcmul(image, i_gate2[:, None], block.img_mlp(modulate(image, block.img_norm2, i_shift2, i_scale2)))
     text = torch.addcmul(text, t_gate2[:, None], block.txt_mlp(modulate(text, block.txt_norm2, t_shift2, t_scale2)))
     return text, image

@@ -100,11 +100,14 @@ def build_table(
 
     The transformer's time embedding must be loaded; its modulations need not.
     """
+    # The time embedding of each timestep.
     known = timesteps.float().unique()  # ascending
     embedder = cast(Any, transformer.time_text_embed)
     like = next(embedder.parameters())
     filled = F.pad(known, (0, -len(known) % _AT_ONCE))
     tembs = [F.silu(embedder(part.to(like), like)) for part in filled.split(_AT_ONCE)]  # [_AT_ONCE, D] each
+
+    # The outputs of each modulation, once its weight and its bias have come by.
     blocks, width = len(transformer.transformer_blocks), tembs[0].shape[1]
     rows = torch.empty(len(known), blocks, len(STREAMS), 6 * width, dtype=like.dtype)
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
