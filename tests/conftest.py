@@ -29,7 +29,7 @@ from lora_utils.dataset import Dataset, load
 from lora_utils.io.archive import extract_archive
 from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
-from tests.helpers import train_archive
+from tests.helpers import SHORT_RUN, train_archive
 
 torch.set_num_threads(1)
 gc.freeze()  # each setup collects garbage; the million objects of the imports above are none, and took 0.3 s each time
@@ -87,7 +87,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The same, read."""
+    """The dataset of `archive`, extracted and checked."""
     folder = tmp_path_factory.mktemp("dataset") / "images"
     extract_archive(archive, folder)
     return load(folder, TrainConfig(resolution="64", seed=0))
@@ -118,19 +118,9 @@ def train_run(
     """Train with a run_dir of its own. -> weights.zip and that folder"""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    usual = TrainConfig(
-        steps=8,
-        rank=4,
-        learning_rate=1e-3,
-        batch_size=2,
-        resolution="64",
-        seed=3,
-        train_placeholder_token=True,
-        quantization="none",
-    )
 
     def run(
-        name: str = "run", config: TrainConfig = usual, stopped: Callable[[], bool] = lambda: False, **given: Any
+        name: str = "run", config: TrainConfig = SHORT_RUN, stopped: Callable[[], bool] = lambda: False, **given: Any
     ) -> tuple[Path, Path]:
         options = RunOptions(run_dir=str(tmp_path / name), **given)
         return train_archive(config, archive, tmp_path / f"{name}.zip", options, stopped=stopped), tmp_path / name

@@ -22,6 +22,17 @@ from lora_utils.training.setup import TrainJob, setup
 from lora_utils.training.state import TrainState, final_lora
 
 ROOT = Path(__file__).parent.parent
+SHORT_RUN = TrainConfig(
+    steps=8,
+    rank=4,
+    learning_rate=1e-3,
+    batch_size=2,
+    resolution="64",
+    seed=3,
+    train_placeholder_token=True,
+    quantization="none",
+)
+PREVIEW_PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
 
 
 def make_state(config: TrainConfig, dataset: Dataset, model: Path, **job: Any) -> TrainState:

@@ -45,7 +45,7 @@ def encoded(name: str) -> bytes:
     return stored.getvalue()
 
 
-PICTURES = {name: encoded(name) for name in FORMATS}
+IMAGES = {name: encoded(name) for name in FORMATS}
 
 
 def transparent() -> bytes:
@@ -69,7 +69,7 @@ def as_tar(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     return stored.getvalue()
 
 
-WHOLE = {"0.png": PICTURES["png"], "a.jpg": PICTURES["jpg"], **CAPTIONS}
+WHOLE = {"0.png": IMAGES["png"], "a.jpg": IMAGES["jpg"], **CAPTIONS}
 ARCHIVES: list[Callable[[dict[str, bytes]], bytes]] = [
     squeezed,
     as_tar,
@@ -134,11 +134,11 @@ def read_archive(pack, changes, share):
 
 
 def read_image(kind, name, changes, share):
-    read_whatever(squeezed({f"0.{name}": damaged(PICTURES[kind], changes, share)}))
+    read_whatever(squeezed({f"0.{name}": damaged(IMAGES[kind], changes, share)}))
 
 
 def read_mask_or_alpha(kind, changes, share, mask_from):
-    other = damaged(PICTURES[kind] if mask_from == "file" else TRANSPARENT, changes, share)
+    other = damaged(IMAGES[kind] if mask_from == "file" else TRANSPARENT, changes, share)
     names = {"file": f"0.mask.{kind}", "alpha": "1.png"}
     read_whatever(squeezed({"0.png": TRANSPARENT, names[mask_from]: other}), mask_from)
 
@@ -148,7 +148,7 @@ def read_captions(name, changes, share, more):
 
 
 def read_names(names, tarred):
-    members = {f"{name}{'.png' if index % 2 else ''}": PICTURES["png"] for index, name in enumerate(names)}
+    members = {f"{name}{'.png' if index % 2 else ''}": IMAGES["png"] for index, name in enumerate(names)}
     try:
         content = (as_tar if tarred else squeezed)({**WHOLE, **members})
     except (ValueError, IndexError):  # a name that no packer writes
@@ -160,7 +160,7 @@ def read_bytes(content):
     read_whatever(content)
 
 
-formats = st.sampled_from(sorted(PICTURES))
+formats = st.sampled_from(sorted(IMAGES))
 KINDS = {
     "a damaged archive": (read_archive, (st.sampled_from(ARCHIVES), damage, cut)),
     "a damaged image under any name": (read_image, (formats, formats, damage, cut)),

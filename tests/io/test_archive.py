@@ -13,7 +13,7 @@ from lora_utils.io import archive
 from lora_utils.io.archive import extract_archive
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER, Meta, extract_weights, write_weights_zip
 
-PICTURE = Image.new("RGB", (64, 64), "red")
+IMAGE = Image.new("RGB", (64, 64), "red")
 
 
 def tar(path, members, mode="w"):
@@ -28,7 +28,7 @@ def tar(path, members, mode="w"):
 def test_a_nested_zip_is_unpacked_without_litter(write_zip, tmp_path):
     path = write_zip(
         {
-            "a/b/one.png": PICTURE,
+            "a/b/one.png": IMAGE,
             "a/b/one.txt": "x",
             "__MACOSX/a/._one.png": b"x",
             "a/.DS_Store": b"x",
@@ -71,7 +71,7 @@ def test_links_in_tars_and_zips_are_refused(tmp_path):
 
 
 def test_a_truncated_zip_a_damaged_member_and_a_stranger_are_named(write_zip, tmp_path):
-    whole = write_zip({"one.png": PICTURE, "two.txt": "hello " * 100})
+    whole = write_zip({"one.png": IMAGE, "two.txt": "hello " * 100})
     damaged = bytearray(whole.read_bytes())
     damaged[60] ^= 0xFF  # within the first member's data
     (tmp_path / "damaged.zip").write_bytes(damaged)
@@ -153,7 +153,7 @@ def test_an_archive_with_two_loras_or_none_is_refused(tmp_path):
 
 
 def test_an_archive_within_an_archive_is_unpacked_too(write_zip, tmp_path):
-    inner = write_zip({"a/one.png": PICTURE, "a/one.txt": "x"}, "inner.zip")
+    inner = write_zip({"a/one.png": IMAGE, "a/one.txt": "x"}, "inner.zip")
     middle = tar(tmp_path / "middle.tar.gz", {"Inner.ZIP": inner.read_bytes()}, "w:gz")
     outer = write_zip({"sets/middle.tar.gz": middle.read_bytes(), "notes.gz": b"no archive"}, "outer.zip")
     files = extract_archive(outer, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_an_archive_within_an_archive_is_unpacked_too(write_zip, tmp_path):
 
 
 def test_archives_nested_without_end_are_refused(write_zip, tmp_path):
-    path = write_zip({"one.png": PICTURE}, "0.zip")
+    path = write_zip({"one.png": IMAGE}, "0.zip")
     for depth in range(1, 5):
         path = write_zip({f"{depth - 1}.zip": path.read_bytes()}, f"{depth}.zip")
     with pytest.raises(UserError, match="nested 3 archives deep"):

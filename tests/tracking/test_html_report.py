@@ -6,27 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from lora_utils.config import RunOptions, SampleRequest, TrainConfig
+from lora_utils.config import RunOptions, SampleRequest
 from lora_utils.tracking.html_report import REPORT_FILE, chart
 from lora_utils.tracking.metrics import METRICS_FILE
 from lora_utils.training.previews import preview_rows
-
-CONFIG = TrainConfig(
-    steps=8,
-    rank=4,
-    learning_rate=1e-3,
-    batch_size=2,
-    resolution="64",
-    seed=3,
-    train_placeholder_token=True,
-    quantization="none",
-)
-PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
+from tests.helpers import PREVIEW_PROMPTS, SHORT_RUN
 
 
 def test_the_report_is_one_file_that_needs_no_other(train_run, random_model):
-    config = replace(CONFIG, validation_share=0.2, default_caption="<script>alert(1)</script> <zwx>")
-    _, folder = train_run(config=config, sample_prompts=PROMPTS, sample_steps=2)
+    config = replace(SHORT_RUN, validation_share=0.2, default_caption="<script>alert(1)</script> <zwx>")
+    _, folder = train_run(config=config, sample_prompts=PREVIEW_PROMPTS, sample_steps=2)
     page = (folder / REPORT_FILE).read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "http" not in page
@@ -55,7 +44,7 @@ def test_a_chart_shows_a_curve_from_its_first_step_to_its_last():
 
 
 def test_requests_are_predicts_own():
-    ((request,),) = preview_rows(CONFIG, RunOptions(run_dir="x", sample_prompts="a"))
+    ((request,),) = preview_rows(SHORT_RUN, RunOptions(run_dir="x", sample_prompts="a"))
     assert request == SampleRequest("a", steps=20, width=64, height=64, seed=3)
 
 

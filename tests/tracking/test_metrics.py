@@ -9,29 +9,16 @@ import wandb
 from PIL import Image, ImageChops
 from tensorboardX.proto.event_pb2 import Event
 
-from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.tracking import contact_sheet, metrics
 from lora_utils.tracking.html_report import REPORT_FILE
 from lora_utils.tracking.metrics import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_ID_FILE, MetricsLogger, read_metrics
 from lora_utils.training.checkpoint import list_checkpoints
-from tests.helpers import train_archive
-
-CONFIG = TrainConfig(
-    steps=8,
-    rank=4,
-    learning_rate=1e-3,
-    batch_size=2,
-    resolution="64",
-    seed=3,
-    train_placeholder_token=True,
-    quantization="none",
-)
-PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
+from tests.helpers import SHORT_RUN, train_archive
 
 
 def test_metrics_hold_each_step_with_its_losses_by_level_of_noise(train_run):
-    _, folder = train_run(config=replace(CONFIG, validation_share=0.2, class_word="square", steps=12))
+    _, folder = train_run(config=replace(SHORT_RUN, validation_share=0.2, class_word="square", steps=12))
     lines = list(read_metrics(folder))
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -47,7 +34,7 @@ def test_metrics_hold_each_step_with_its_losses_by_level_of_noise(train_run):
 
 def test_a_run_that_is_resumed_continues_its_metrics(train_run, tmp_path):
     """Also where the one before has got beyond its last checkpoint, and was killed within a line."""
-    config = replace(CONFIG, validation_share=0.2)
+    config = replace(SHORT_RUN, validation_share=0.2)
     _, whole = train_run("whole", config)
     asked = iter([False] * 4 + [True])
     train_run("parts", config, save_every=2, stopped=lambda: next(asked))
@@ -75,7 +62,7 @@ def events(folder, kind="simple_value"):
 
 
 def test_tensorboard_has_the_curves(train_run):
-    _, folder = train_run(config=replace(CONFIG, validation_share=0.2))
+    _, folder = train_run(config=replace(SHORT_RUN, validation_share=0.2))
     found = events(folder)
     losses = {step: value for step, name, value in found if name == "train/loss"}
     expected = {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
@@ -128,7 +115,7 @@ def test_wandb_gets_the_metrics_too_if_its_key_is_set(train_run, told, monkeypat
     _, folder = train_run("with", sample_prompts="a red circle", sample_every=4, sample_steps=1)
     (tracker,) = told
     assert tracker.project == "qwen-image-lora"
-    assert tracker.settings["config"] == {"run_dir": str(folder), **asdict(CONFIG)}
+    assert tracker.settings["config"] == {"run_dir": str(folder), **asdict(SHORT_RUN)}
     assert list(tracker.losses) == list(range(1, 9))
     assert tracker.shown == [(0, 1), (4, 1), (8, 1)]
     assert tracker.finished
@@ -144,7 +131,7 @@ def train_with_wandb(train_run, monkeypatch):
 
 
 def test_a_run_that_is_resumed_adds_to_its_curves_in_wandb(train_with_wandb):
-    config, drawn = replace(CONFIG, steps=4), {"sample_prompts": "a red circle", "sample_steps": 1}
+    config, drawn = replace(SHORT_RUN, steps=4), {"sample_prompts": "a red circle", "sample_steps": 1}
     train_with_wandb(config=config, save_every=2, stopped=iter([False, True]).__next__)
     _, folder = train_with_wandb(config=config, resume="auto", **drawn)
     run_id = (folder / WANDB_ID_FILE).read_text()
@@ -229,7 +216,7 @@ def test_a_report_that_cannot_be_written_does_not_lose_the_weights(train_run, tm
 
 
 def test_a_new_run_in_an_old_ones_folder_leaves_no_curves_of_that(train_run):
-    train_run(config=replace(CONFIG, steps=9))
+    train_run(config=replace(SHORT_RUN, steps=9))
     _, folder = train_run()
     assert max(step for step, _, _ in events(folder)) == 8
     assert max(line["step"] for line in read_metrics(folder)) == 8
@@ -238,5 +225,5 @@ def test_a_new_run_in_an_old_ones_folder_leaves_no_curves_of_that(train_run):
 def test_without_a_folder_nothing_is_kept(archive, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     monkeypatch.chdir(tmp_path)
-    train_archive(CONFIG, archive, tmp_path / "weights.zip")
+    train_archive(SHORT_RUN, archive, tmp_path / "weights.zip")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.zip"]

@@ -11,19 +11,7 @@ from lora_utils.errors import UserError
 from lora_utils.tracking import contact_sheet
 from lora_utils.training.previews import generate_previews, preview_rows
 from predict import Predictor
-from tests.helpers import lora_of
-
-CONFIG = TrainConfig(
-    steps=8,
-    rank=4,
-    learning_rate=1e-3,
-    batch_size=2,
-    resolution="64",
-    seed=3,
-    train_placeholder_token=True,
-    quantization="none",
-)
-PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
+from tests.helpers import PREVIEW_PROMPTS, SHORT_RUN, lora_of
 
 
 def names(folder):
@@ -33,7 +21,7 @@ def names(folder):
 def test_previews_after_the_last_step_are_what_predict_generates(train_run, random_model, monkeypatch):
     """The same file, rounded as it is, through the same hooks and the same sampler; only the modulations come from a
     table in training, which rounds differently."""
-    weights, folder = train_run(sample_prompts=PROMPTS, sample_steps=4)
+    weights, folder = train_run(sample_prompts=PREVIEW_PROMPTS, sample_steps=4)
     with Image.open(folder / "samples" / "step-000008.png") as sheet:
         drawn = sheet.convert("RGB")
     predictor = Predictor()
@@ -45,7 +33,7 @@ def test_previews_after_the_last_step_are_what_predict_generates(train_run, rand
     ]
     side = 4 * 64  # enlarged without smoothing
     for prompt, column, row in asked:
-        seed = CONFIG.seed + row
+        seed = SHORT_RUN.seed + row
         (path,) = call(
             predictor.predict,
             prompt=prompt,
@@ -68,8 +56,8 @@ def test_previews_after_the_last_step_are_what_predict_generates(train_run, rand
 @pytest.mark.parametrize("targets", ["attention", "attention_mlp"])
 @pytest.mark.parametrize("token", [True, False])
 def test_a_run_that_is_watched_learns_what_it_learns_unseen(token, targets, train_run):
-    config = replace(CONFIG, train_placeholder_token=token, lora_targets=targets, ema_decay=0.5)
-    prompts = PROMPTS if token else "a red circle"
+    config = replace(SHORT_RUN, train_placeholder_token=token, lora_targets=targets, ema_decay=0.5)
+    prompts = PREVIEW_PROMPTS if token else "a red circle"
     seen, _ = train_run("seen", config, sample_prompts=prompts, sample_every=2, sample_steps=2, save_every=2)
     unseen, _ = train_run("unseen", config)
     assert lora_of(seen)[0] == lora_of(unseen)[0]
@@ -83,8 +71,8 @@ def test_sheets_come_before_the_first_step_on_the_way_and_after_the_last(train_r
 
 
 def test_a_resumed_run_samples_the_previews_that_are_left(train_run, tmp_path):
-    _, whole = train_run("whole", sample_prompts=PROMPTS, sample_every=2, sample_steps=2)
-    given = {"sample_prompts": PROMPTS, "sample_every": 2, "sample_steps": 2, "save_every": 3, "resume": "auto"}
+    _, whole = train_run("whole", sample_prompts=PREVIEW_PROMPTS, sample_every=2, sample_steps=2)
+    given = {"sample_prompts": PREVIEW_PROMPTS, "sample_every": 2, "sample_steps": 2, "save_every": 3, "resume": "auto"}
     asked = iter([False, False, False, True])
     train_run("parts", stopped=lambda: next(asked), **given)
     (tmp_path / "parts.zip").unlink()
@@ -98,12 +86,12 @@ def test_a_resumed_run_samples_the_previews_that_are_left(train_run, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "config", "expected"),
     [
-        ("a photo of <zwx> in a garden", CONFIG, ["a photo of <zwx> in a garden", "a photo of in a garden"]),
-        ("<zwx>, a photo", CONFIG, ["<zwx>, a photo", "a photo"]),
-        ("<zwx>", CONFIG, ["<zwx>", " "]),
-        ("a photo of <zwx>", replace(CONFIG, class_word="house"), ["a photo of <zwx>", "a photo of house"]),
-        ("[trigger] at dusk", CONFIG, ["<zwx> at dusk", "at dusk"]),
-        ("a red circle", CONFIG, ["a red circle"]),
+        ("a photo of <zwx> in a garden", SHORT_RUN, ["a photo of <zwx> in a garden", "a photo of in a garden"]),
+        ("<zwx>, a photo", SHORT_RUN, ["<zwx>, a photo", "a photo"]),
+        ("<zwx>", SHORT_RUN, ["<zwx>", " "]),
+        ("a photo of <zwx>", replace(SHORT_RUN, class_word="house"), ["a photo of <zwx>", "a photo of house"]),
+        ("[trigger] at dusk", SHORT_RUN, ["<zwx> at dusk", "at dusk"]),
+        ("a red circle", SHORT_RUN, ["a red circle"]),
         ("ohwx at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
         ("[trigger] at dusk", TrainConfig(trigger_word="ohwx", seed=0), ["ohwx at dusk"]),
     ],
@@ -115,7 +103,7 @@ def test_a_prompt_with_a_token_is_previewed_without_it_too(prompt, config, expec
 
 
 def test_several_prompts_have_seeds_of_their_own():
-    rows = preview_rows(replace(CONFIG, resolution="64,128"), RunOptions("x", sample_prompts=" a | b\n\nc"))
+    rows = preview_rows(replace(SHORT_RUN, resolution="64,128"), RunOptions("x", sample_prompts=" a | b\n\nc"))
     assert [(request.prompt, request.seed, request.width) for (request,) in rows] == [
         ("a", 3, 128),
         ("b", 4, 128),

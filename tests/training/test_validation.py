@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_utils.config import TrainConfig
 from lora_utils.dataset.scan import check_captions
 from lora_utils.errors import UserError
 from lora_utils.model.latents import Size
@@ -15,25 +14,13 @@ from lora_utils.training import loop
 from lora_utils.training.batches import VALIDATION_SIGMAS, BatchStream, generator_for
 from lora_utils.training.state import TrainState
 from lora_utils.training.validation import validate
-from tests.helpers import make_state
-
-CONFIG = TrainConfig(
-    steps=8,
-    rank=4,
-    learning_rate=1e-3,
-    batch_size=2,
-    resolution="64",
-    seed=3,
-    train_placeholder_token=True,
-    quantization="none",
-)
-PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
+from tests.helpers import SHORT_RUN, make_state
 
 
 @pytest.fixture
 def new_run(dataset, random_model):
     def make(**given) -> TrainState:
-        config = replace(CONFIG, validation_share=0.3, **given)
+        config = replace(SHORT_RUN, validation_share=0.3, **given)
         return make_state(config, dataset, random_model)
 
     return make
@@ -116,4 +103,4 @@ def test_a_token_that_only_stands_on_images_held_out_is_refused(dataset, compone
     (path,) = held_out.captions_by_image
     captions = {p: c if p == path else c.replace("<zwx>", "a thing") for p, c in dataset.captions_by_image.items()}
     with pytest.raises(UserError, match="none of the 9 captions holds the placeholder token '<zwx>'"):
-        check_captions(dataset.with_captions(captions), replace(CONFIG, validation_share=0.1), components.tokenizer)
+        check_captions(dataset.with_captions(captions), replace(SHORT_RUN, validation_share=0.1), components.tokenizer)
