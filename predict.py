@@ -6,6 +6,7 @@ from typing import Optional
 from cog import BasePredictor, Input, Path, Secret
 
 from lora_utils.config import SampleInputs, from_inputs
+from lora_utils.io.access import client_access
 from lora_utils.io.logging import configure_libraries, log_to_stdout, log_unexpected_errors
 
 configure_libraries()  # before diffusers is imported
@@ -43,6 +44,7 @@ class Predictor(BasePredictor):
         megapixels: Optional[float] = Input(default=None, ge=0.05, le=4, description="Area of the image at that aspect ratio. Empty: the official size."),
         extra_lora: str = Input(default="", description="A second LoRA: a URL, a path, or a hub repository as owner/name or owner/name/file.safetensors."),
         extra_lora_scale: float = Input(default=1.0, ge=-1, le=3, description="Strength of the second LoRA."),
+        lightning: str = Input(default="auto", choices=["auto", "yes", "no"], description="Whether a LoRA is a Lightning one, made for 4 or 8 steps. auto: its header, or its ranks and alphas, tell."),
         output_format: str = Input(default="webp", choices=["webp", "jpg", "png"], description="Format of the images."),
         output_quality: int = Input(default=95, ge=1, le=100, description="Quality of webp and jpg."),
         disable_metadata: bool = Input(default=False, description="Leave prompt and settings out of the files."),
@@ -52,7 +54,7 @@ class Predictor(BasePredictor):
         """Sample images."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
         with log_unexpected_errors():
-            done = self.model.predict(from_inputs(SampleInputs, inputs))
+            done = self.model.predict(from_inputs(SampleInputs, inputs), client_access())
         for name, value in done.metrics.items():
             self.record_metric(name, value)
         return [Path(path) for path in done.paths]

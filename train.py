@@ -4,6 +4,7 @@ from typing import Any, Optional, cast
 
 from cog import BaseModel, Input, Path, Secret, current_scope
 
+from lora_utils.io.access import client_access
 from lora_utils.io.logging import configure_libraries, log_to_stdout, log_unexpected_errors
 
 configure_libraries()  # before diffusers is imported
@@ -71,6 +72,6 @@ def train(
     inputs = locals()
     log_to_stdout()
     with log_unexpected_errors():
-        done = launch.train(inputs)
+        done = launch.train(inputs, access=client_access())
     cast(Any, current_scope()).record_metric("training_step_count", done.steps)
     return TrainingOutput(weights=Path(done.weights))  # pyright: ignore[reportCallIssue] (cog makes the constructor)

@@ -27,7 +27,10 @@ def prepare_folder(folder: Path) -> None:
 
 
 def start(folder: Path, model: Path, mode: str, port: int, **given: object) -> subprocess.Popen[bytes]:
-    """The server in a prepared folder. `mode` is predict or train; the rest goes to Popen, `env` on top of ours."""
+    """The server in a prepared folder. `mode` is predict or train; the rest goes to Popen, `env` on top of ours.
+
+    It listens to this machine alone unless `host` says otherwise: there is no password, and it reads local files.
+    """
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # its worker is started as `python`
@@ -38,20 +41,25 @@ def start(folder: Path, model: Path, mode: str, port: int, **given: object) -> s
         "OMP_NUM_THREADS": "1",
         **(given.pop("env", None) or {}),  # type: ignore[dict-item]
     }
-    command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if mode == "train" else [])]
+    host = str(given.pop("host", "127.0.0.1"))
+    mode_options = ["--x-mode", "train"] if mode == "train" else []
+    command = [sys.executable, "-m", "cog.server.http", "--host", host, *mode_options]
     return subprocess.Popen(command, cwd=folder, env=environment, **given)  # type: ignore[call-overload]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=5000, help="of predictions; trainings are on the next")
-    port = parser.parse_args().port
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, without a password")
+    port, host = (getattr(parser.parse_args(), name) for name in ("port", "host"))
     servers: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         prepare_folder(Path(folder))
-        print(f"predictions on http://localhost:{port}, trainings on http://localhost:{port + 1}; stop with Ctrl-C")
+        print(f"predictions on http://{host}:{port}, trainings on http://{host}:{port + 1}; stop with Ctrl-C")
         try:
-            servers += [start(Path(folder), MODEL, mode, port + i) for i, mode in enumerate(("predict", "train"))]
+            servers += [
+                start(Path(folder), MODEL, mode, port + i, host=host) for i, mode in enumerate(("predict", "train"))
+            ]
             while all(server.poll() is None for server in servers):
                 time.sleep(0.2)
         except KeyboardInterrupt:

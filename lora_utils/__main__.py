@@ -1,5 +1,6 @@
 """Train and sample without Cog, by the same names: python -m lora_utils train --help, or sample --help."""
 
+import os
 import shutil
 import signal
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 from lora_utils import cli
 from lora_utils.config import SampleInputs, TrainInputs, from_inputs
 from lora_utils.errors import UserError
+from lora_utils.io.access import OWNER
 from lora_utils.io.files import disk_errors
 from lora_utils.io.logging import configure_libraries, log_to_stdout, log_uncaught_to_stderr
 
@@ -43,8 +45,9 @@ def train(output: Path, given: dict[str, Any]) -> None:
     configure_libraries()
     from lora_utils.training import launch  # noqa: PLC0415 (help and wrong options do without it)
 
-    launch.train(given, output, stopped=lambda: bool(asked))
-    print(f"the weights are in {output}", flush=True)
+    token = os.environ.get(launch.TOKEN_VARIABLE) or OWNER.hub_token(None)
+    done = launch.train({**given, "hub_token": token}, output, stopped=lambda: bool(asked))
+    print(f"the weights are in {done.weights}", flush=True)
 
 
 def sample(output: Path, given: dict[str, Any]) -> None:
@@ -55,9 +58,13 @@ def sample(output: Path, given: dict[str, Any]) -> None:
     configure_libraries()
     from lora_utils.sampling.predictor import ModelPredictor  # noqa: PLC0415 (help and wrong options do without it)
 
-    for path in ModelPredictor().predict(inputs).paths:
-        with disk_errors(f"{path.name} can't be written to {output}", "free some room."):
-            print(f"wrote {shutil.copy(path, output)}", flush=True)
+    model = ModelPredictor()
+    try:
+        for path in model.predict(inputs, OWNER).paths:
+            with disk_errors(f"{path.name} can't be written to {output}", "free some room."):
+                print(f"wrote {shutil.copy(path, output)}", flush=True)
+    finally:
+        model.close()
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
 from lora_utils import constants
-from lora_utils.errors import UserError
+from lora_utils.errors import UserError, shown
 from lora_utils.presets import PRESETS, preset_for
+from lora_utils.triggers import holds, holds_mark
 
 MAX_SEED = 2**32 - 1
 QUANTIZATIONS = ("auto", "none", "fp8", "int8", "nf4")
-TRIGGER = "[trigger]"  # in captions: it stands for the trigger word or the placeholder token
+MAX_TEXT = 100_000  # characters of an input; the model reads 1024 tokens of a prompt
 HUB_REPO_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PLACEHOLDER_PATTERN = re.compile(r"<[A-Za-z][A-Za-z0-9_-]{0,30}>")
 ARCHIVES = ".zip,.tar,.tar.gz,.tgz,.tar.bz2,.tar.xz"
@@ -90,7 +91,7 @@ def random_seed() -> int:
 def integer(name: str, value: object, least: float, most: float) -> int:
     """Return `value` as an integer in a range; a JSON client's 20.0 is 20. Raises UserError with the input's name."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise UserError(f"{name} must be a whole number from {least:.0f} to {most:.0f}, got {value!r}.")
+        raise UserError(f"{name} must be a whole number from {least:.0f} to {most:.0f}, got {shown(repr(value))}.")
     if not least <= value <= most:
         raise UserError(f"{name} must be from {least:.0f} to {most:.0f}, got {value}.")
     return int(value)
@@ -99,7 +100,7 @@ def integer(name: str, value: object, least: float, most: float) -> int:
 def number(name: str, value: object, least: float, most: float) -> float:
     """Return `value` as a finite number in a range. Raises UserError with the input's name."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}.")
+        raise UserError(f"{name} must be a finite number from {least:g} to {most:g}, got {shown(repr(value))}.")
     if not least <= value <= most:
         raise UserError(f"{name} must be from {least:g} to {most:g}, got {value:g}.")
     return float(value)
@@ -108,7 +109,7 @@ def number(name: str, value: object, least: float, most: float) -> float:
 def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """Return `value`, which must be one of `choices`. Raises UserError with the input's name."""
     if not isinstance(value, str) or value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {shown(repr(value))}.")
     return value
 
 
@@ -125,10 +126,22 @@ def checked(declared: Field[Any], value: object) -> object:
         value = check(name, value, -math.inf if least is None else least, math.inf if most is None else most)
         return random_seed() if declared.default_factory is random_seed and value == -1 else value
     if kind is bool and not isinstance(value, bool):
-        raise UserError(f"{name} must be true or false, got {value!r}.")
-    if kind is str and not isinstance(value, str):
-        raise UserError(f"{name} must be a text, got {value!r}.")
+        raise UserError(f"{name} must be true or false, got {shown(repr(value))}.")
+    if kind is str:
+        check_text(name, value)
     return about.parse(str(value)) if about.parse else value
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise UserError for what is no text, is longer than any that is read, or can't be written to a file."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a text, got {shown(repr(value))}.")
+    if len(value) > MAX_TEXT:
+        raise UserError(f"{name} has {len(value)} characters; {MAX_TEXT} are the most.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} holds half a character at {error.start}, which no encoding has; remove it.") from error
 
 
 def validate(settings: Any) -> None:
@@ -147,10 +160,10 @@ def parse_resolutions(text: str) -> str:
     try:
         sides_px = sorted({int(part) for part in text.replace(" ", "").split(",") if part})
     except ValueError:
-        raise UserError(f"resolution must be pixels like '512' or '512,768,1024', got {text!r}.") from None
+        raise UserError(f"resolution must be pixels like '512' or '512,768,1024', got {shown(text)!r}.") from None
     wrong = [px for px in sides_px if not 64 <= px <= 2048 or px % constants.PIXELS_PER_TOKEN]
     if wrong or not sides_px:
-        raise UserError(f"resolution takes multiples of 16 from 64 to 2048, got {text!r}.")
+        raise UserError(f"resolution takes multiples of 16 from 64 to 2048, got {shown(text)!r}.")
     return ",".join(map(str, sides_px))
 
 
@@ -158,8 +171,8 @@ def check_token_name(name: str) -> None:
     """Raise UserError for a name that a placeholder token can't have, whoever gives it."""
     if not PLACEHOLDER_PATTERN.fullmatch(name):
         raise UserError(
-            f"placeholder_token {name!r} isn't a valid name: write '<', a letter, then up to 30 letters, digits, '_' "
-            "or '-', then '>', like '<zwx>'; several are separated by commas."
+            f"placeholder_token {shown(name)!r} isn't a valid name: write '<', a letter, then up to 30 letters, "
+            "digits, '_' or '-', then '>', like '<zwx>'; several are separated by commas."
         )
 
 
@@ -294,7 +307,7 @@ class TrainConfig:
         validate(self)
         around = self.autocaption_prefix + self.autocaption_suffix
         unnamed = [token for token in self.tokens if token not in around]
-        if self.autocaption and self.tokens and TRIGGER not in around and len(unnamed) == len(self.tokens):
+        if self.autocaption and self.tokens and not holds_mark(around) and len(unnamed) == len(self.tokens):
             raise UserError(
                 f"autocaption writes captions without {self.tokens[0]}, which would then learn nothing from them; set "
                 f"autocaption_prefix to something like 'a photo of {self.tokens[0]}, '."
@@ -304,7 +317,7 @@ class TrainConfig:
                 f"class_word {self.class_word!r} says what a token or trigger word is one of, and there is neither; "
                 "set train_placeholder_token or trigger_word."
             )
-        if any(trigger in self.class_word for trigger in self.triggers):
+        if any(holds(self.class_word, trigger) for trigger in self.triggers):
             raise UserError(
                 f"class_word {self.class_word!r} holds the token or trigger word itself; name the class alone."
             )
@@ -368,7 +381,7 @@ class RunOptions:
         if self.sample_prompts and not self.run_dir:
             raise UserError("sample_prompts need a run_dir, the folder that the images go to.")
         if self.hub_repo and not HUB_REPO_PATTERN.fullmatch(self.hub_repo):
-            raise UserError(f"hub_repo must be owner/name, got {self.hub_repo!r}.")
+            raise UserError(f"hub_repo must be owner/name, got {shown(self.hub_repo)!r}.")
 
     @property
     def prompts(self) -> list[str]:
@@ -441,6 +454,10 @@ class SampleRequest:
         parse=str.strip,
     )
     extra_lora_scale: float = option(1.0, "Strength of the second LoRA.", ge=-1, le=3)
+    lightning: str = option(
+        "auto", "Whether a LoRA is a Lightning one, made for 4 or 8 steps. auto: its header, or its ranks and alphas, "
+        "tell.", choices=("auto", "yes", "no"),
+    )
     output_format: str = option("webp", "Format of the images.", choices=("webp", "jpg", "png"))
     output_quality: int = option(95, "Quality of webp and jpg.", ge=1, le=100)
     disable_metadata: bool = option(False, "Leave prompt and settings out of the files.")
@@ -533,7 +550,7 @@ def from_inputs(inputs: type[Inputs], given: Mapping[str, Any]) -> Inputs:
     parts = parts_of(inputs)
     known = {declared.name: declared for declared in declared_inputs(inputs)}
     if unknown := [name for name in given if name not in known]:
-        raise UserError(f"there is no input {unknown[0]!r}; the inputs are {', '.join(known)}.")
+        raise UserError(f"there is no input {shown(str(unknown[0]))!r}; the inputs are {', '.join(known)}.")
     values = dict(_plain(known, given))
     if missing := [name for name, declared in known.items() if is_required(declared) and name not in values]:
         raise UserError(f"{missing[0]} is needed: {option_of(known[missing[0]]).sentence}")
@@ -554,7 +571,9 @@ def _plain(known: Mapping[str, Field[Any]], given: Mapping[str, Any]) -> Iterato
     """Yield the values that were given, as Python's own types: Cog has types of its own for paths and secrets."""
     for name, value in given.items():
         about = option_of(known[name])
-        if value is None or (value == "" and about.accept):  # how Cog's server passes a file that wasn't given
+        if value is None or (
+            about.accept and not str(value).strip()
+        ):  # how Cog's server passes a file that wasn't given
             continue
         if about.secret:
             yield name, getattr(value, "get_secret_value", lambda plain=value: plain)()

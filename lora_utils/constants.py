@@ -55,6 +55,15 @@ ATTENTION_TARGETS = (
     "attn.to_add_out",
 )
 MLP_TARGETS = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+MODULATION_TARGETS = ("img_mod.1", "txt_mod.1")
+OUTER_TARGETS = (  # the linear layers outside of the blocks
+    "img_in",
+    "txt_in",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+    "norm_out.linear",
+    "proj_out",
+)
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION_TARGETS,
     "attention_mlp": ATTENTION_TARGETS + MLP_TARGETS,
@@ -67,5 +76,7 @@ PLACEHOLDER_KEY = "bundle_emb.{token}.lora.qwen25_7b"
 DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
-HUB_WEIGHT_NAMES = ("weights.zip", "pytorch_lora_weights.safetensors")  # that a repository's LoRA has, in this order
+# What a repository's LoRA is called, in this order: ours, diffusers', peft's.
+HUB_WEIGHT_NAMES = ("weights.zip", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft, `save_pretrained`
 EMPTY_PROMPT = " "  # what a dropped caption becomes: the sampler's default negative prompt

@@ -4,34 +4,61 @@ python -m lora_utils.convert weights.zip lora_for_comfyui.safetensors --to comfy
 """
 
 import argparse
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from lora_utils.errors import UserError
+from lora_utils.io.files import atomic_path, disk_errors
 
 LAYOUTS = ("diffusers", "comfyui", "kohya", "diffsynth", "peft", "lycoris")  # `formats.LAYOUTS`, known without torch
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 
 
 def convert(source: Path, target: Path, layout: str, dtype: str) -> str:
-    """Read any layout, from a weights.zip or a bare file, and write one. -> what was done, in a sentence
+    """Read any layout, from a weights.zip, a file or an adapter folder, and write one. -> what was done, in sentences
 
-    Raises UserError for a target that exists and for what is no LoRA.
+    peft's is a folder, every other a file. Raises UserError for a target that is there or can't be written, for what is
+    no LoRA, and for numbers that the dtype can't hold. What fails leaves nothing behind.
     """
     import torch  # noqa: PLC0415 (help and wrong options do without)
 
-    from lora_utils.lora.formats import read_lora_file, write_lora_file  # noqa: PLC0415
-    from lora_utils.lora.weights_zip import extract_weights  # noqa: PLC0415
+    from lora_utils.lora.formats import (  # noqa: PLC0415
+        LAYOUTS,
+        write_embeddings,
+        write_lora_file,
+        write_peft_folder,
+    )
+    from lora_utils.lora.weights import read_weights  # noqa: PLC0415
 
-    if target.exists():
-        raise UserError(f"{target} is there already; name another file.")
-    with tempfile.TemporaryDirectory() as folder:
-        lora_path, _ = extract_weights(source, Path(folder))
-        lora = read_lora_file(lora_path, source.name)
-    write_lora_file(target, lora, layout, getattr(torch, DTYPES[dtype]))
-    tokens = f" and the embeddings of {', '.join(lora.embeddings)}, which only this package reads"
-    return f"wrote {target}: {len(lora.layers)} layers in the layout of {layout}{tokens if lora.embeddings else ''}"
+    # What is there, and what may be written.
+    apart = target.with_name(f"{target.stem}.embeddings.safetensors")
+    for path in (target, apart):
+        if path.exists():
+            raise UserError(f"{path} is there already; name another file.")
+    if not target.parent.is_dir():
+        raise UserError(f"there is no folder {target.parent}; make it, or name another file.")
+    lora, _ = read_weights(source)
+
+    # The layers and, where the layout's readers don't take them, the embeddings beside them.
+    numbers = getattr(torch, DTYPES[dtype])
+    with disk_errors(f"{target.name} can't be written", "free some room."), atomic_path(target) as partial:
+        try:
+            if layout == "peft":
+                write_peft_folder(partial, lora, numbers)
+            else:
+                write_lora_file(partial, lora, layout, numbers)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    done = f"wrote {target}: {len(lora.layers)} layers in the layout of {layout}"
+    tokens = ", ".join(lora.embeddings)
+    if not tokens:
+        return done
+    if LAYOUTS[layout].takes_embeddings:
+        return f"{done}, with the embeddings of {tokens}"
+    write_embeddings(apart, lora)
+    return f"{done}\nwrote {apart}: the embeddings of {tokens}, for readers of {layout} refuse them beside the layers"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lora_utils.convert", description="Rewrite a LoRA for another tool."
     )
-    parser.add_argument("source", type=Path, help="a weights.zip, or a .safetensors LoRA of any known layout")
-    parser.add_argument("target", type=Path, help="the .safetensors file to write")
+    parser.add_argument("source", type=Path, help="a weights.zip, a .safetensors LoRA of any layout, or peft's folder")
+    parser.add_argument("target", type=Path, help="the .safetensors file to write; for peft the folder")
     parser.add_argument("--to", choices=LAYOUTS, default="diffusers")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     given = parser.parse_args(arguments)

@@ -100,6 +100,7 @@ def test_a_signal_asks_the_training_to_stop_after_its_step(number, tmp_path, mon
         assert not stopped()
         os.kill(os.getpid(), number)
         assert stopped()
+        return launch.TrainResult(output, 1)
 
     monkeypatch.setattr(launch, "train", train)
     try:

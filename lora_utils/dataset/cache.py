@@ -48,6 +48,7 @@ class CachedExample:
     size: Size
     image_name: str
     key: str = ""  # of the image's content and all else that its latents follow from
+    repeats: int = 1  # how often an epoch shows it
 
     @property
     def latents(self) -> Tensor:
@@ -81,7 +82,7 @@ def cache_examples(
     if len(new) < len(found):
         log.info("%d of %d encoded images were in the cache", len(found) - len(new), len(found))
     return [
-        CachedExample(tensors, example.caption, example.size, example.image_path.name, key)
+        CachedExample(tensors, example.caption, example.size, example.image_path.name, key, example.repeats)
         for key, example in zip(keys, examples, strict=True)
         if (tensors := found[key]) is not None
     ]

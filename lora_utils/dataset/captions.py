@@ -6,21 +6,25 @@ This module owns which file is whose caption, what a caption's `[trigger]` becom
 import csv
 import io
 import json
-import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import Qwen2Tokenizer
 
 from lora_utils import constants
-from lora_utils.config import TRIGGER, TrainConfig
+from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.placeholder.tokens import placeholders_without_embeddings, tokenize
+from lora_utils.triggers import expand_trigger, holds, replace_words
 
-SIDECAR_ENDINGS = (".txt", ".caption")
-TABLES = ("metadata.jsonl", "metadata.csv", "captions.json")
+SIDECAR_ENDINGS, _JSON_SIDECAR = (".txt", ".caption"), ".json"
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json", "captions.jsonl", "captions.csv", "captions.json")
+_TABLE_ENDINGS = (".jsonl", ".csv", ".tsv", ".json", ".parquet")  # of tables by other names, which aren't read
+# In which archivers may have written a name that is then read as cp437, as zipfile does without a mark.
+_OLD_ENCODINGS = ("gb18030", "shift_jis", "euc_kr", "big5", "cp1251", "cp1252", "cp866")
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 64 * 1024 * 1024
 _NAME_COLUMNS = ("file_name", "filename", "file", "image")  # the hub's imagefolder calls it the first
@@ -34,6 +38,7 @@ class Captions:
     texts: dict[Path, str] = field(default_factory=dict)
     files: set[Path] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def same_name(name: str) -> str:
@@ -50,7 +55,8 @@ def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -
     for table in (path for path in files if path.name.casefold() in TABLES):
         found.files.add(table)
         _read_table(folder, table, images, found)
-    sidecars = {path: path for path in files if path.suffix.casefold() in SIDECAR_ENDINGS}
+    endings = (*SIDECAR_ENDINGS, _JSON_SIDECAR)
+    sidecars = {path: path for path in files if path.suffix.casefold() in endings and path not in found.files}
     alike = {same_name(str(path)): path for path in sidecars}
     for image in images:
         for name in _sidecar_names(image):
@@ -59,20 +65,53 @@ def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -
                 found.files.add(path)
                 try:
                     text = _read_text(folder, path, MAX_CAPTION_BYTES, "caption").strip()
+                    text = _json_caption(text, str(path.relative_to(folder))) if path.suffix == _JSON_SIDECAR else text
                 except UserError as error:
                     found.problems.append(str(error))
                     text = ""
                 if text:
                     found.texts[image] = text
                 break
+    found.notes += _notes(folder, files, found)
     return found
 
 
+def _notes(folder: Path, files: Sequence[Path], found: Captions) -> list[str]:
+    """Say what became of files and captions in ways of other tools."""
+    notes = []
+    others = [path for path in files if path.suffix.casefold() in _TABLE_ENDINGS and path not in found.files]
+    if others:
+        names = ", ".join(str(path.relative_to(folder)) for path in others[:5])
+        notes.append(f"not read, though it may be a table: {names}; a table of captions is called {TABLES[0]}")
+    lines = [path.name for path, text in found.texts.items() if len(text.splitlines()) > 1]
+    if lines:
+        notes.append(f"captions of several lines, read as one text each: {', '.join(lines[:5])}")
+    return notes
+
+
+def _json_caption(text: str, title: str) -> str:
+    """Return the caption of a NAME.json: its caption, text or prompt, else its tags. Raises UserError for neither."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{title} can't be read ({error}); docs/dataset.md lists the formats.") from error
+    values = {"caption": values} if isinstance(values, str) else values
+    caption = _column(values, _TEXT_COLUMNS)
+    if caption is not None:
+        return caption.strip()
+    tags = values.get("tags") if isinstance(values, dict) else None
+    if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
+        return ", ".join(tags)
+    if isinstance(tags, str):
+        return tags.strip()
+    raise UserError(f"{title} holds neither caption, text, prompt nor tags; docs/dataset.md lists the formats.")
+
+
 def _sidecar_names(image: Path) -> Iterator[Path]:
-    """Yield NAME.txt, NAME.caption, and what some tools write, NAME.jpg.txt."""
-    for ending in SIDECAR_ENDINGS:
+    """Yield NAME.txt, NAME.caption, NAME.json, and what some tools write, NAME.jpg.txt."""
+    for ending in (*SIDECAR_ENDINGS, _JSON_SIDECAR):
         yield image.with_suffix(ending)
-    for ending in SIDECAR_ENDINGS:
+    for ending in (*SIDECAR_ENDINGS, _JSON_SIDECAR):
         yield image.with_name(image.name + ending)
 
 
@@ -98,9 +137,10 @@ def _read_table(folder: Path, table: Path, images: Sequence[Path], found: Captio
     for image in images:
         if table.parent in image.parents:
             own[same_name(str(image.relative_to(table.parent)))] = image
+    restored = dict(_restored_names(own))
     try:
-        for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title):
-            image = own.get(same_name(name))
+        for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title, set(own)):
+            image = own.get(same_name(name)) or restored.get(same_name(name))
             if image is None:
                 found.problems.append(f"{title} names {name!r}, and there is no such image; correct the name.")
             elif text.strip():
@@ -109,10 +149,22 @@ def _read_table(folder: Path, table: Path, images: Sequence[Path], found: Captio
         found.problems.append(str(error))
 
 
-def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
+def _restored_names(own: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """Yield what names may have been before an archiver of another country's encoding wrote them."""
+    for name, image in own.items():
+        try:
+            written = name.encode("cp437")
+        except UnicodeEncodeError:
+            continue
+        for encoding in _OLD_ENCODINGS if not name.isascii() else ():
+            with suppress(UnicodeDecodeError):
+                yield same_name(written.decode(encoding)), image
+
+
+def _rows(text: str, table: Path, title: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield (image's name, caption) of a table's rows. Raises UserError for one that isn't such a row."""
     try:
-        if table.name.casefold() == "captions.json":
+        if table.suffix.casefold() == ".json":
             values = json.loads(text)
             rows = (
                 [{"file_name": k, **(v if isinstance(v, dict) else {"text": v})} for k, v in values.items()]
@@ -122,7 +174,7 @@ def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
         elif table.suffix.casefold() == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+            rows = list(csv.DictReader(io.StringIO(text), _csv_header(text, known), strict=True))
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{title} can't be read ({error}); docs/dataset.md lists the formats.") from error
     if not isinstance(rows, list):
@@ -134,6 +186,14 @@ def _rows(text: str, table: Path, title: str) -> Iterator[tuple[str, str]]:
         yield name, caption
 
 
+def _csv_header(text: str, known: Collection[str]) -> list[str] | None:
+    """Return the columns of a csv whose first row is an image already; None for one that begins with a header."""
+    first = next(csv.reader(io.StringIO(text), strict=True), [])
+    if len(first) > 1 and same_name(first[0]) in known:
+        return [_NAME_COLUMNS[0], _TEXT_COLUMNS[0]]
+    return None
+
+
 def _column(row: object, columns: Sequence[str]) -> str | None:
     values = [row[column] for column in columns if column in row] if isinstance(row, dict) else []
     return values[0] if values and isinstance(values[0], str) else None
@@ -142,40 +202,17 @@ def _column(row: object, columns: Sequence[str]) -> str | None:
 # --- triggers -------------------------------------------------------------------------------------------------------
 
 
-def expand_trigger(text: str, trigger_word: str, tokens: Sequence[str]) -> str:
-    """Replace `[trigger]` in a caption or prompt by the trigger word, or where there is none by the only token.
-
-    Raises UserError where neither tells what it stands for.
-    """
-    if TRIGGER not in text:
-        return text
-    stands_for = [trigger_word] if trigger_word else list(tokens)
-    if len(stands_for) != 1:
-        why = "there is neither trigger_word nor token" if not stands_for else f"it could be {', '.join(stands_for)}"
-        raise UserError(f"the caption {text[:60]!r} holds {TRIGGER}, but {why}; set trigger_word.")
-    return text.replace(TRIGGER, stands_for[0])
-
-
 def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
     """Return the caption with `[trigger]` replaced, and with the trigger word in front where it lacks it."""
     caption = expand_trigger(caption, trigger_word, tokens)
-    if trigger_word and trigger_word not in caption:
+    if trigger_word and not holds(caption, trigger_word):
         return f"{trigger_word}, {caption}" if caption else trigger_word
     return caption
 
 
 def prior_caption(caption: str, config: TrainConfig) -> str:
-    """Return the caption with the class word in place of what is taught; as it is where there is no class word.
-
-    'a photo of <zwx> person' becomes 'a photo of person', not 'person person'.
-    """
-    if not config.class_word:
-        return caption
-    for trigger in config.triggers:
-        caption = re.sub(
-            rf"{re.escape(trigger)}(\s+{re.escape(config.class_word)}\b)?", lambda _: config.class_word, caption
-        )
-    return caption
+    """Return the caption with the class word in place of what is taught; as it is where it names nothing of it."""
+    return replace_words(caption, config.triggers, config.class_word) if config.class_word else caption
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

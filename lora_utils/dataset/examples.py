@@ -25,6 +25,7 @@ class Example:
     size: Size
     mask_path: Path | None = None
     masked: bool = False  # by that file, or else by its own alpha
+    repeats: int = 1  # how often an epoch shows it
 
     def crop(self) -> Image.Image:
         """Return the image as it fills the bucket. Raises UserError for a file that can't be read any more."""
@@ -52,6 +53,7 @@ class Dataset:
     num_images: int
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # for which a training would refuse it
     uncaptioned: frozenset[Path] = frozenset()  # the images whose caption is the default one
     folder: Path = Path()
     sizes_px: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # width and height of each image
@@ -89,7 +91,7 @@ class Dataset:
             own = [example for example in self.examples if (example.image_path in chosen) == wanted]
             if wanted:
                 smallest = {e.image_path: e.size for e in sorted(own, key=lambda e: e.size.tokens, reverse=True)}
-                own = [example for example in own if example.size == smallest[example.image_path]]
+                own = [replace(e, repeats=1) for e in own if e.size == smallest[e.image_path]]
             parts.append(replace(self, examples=own, num_images=len({example.image_path for example in own})))
         return parts[0], parts[1]
 

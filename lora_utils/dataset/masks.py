@@ -1,36 +1,68 @@
 """Masks: which file says where in which image the loss counts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_utils.dataset.captions import same_name
 
-MASK_MARK = ".mask"  # `NAME.mask.png` is the mask of `NAME.jpg`
+MASK_MARK = ".mask"  # `NAME.mask.png` is the mask of `NAME.jpg`: nothing else has such a name
+# Of other trainers: OneTrainer's, and what users of several write. They are masks only beside an image of that name.
+_OTHER_MARKS = ("-masklabel", "_mask", "-mask")
+_FOLDERS = ("masks", "mask")  # `masks/NAME.png`
 
 
 @dataclass(slots=True)
 class Masks:
-    """The masks by image, and those of no image."""
+    """The masks by image, those of no image, and images that may be masks by their names, but are of no image."""
 
     files: dict[Path, Path] = field(default_factory=dict)
     orphans: list[Path] = field(default_factory=list)
+    doubtful: list[Path] = field(default_factory=list)
 
 
-def is_mask(path: Path) -> bool:
-    """Return whether an image file is the mask of another one, by its name."""
-    return path.stem.casefold().endswith(MASK_MARK)
+def match_masks(folder: Path, images: Sequence[Path]) -> Masks:
+    """Find which of a dataset's image files are masks, and whose.
 
-
-def match_masks(images: Sequence[Path], masks: Sequence[Path]) -> Masks:
-    """Find which mask is whose: `a.mask.png` of `a.jpg`, and what some tools write, `a.jpg.mask.png`."""
-    by_name = {same_name(str(path)): path for path in images}
-    by_name |= {same_name(str(path.with_suffix(""))): path for path in images}
+    `a.mask.png` is the mask of `a.jpg`, and so are what some tools write, `a.jpg.mask.png`, `a_mask.png`,
+    `a-masklabel.png`, and `masks/a.png`.
+    """
+    owners = {same_name(str(path.relative_to(folder).with_suffix(""))): path for path in reversed(images)}
+    owners |= {same_name(str(path.relative_to(folder))): path for path in images}
     found = Masks()
-    for mask in masks:
-        image = by_name.get(same_name(str(mask.with_suffix("")))[: -len(MASK_MARK)])
-        if image is None:
-            found.orphans.append(mask)
-        else:
-            found.files[image] = mask
+    for path in images:
+        relative = path.relative_to(folder).with_suffix("")
+        surely, names = _named_owners(relative)
+        own = next((owners[name] for name in map(same_name, names) if owners.get(name, path) != path), None)
+        if own is not None:
+            found.files.setdefault(own, path)
+        elif surely:
+            found.orphans.append(path)
+        elif names:
+            found.doubtful.append(path)
+    if len(found.orphans) == len(images) and not any(path.stem.casefold().endswith(MASK_MARK) for path in images):
+        found.orphans, found.doubtful = [], found.orphans  # there is nothing else to learn from
     return found
+
+
+def _named_owners(relative: Path) -> tuple[bool, list[str]]:
+    """Return whether a name is surely a mask's, and the names that its image may have, all of them without endings."""
+    stem, names = relative.name.casefold(), []
+    for mark in (MASK_MARK, *_OTHER_MARKS):
+        if stem.endswith(mark) and len(stem) > len(mark):
+            names.append(str(relative.with_name(relative.name[: -len(mark)])))
+    inside = [index for index, part in enumerate(relative.parts[:-1]) if part.casefold() in _FOLDERS]
+    if inside:
+        names += list(_beside(relative, inside[-1]))
+    return stem.endswith(MASK_MARK) or bool(inside), names
+
+
+def _beside(relative: Path, index: int) -> Iterator[str]:
+    """Yield where the image of `x/masks/y/a` may stand: `x/y/a`, and in folders that stand for images."""
+    before, after = relative.parts[:index], relative.parts[index + 1 :]
+    for images in ((), ("images",), ("image",), ("img",), ("imgs",), ("train",)):
+        name = Path(*before, *images, *after)
+        yield str(name)
+        for mark in (MASK_MARK, *_OTHER_MARKS):
+            if name.name.casefold().endswith(mark) and len(name.name) > len(mark):
+                yield str(name.with_name(name.name[: -len(mark)]))

@@ -5,19 +5,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_utils import constants
-from lora_utils.config import TrainConfig
+from lora_utils.config import PLACEHOLDER_PATTERN, TrainConfig
 from lora_utils.dataset.examples import Dataset, listed_names
+from lora_utils.triggers import holds
 
-IMAGES_SHOWN = 20  # of the table
+IMAGES_SHOWN, SIZES_SHOWN = 20, 24
 
 
 def describe_dataset(dataset: Dataset, config: TrainConfig) -> list[str]:
     """Return the report on a dataset, line by line."""
-    learned, _ = dataset.split(config.validation_share)
-    passes = config.steps * config.batch_size * config.gradient_accumulation / learned.num_images
-    lines = [f"dataset: {dataset.num_images} images, each seen about {passes:.0f} times"]
-    for size, count in sorted(Counter(example.size for example in dataset.examples).items()):
+    lines = [_first_line(dataset, config)]
+    sizes = Counter(example.size for example in dataset.examples)
+    for size, count in sorted(sizes.most_common(SIZES_SHOWN)):
         lines.append(f"  bucket {size}: {count} images")
+    if len(sizes) > SIZES_SHOWN:
+        lines.append(f"  and {len(sizes) - SIZES_SHOWN} more buckets")
     to_come = dataset.uncaptioned if config.autocaption else frozenset()
     captions = {path: caption for path, caption in dataset.captions_by_image.items() if path not in to_come}
     lines += _table(dataset, captions)
@@ -25,6 +27,19 @@ def describe_dataset(dataset: Dataset, config: TrainConfig) -> list[str]:
     if dataset.left_out:
         lines.append(f"  left out, neither image nor caption: {listed_names(dataset.left_out)}")
     return lines
+
+
+def _first_line(dataset: Dataset, config: TrainConfig) -> str:
+    """Say how many images there are, and how often each is seen: a run may be too short for all of them."""
+    count = dataset.num_images
+    if not count or (config.validation_share and count == 1):
+        return f"dataset: {count} images"
+    learned, held_out = dataset.split(config.validation_share)
+    shown = config.steps * config.batch_size * config.gradient_accumulation
+    passes = shown / learned.num_images
+    seen = f"each seen about {passes:.0f} times" if passes >= 1 else f"of which the run shows at most {shown}"
+    apart = f"; {held_out.num_images} are held out ({held_out.num_images / count:.0%})" if held_out.examples else ""
+    return f"dataset: {count} images, {seen}{apart}"
 
 
 def _table(dataset: Dataset, captions: dict[Path, str]) -> list[str]:
@@ -70,7 +85,25 @@ def _caption_notes(dataset: Dataset, config: TrainConfig, captions: dict[Path, s
         notes.append(
             f"captions longer than the {constants.TRAINED_PROMPT_TOKENS} tokens the model was trained on: {named(long)}"
         )
+    notes += _trigger_notes(config, captions)
     for token in config.tokens:
         if without := [path for path, caption in captions.items() if token not in caption]:
             notes.append(f"{len(without)} of {len(captions)} captions lack {token}: {named(without)}")
+    return notes
+
+
+def _trigger_notes(config: TrainConfig, captions: dict[Path, str]) -> list[str]:
+    """Say what looks like a token and isn't trained as one, and what the class word does."""
+    written = dict.fromkeys(found for text in captions.values() for found in PLACEHOLDER_PATTERN.findall(text))
+    untrained = [token for token in written if token not in config.tokens]
+    notes = []
+    if untrained:
+        notes.append(
+            f"{listed_names(untrained)} is read as letters, for it isn't trained as a token; if it should be, set "
+            "train_placeholder_token and placeholder_token"
+        )
+    if config.class_word:
+        held = sum(not any(holds(text, trigger) for trigger in config.triggers) for text in captions.values())
+        plain = f"; {held} captions name nothing taught and are held as they are" if held else ""
+        notes.append(f"{config.preservation_weight:.0%} of the batches hold {config.class_word!r}{plain}")
     return notes

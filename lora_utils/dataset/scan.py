@@ -3,6 +3,7 @@
 This module owns which files are images and what is odd about them. It doesn't load a model.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,17 +14,27 @@ import numpy as np
 from transformers import Qwen2Tokenizer
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.buckets import choose_buckets
+from lora_utils.dataset.buckets import MOST_CROPPED, assign_buckets, cropped_share
 from lora_utils.dataset.captions import caption_problems, count_tokens, missing_tokens, read_captions, with_trigger
+from lora_utils.dataset.conventions import convention_notes, folder_repeats, without_regularisation
 from lora_utils.dataset.examples import Dataset, Example, listed_names
-from lora_utils.dataset.masks import Masks, is_mask, match_masks
+from lora_utils.dataset.masks import Masks, match_masks
 from lora_utils.errors import UserError
 from lora_utils.io.archive import is_litter
-from lora_utils.io.images import IMAGE_ENDINGS, difference_hash, mask_problem, open_alpha, open_image, open_mask
+from lora_utils.io.images import (
+    IMAGE_ENDINGS,
+    difference_hash,
+    mask_problem,
+    open_alpha,
+    open_image,
+    open_mask,
+    thumbnail,
+)
 
 PROBLEMS_SHOWN = 20
 # Of a hash's 256: what an image and its copy, scaled to two thirds and stored as JPEG at 60, differ in at most.
 NEAR_DUPLICATE_BITS = 6
+_LEAST_APART, _MOST_APART = 1.5, 16.0  # levels of 255 by which an area of an image and of its copy may differ
 _COMPARED_AT_ONCE = 1024  # images with all others: 10 000 take a second and 80 MB
 
 
@@ -32,17 +43,22 @@ def load(folder: Path, config: TrainConfig, tokenizer: Qwen2Tokenizer | None = N
 
     Without a tokenizer the captions' lengths and placeholder tokens aren't checked.
     """
-    found, problems = scan(folder, config)
-    if tokenizer is None:
-        raise_problems(problems)
-        return found
-    return check_captions(found, config, tokenizer, problems)
+    found = inspect(folder, config, tokenizer)
+    raise_problems(found.problems)
+    return found
 
 
-def check_captions(
-    dataset: Dataset, config: TrainConfig, tokenizer: Qwen2Tokenizer, known_problems: Sequence[str] = ()
-) -> Dataset:
-    """Return the dataset with its captions' token counts. Raises UserError with the known problems and the captions'.
+def inspect(folder: Path, config: TrainConfig, tokenizer: Qwen2Tokenizer | None = None) -> Dataset:
+    """Read the same, with what is wrong in its `problems`, so that a report can show all else too.
+
+    Raises UserError for a folder without images.
+    """
+    found = scan(folder, config)
+    return with_caption_problems(found, config, tokenizer) if tokenizer is not None else found
+
+
+def with_caption_problems(dataset: Dataset, config: TrainConfig, tokenizer: Qwen2Tokenizer) -> Dataset:
+    """Return the dataset with its captions' token counts, and what is wrong with them among its problems.
 
     Every token has to stand in an image that is learned from; one that is held out doesn't teach it. Captions that
     autocaption will write aren't there yet, so they are checked once they are.
@@ -50,12 +66,21 @@ def check_captions(
     to_come = dataset.uncaptioned if config.autocaption else frozenset()
     final = {path: caption for path, caption in dataset.captions_by_image.items() if path not in to_come}
     counts = count_tokens(final.values(), config.tokens, tokenizer)
-    problems = [*known_problems, *caption_problems(final, counts)]
-    if not to_come:
-        learned, _ = dataset.split(config.validation_share)
+    problems = [*dataset.problems, *caption_problems(final, counts)]
+    if not to_come and dataset.examples:
+        try:
+            learned, _ = dataset.split(config.validation_share)
+        except UserError as error:
+            return replace(dataset, token_counts=counts, problems=[*problems, str(error)])
         problems += missing_tokens(learned.captions, config.tokens)
-    raise_problems(problems)
-    return replace(dataset, token_counts=counts)
+    return replace(dataset, token_counts=counts, problems=problems)
+
+
+def check_captions(dataset: Dataset, config: TrainConfig, tokenizer: Qwen2Tokenizer) -> Dataset:
+    """Return the dataset with its captions' token counts. Raises UserError with all that is wrong with them."""
+    checked = with_caption_problems(dataset, config, tokenizer)
+    raise_problems(checked.problems)
+    return checked
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -73,29 +98,51 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _ImageFacts:
-    """What an image turned out to be: its size and hash, whether it has a mask, or what is wrong with it."""
+    """What an image turned out to be: its size and looks, whether it has a mask, or what is wrong with it."""
 
     width_px: int = 0
     height_px: int = 0
     hash: bytes = b""
+    thumbnail: bytes = b""
     masked: bool = False
     problem: str = ""
 
 
-def scan(folder: Path, config: TrainConfig) -> tuple[Dataset, list[str]]:
-    """Find and check every image below a folder, in the order of their paths. -> the dataset, and what is wrong
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Which of a folder's files is what."""
+
+    images: list[Path]
+    masks: Masks
+    regularisation: list[Path]
+    own: list[Path]  # all but what archivers left
+
+    @property
+    def known(self) -> set[Path]:
+        """The images of any use."""
+        return {*self.images, *self.masks.files.values(), *self.masks.orphans, *self.regularisation}
+
+
+def _sort_files(folder: Path) -> _Files:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = [path for path in files if not is_litter(PurePosixPath(path.relative_to(folder)))]
+    readable = [path for path in own if path.suffix.lower() in IMAGE_ENDINGS]
+    taught, regularisation = without_regularisation(folder, readable)
+    masks = match_masks(folder, taught)
+    apart = {*masks.files.values(), *masks.orphans}
+    return _Files([path for path in taught if path not in apart], masks, regularisation, own)
+
+
+def scan(folder: Path, config: TrainConfig) -> Dataset:
+    """Find and check every image below a folder, in the order of their paths.
 
     Raises UserError for a folder without images.
     """
     # Which file is what.
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    own = [path for path in files if not is_litter(PurePosixPath(path.relative_to(folder)))]
-    readable = [path for path in own if path.suffix.lower() in IMAGE_ENDINGS]
-    images = [path for path in readable if not is_mask(path)]
-    masks = match_masks(images, [path for path in readable if is_mask(path)])
-    found = read_captions(folder, images, own)
-    known = {*found.files, *readable}
-    left_out = [str(path.relative_to(folder)) for path in own if path not in known]
+    files = _sort_files(folder)
+    images, masks = files.images, files.masks
+    found = read_captions(folder, images, files.own)
+    left_out = [str(path.relative_to(folder)) for path in files.own if path not in {*found.files, *files.known}]
     if not images:
         listed = ", ".join(left_out[:5]) or "nothing"
         raise UserError(f"the dataset holds no images ({', '.join(IMAGE_ENDINGS)}); it holds {listed}.")
@@ -114,18 +161,25 @@ def scan(folder: Path, config: TrainConfig) -> tuple[Dataset, list[str]]:
         except UserError as error:
             problems.append(f"{path.relative_to(folder)}: {error}")
 
-    # The examples of what is sound, and what is worth a remark.
+    # The examples of what is sound, each in its buckets.
     sound = {path: one for path, one in facts.items() if not one.problem and path in captions}
-    examples = [
-        Example(path, captions[path], size, used.get(path), one.masked)
-        for path, one in sound.items()
-        for size in choose_buckets(one.width_px, one.height_px, config.resolutions_px)
-    ]
-    notes = _trigger_note(config.trigger_word, list(texts.values())) + _mask_notes(masks, sound, config.mask_from)
-    notes += _small_note(folder, examples, sound) + _duplicate_notes(folder, sound)
-    uncaptioned = frozenset(texts) - frozenset(found.texts)
     sizes_px = {path: (one.width_px, one.height_px) for path, one in sound.items()}
-    return Dataset(examples, len(images), left_out, notes, uncaptioned, folder, sizes_px), problems
+    repeats = {path: folder_repeats(folder, path) for path in sound}
+    fewest = math.gcd(*repeats.values()) or 1  # what all have in common changes nothing
+    examples = [
+        Example(path, captions[path], size, used.get(path), sound[path].masked, repeats[path] // fewest)
+        for path, sizes in assign_buckets(sizes_px, config.resolutions_px).items()
+        for size in sizes
+    ]
+    problems += _masks_cropped_away(folder, examples)
+
+    # What is worth a remark.
+    notes = _trigger_note(config.trigger_word, list(texts.values())) + _mask_notes(masks, sound, config.mask_from)
+    notes += convention_notes(folder, images, files.regularisation) + found.notes
+    notes += _cropped_notes(folder, examples, sizes_px) + _small_note(folder, examples, sound)
+    notes += _duplicate_notes(folder, sound)
+    uncaptioned = frozenset(texts) - frozenset(found.texts)
+    return Dataset(examples, len(sound), left_out, notes, problems, uncaptioned, folder, sizes_px)
 
 
 def _inspect(path: Path, mask_path: Path | None, by_alpha: bool) -> _ImageFacts:
@@ -136,7 +190,21 @@ def _inspect(path: Path, mask_path: Path | None, by_alpha: bool) -> _ImageFacts:
         problem = mask_problem(mask, (mask_path or path).name, image.size) if mask else ""
     except UserError as error:
         return _ImageFacts(problem=str(error))
-    return _ImageFacts(image.width, image.height, difference_hash(image), mask is not None, problem)
+    width, height = image.size
+    return _ImageFacts(width, height, difference_hash(image), thumbnail(image), mask is not None, problem)
+
+
+def _masks_cropped_away(folder: Path, examples: Sequence[Example]) -> list[str]:
+    """Say which masks leave nothing to learn from as they are used: cropped as their image, at the latents' grid."""
+    masked = [example for example in examples if example.masked]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda example: example.shares(), masked))
+    return [
+        f"the mask of {example.image_path.relative_to(folder)} leaves nothing to learn from at {example.size}: what is "
+        "white there is cropped away, or smaller than a latent; paint more of it white."
+        for example, shares in zip(masked, found, strict=True)
+        if shares is not None and not shares.any()
+    ]
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------
@@ -160,10 +228,30 @@ def _mask_problems(folder: Path, masks: Masks, facts: Mapping[Path, _ImageFacts]
 def _mask_notes(masks: Masks, facts: Mapping[Path, _ImageFacts], mask_from: str) -> list[str]:
     if mask_from == "none":
         unused = len(masks.files) + len(masks.orphans)
-        return [f"{unused} masks aren't used; set mask_from to file to use them"] if unused else []
+        notes = [f"{unused} masks aren't used; set mask_from to file to use them"] if unused else []
+        return notes + _doubtful_note(masks)
     masked = sum(one.masked for one in facts.values())
     others = f", {len(facts) - masked} without one are learned everywhere" if masked < len(facts) else ""
-    return [f"{masked} images have a mask{others}"]
+    return [f"{masked} images have a mask{others}", *_doubtful_note(masks)]
+
+
+def _doubtful_note(masks: Masks) -> list[str]:
+    names = listed_names([path.name for path in masks.doubtful])
+    return [f"warning: learned as images, though their names are masks': {names}"] if masks.doubtful else []
+
+
+def _cropped_notes(folder: Path, examples: Sequence[Example], sizes_px: Mapping[Path, tuple[int, int]]) -> list[str]:
+    """Say how much of which images falls away: those that lose most, and warn where it is more than a bucket should."""
+    shares: dict[Path, float] = {}
+    for example in examples:
+        share = cropped_share(*sizes_px[example.image_path], example.size)
+        shares[example.image_path] = max(share, shares.get(example.image_path, 0.0))
+    lose = sorted((path for path in shares if shares[path] >= 0.005), key=lambda path: -shares[path])
+    if not lose:
+        return []
+    named = [f"{path.relative_to(folder)} {shares[path]:.1%}" for path in lose]
+    much = "warning: " if shares[lose[0]] > MOST_CROPPED else ""
+    return [f"{much}cropped at the sides to fit a bucket: {listed_names(named)}"]
 
 
 def _trigger_note(trigger_word: str, texts: Sequence[str]) -> list[str]:
@@ -183,22 +271,38 @@ def _small_note(folder: Path, examples: Sequence[Example], facts: Mapping[Path, 
 
 def _duplicate_notes(folder: Path, facts: Mapping[Path, _ImageFacts]) -> list[str]:
     names = [str(path.relative_to(folder)) for path in facts]
-    groups = [[names[index] for index in group] for group in near_duplicates([one.hash for one in facts.values()])]
+    found = near_duplicates([one.hash for one in facts.values()], [one.thumbnail for one in facts.values()])
+    groups = [[names[index] for index in group] for group in found]
     shown = [f"look the same, and count as often: {listed_names(group)}" for group in groups[:5]]
     return shown + ([f"and {len(groups) - 5} more groups that look the same"] if len(groups) > 5 else [])
 
 
-def near_duplicates(hashes: Sequence[bytes]) -> list[list[int]]:
-    """Return the indices of hashes in groups of two and more, `NEAR_DUPLICATE_BITS` apart at most from their first."""
+def near_duplicates(hashes: Sequence[bytes], thumbnails: Sequence[bytes]) -> list[list[int]]:
+    """Return the indices of images in groups of two and more that look like their first.
+
+    Their hashes are `NEAR_DUPLICATE_BITS` apart at most. Flat drawings have hashes alike, so their colours are compared
+    too, within a tenth of the first one's contrast.
+    """
     bits = np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 4)  # [images, 4]
+    colours = [np.frombuffer(each, np.uint8).astype(np.int16) for each in thumbnails]
     grouped, groups = np.zeros(len(hashes), bool), []
     for start in range(0, len(hashes), _COMPARED_AT_ONCE):
         compared = bits[start : start + _COMPARED_AT_ONCE]
         apart = sum(np.bitwise_count(compared[:, None, part] ^ bits[None, :, part]) for part in range(bits.shape[1]))
         near = np.asarray(apart) <= NEAR_DUPLICATE_BITS  # [compared, images]
         for index in np.flatnonzero(near.sum(axis=1) > 1):
-            group = [int(other) for other in np.flatnonzero(near[index] & ~grouped)]
-            if not grouped[start + index] and len(group) > 1:
+            first = start + int(index)
+            if grouped[first]:
+                continue
+            alike = [int(other) for other in np.flatnonzero(near[index] & ~grouped)]
+            group = [other for other in alike if _same_colours(colours[first], colours[other])]
+            if len(group) > 1:
                 grouped[group] = True
                 groups.append(group)
     return groups
+
+
+def _same_colours(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two thumbnails are equal but for what scaling and JPEG change: see `_LEAST_APART`."""
+    allowed = np.clip(0.1 * float(one.max() - one.min()), _LEAST_APART, _MOST_APART)
+    return bool(np.abs(one - other).max() <= allowed)

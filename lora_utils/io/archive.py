@@ -25,6 +25,11 @@ MAX_MEMBERS = 100_000
 MAX_NESTING = 3  # archives within archives
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
+_TAR_BLOCK_BYTES = 512
+_ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")  # a member, no member at all, the first of several parts
+_PROGRAM_STARTS = (b"MZ", b"\x7fELF", b"#!")  # of an archive that unpacks itself
+_FOREIGN_STARTS = {b"Rar!": "a RAR archive", b"7z\xbc\xaf": "a 7z archive", b"\x28\xb5\x2f\xfd": "a zstd archive"}
+
 # What archivers and file managers leave behind.
 _LITTER_FOLDERS = {"__macosx", ".git", ".ipynb_checkpoints", "@eadir"}
 _LITTER_FILES = {"thumbs.db", "desktop.ini", ".ds_store"}
@@ -124,6 +129,29 @@ _DAMAGE = (
 )
 
 
+def archive_kind(path: Path) -> str | None:
+    """Return "zip" or "tar" by how a file begins and is built; None for no such archive.
+
+    A zip is known by its end, and a tar whose last member is a zip ends like one. So what begins as a tar is a tar,
+    and a file that doesn't begin as a zip is one only if it is a program that unpacks itself.
+    """
+    with path.open("rb") as file:
+        start = file.read(_TAR_BLOCK_BYTES)
+    if start.startswith(_ZIP_STARTS):
+        return "zip" if zipfile.is_zipfile(path) else None
+    with damage_as_user_error(path):
+        if tarfile.is_tarfile(path):
+            return "tar"
+    return "zip" if start.startswith(_PROGRAM_STARTS) and zipfile.is_zipfile(path) else None
+
+
+def _foreign_archive(path: Path) -> str | None:
+    """Return what an archive is that can't be read here."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return next((kind for mark, kind in _FOREIGN_STARTS.items() if start.startswith(mark)), None)
+
+
 @contextmanager
 def damage_as_user_error(archive: Path) -> Iterator[None]:
     """Turn what a reader raises for damage into a UserError; the system's own errors, like a full disk, stay."""
@@ -143,12 +171,11 @@ def archive_members(archive: Path) -> Iterator[Member]:
     Raises UserError for what is no archive, is damaged or encrypted, or holds links or unsafe paths.
     """
     with damage_as_user_error(archive):
-        if zipfile.is_zipfile(archive):
-            found = _zip_members(archive)
-        elif tarfile.is_tarfile(archive):
-            found = _tar_members(archive)
-        else:
-            raise UserError(f"{archive.name} is neither a zip nor a tar archive; pack the files as .zip or .tar.gz.")
+        kind = archive_kind(archive)
+        if kind is None:
+            what = _foreign_archive(archive) or "neither a zip nor a tar archive"
+            raise UserError(f"{archive.name} is {what}; pack the files as .zip or .tar.gz.")
+        found = _zip_members(archive) if kind == "zip" else _tar_members(archive)
         for count, member in enumerate(found, start=1):
             if count > MAX_MEMBERS:
                 raise _too_many(archive)

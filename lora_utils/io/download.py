@@ -1,24 +1,32 @@
 """From a name to a local path: files by URL, models and LoRAs by hub name, within limits."""
 
 import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lora_utils import constants
-from lora_utils.errors import UserError
+from lora_utils.errors import UserError, shown
+from lora_utils.io import transfer
+from lora_utils.io.access import CALLER, Access
 
 log = logging.getLogger(__name__)
 
-MAX_DOWNLOAD_BYTES = 10 * 10**9
+CACHE_BYTES = 20 * 10**9  # of downloaded LoRAs, and at most half of what the disk has free
+_VALIDATORS = ".validators.json"
+MODEL_INDEX = "model_index.json"
+# What stands in it for the text-to-image models. Their weights are the same, whichever of the three wrote the folder.
+_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 
 
 def base_model_name() -> str:
@@ -28,7 +36,7 @@ def base_model_name() -> str:
 
 def _component_patterns(parts: Sequence[str]) -> list[str]:
     """Return which of a repository's files these components are loaded from; it may hold images and other formats."""
-    return ["model_index.json", *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors", "txt"))]
+    return [MODEL_INDEX, *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors", "txt"))]
 
 
 def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS) -> Path:
@@ -38,22 +46,48 @@ def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS)
     """
     folder = Path(base_model)
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+        if not (folder / MODEL_INDEX).is_file():
             raise UserError(f"BASE_MODEL {base_model!r} holds no model_index.json; give a folder in diffusers' layout.")
+        _check_pipeline(folder / MODEL_INDEX, base_model)
         return folder
     if folder.is_absolute() or base_model.count("/") != 1:
         raise UserError(
             f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {constants.DEFAULT_BASE_MODEL!r}."
         )
+    _check_pipeline(_from_cache_or_hub(base_model, [MODEL_INDEX]) / MODEL_INDEX, base_model)
     missing_bytes = _missing_bytes(base_model, _component_patterns(parts))
     if missing_bytes:
         log.info("downloading %s from the hub: %.2f GB", base_model, missing_bytes / 1e9)
+    return _from_cache_or_hub(base_model, _component_patterns(parts))
+
+
+def _from_cache_or_hub(base_model: str, patterns: Sequence[str]) -> Path:
+    """Return the folder of a repository with the files of these patterns in it."""
     try:
-        return Path(snapshot_download(base_model, allow_patterns=_component_patterns(parts)))
+        return Path(snapshot_download(base_model, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"BASE_MODEL {base_model!r} is neither on this machine nor to be had from the hub; give a folder."
         ) from error
+    except RepositoryNotFoundError as error:
+        raise _no_such_model(base_model) from error
+
+
+def _no_such_model(base_model: str) -> UserError:
+    return UserError(f"the hub has no model {base_model!r}, or it is private: check BASE_MODEL and HF_TOKEN.")
+
+
+def _check_pipeline(index: Path, base_model: str) -> None:
+    """Raise UserError for a model of another kind, before any of its weights is downloaded or loaded."""
+    try:
+        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"model_index.json of BASE_MODEL {base_model!r} can't be read; download it again.") from error
+    if pipeline not in _PIPELINES:
+        raise UserError(
+            f"BASE_MODEL {base_model!r} is a model of {str(pipeline)[:60]}, and not a text-to-image Qwen-Image; set it "
+            "to Qwen/Qwen-Image or Qwen/Qwen-Image-2512."
+        )
 
 
 def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
@@ -61,9 +95,7 @@ def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
     try:
         files = HfApi().model_info(base_model, files_metadata=True).siblings or []
     except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {base_model!r}, or it is private: check BASE_MODEL and HF_TOKEN."
-        ) from error
+        raise _no_such_model(base_model) from error
     except (OSError, httpx2.HTTPError):  # offline: OfflineModeIsEnabled is an OSError
         return 0
     wanted = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
@@ -75,35 +107,54 @@ def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 
 
-def download_weights(source: str, folder: Path, token: str | None = None) -> Path:
-    """Return a LoRA's file: a local path as it is, an http(s) URL downloaded into `folder`, or one of a hub repository.
+def download_weights(source: str, folder: Path, token: str | None = None, access: Access = CALLER) -> Path:
+    """Return a LoRA's file: a local path as it is, or an http(s) URL's or a hub repository's content, in `folder`.
 
     `owner/name` is a repository with one LoRA in it, `owner/name/file.safetensors` says which. `token` is for private
-    ones and is sent to the hub alone. Raises UserError for what can't be had, is too large or isn't to be trusted.
+    ones and is sent to the hub alone. Raises UserError for what can't be had, is too large or may not be reached.
     """
     if source.startswith(("http://", "https://")):
-        return _download(source, folder)
+        return _download(source, folder, access)
     path = Path(source.removeprefix("file://"))
-    if path.is_file():
+    if access.local_paths and (path.is_file() or path.is_dir()):
         return path
     if "://" in source or path.is_absolute() or not _HUB_NAME.fullmatch(source):
+        own = "a path, " if access.local_paths else ""
         raise UserError(
-            f"there is no weights file {source!r}; give a path, a URL that starts with http:// or https://, or a hub "
-            "repository like 'owner/name'."
+            f"there is no weights file {shown(source)!r}; give {own}a URL that starts with http:// or https://, or a "
+            "hub repository like 'owner/name'."
         )
-    return _from_hub(source, token)
+    return _from_hub(source, folder, access.hub_token(token), access)
 
 
-def _from_hub(source: str, token: str | None) -> Path:
+def forget_download(path: Path, folder: Path) -> None:
+    """Remove a downloaded file that has turned out to be no LoRA. A path of the caller's own is left alone."""
+    if path.is_relative_to(folder) and path.parent != folder:
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _from_hub(source: str, folder: Path, token: str | None, access: Access) -> Path:
     owner, name, *inside = source.split("/", 2)
     repository = f"{owner}/{name}"
     try:
-        files = HfApi(token=token).model_info(repository, files_metadata=True).siblings or []
-        sizes = {file.rfilename: file.size or 0 for file in files}
+        # Which file: `False` keeps the hub's client from a token of its own.
+        info = HfApi(token=token or False).model_info(repository, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         chosen = _choose_file(repository, list(sizes), inside[0] if inside else None)
-        if sizes[chosen] > MAX_DOWNLOAD_BYTES:
-            raise UserError(f"{repository}/{chosen} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
-        return Path(hf_hub_download(repository, chosen, token=token))
+        if sizes[chosen] > transfer.MAX_BYTES:
+            raise UserError(f"{repository}/{chosen} is larger than {transfer.MAX_BYTES // 10**9} GB.")
+
+        # It, and the config that peft keeps its alpha in: the owner's among the hub's files, a stranger's apart.
+        config = str(Path(chosen).with_name(constants.PEFT_CONFIG))
+        found = folder / hashlib.sha256(f"{repository} {info.sha} {chosen}".encode()).hexdigest()[:16]
+        paths = []
+        for wanted in (chosen, *([config] if config in sizes and chosen.endswith(constants.PEFT_WEIGHTS) else [])):
+            if access.any_run_dir:  # a caller on this machine, which keeps what it downloads
+                paths.append(Path(hf_hub_download(repository, wanted, token=token or False)))
+            else:
+                url = hf_hub_url(repository, wanted, revision=info.sha)
+                paths.append(_fetch(transfer.Transfer(url, found / Path(wanted).name, token=token), folder))
+        return paths[0]
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise UserError(
             f"there is no file {source!r}, and the hub has no repository {repository!r} that may be read; for a "
@@ -127,29 +178,48 @@ def _choose_file(repository: str, names: list[str], asked: str | None) -> str:
     return best[0]
 
 
-def _download(source: str, folder: Path) -> Path:
-    """Return a URL's content, under the name that it ends in. One that was downloaded before isn't again."""
+# --- the cache of downloads -----------------------------------------------------------------------------------------
+
+
+def _download(source: str, folder: Path, access: Access) -> Path:
+    """Return a URL's content, under the name that it ends in. A copy is used again where its server says it is good."""
     target = folder / hashlib.sha256(source.encode()).hexdigest()[:16] / (_file_name(source) or "weights")
-    if target.is_file():
-        return target
-    partial = target.with_suffix(".partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    return _fetch(transfer.Transfer(source, target, public_only=not access.private_addresses), folder)
+
+
+def _fetch(wanted: transfer.Transfer, folder: Path) -> Path:
+    """Transfer a file into its own folder of the cache, or keep the copy there, and let the oldest ones go."""
+    kept, notes = wanted.target, wanted.target.parent / _VALIDATORS
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(notes.read_text()) if notes.is_file() and kept.is_file() else {}
+    partial = kept.with_name(".partial")
     try:
-        with httpx2.stream("GET", source, follow_redirects=True, timeout=60) as reply, partial.open("wb") as sink:
-            reply.raise_for_status()
-            for chunk in reply.iter_bytes(1 << 20):
-                sink.write(chunk)
-                if sink.tell() > MAX_DOWNLOAD_BYTES:
-                    raise UserError(f"{source} is larger than {MAX_DOWNLOAD_BYTES // 10**9} GB.")
-        partial.replace(target)
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise UserError(f"{source} can't be downloaded: {error}.") from error
+        found = transfer.transfer(transfer.Transfer(wanted.url, partial, wanted.public_only, wanted.token, known))
+        if found is not None:
+            partial.replace(kept)
+            notes.write_text(json.dumps(found))
     finally:
         partial.unlink(missing_ok=True)
-        if not target.exists():
-            target.parent.rmdir()
-    return target
+        if not kept.is_file():
+            shutil.rmtree(kept.parent, ignore_errors=True)
+    os.utime(kept.parent)  # used now
+    _trim(folder, kept.parent)
+    return kept
+
+
+def _trim(folder: Path, used: Path) -> None:
+    """Remove the downloads that weren't used for longest, until the rest is within the limit."""
+    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    held = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in entries}
+    total = sum(held.values())
+    most = min(CACHE_BYTES, (total + shutil.disk_usage(folder).free) // 2)
+    for path in entries:
+        if total > most and path != used:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= held[path]
 
 
 def _file_name(url: str) -> str:
-    return re.sub(r"[^\w.-]", "_", urlsplit(url).path.rpartition("/")[2])[:100].lstrip(".")
+    """Return the name that a URL ends in, as a file may be called: for messages, and for what its ending says."""
+    name = re.sub(r"[^\w.-]", "_", unquote(urlsplit(url).path).rpartition("/")[2]).lstrip(".")
+    return name.encode()[-120:].decode(errors="ignore")  # a file system takes 255 bytes

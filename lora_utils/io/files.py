@@ -1,5 +1,10 @@
 """Files that are written completely or not at all, and what a disk refuses said clearly."""
 
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,3 +35,44 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path, what: str) -> Iterator[None]:
+    """Keep a folder to this caller within it. The lock is the folder's own, leaves no file, and ends with the process.
+
+    Raises UserError where another one has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{what} is in use by another run; wait for it to end, or name another folder.") from error
+        except OSError as error:  # a file system without locks
+            log.warning("%s can't be locked (%s); see to it that no other run uses it", what, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def new_process_folder(purpose: str) -> Path:
+    """Return an empty folder of this process for what it keeps between calls. What dead processes left is removed."""
+    prefix, parent = f"qwen-image-lora-{purpose}-", Path(tempfile.gettempdir())
+    for left in parent.glob(f"{prefix}*"):
+        number = left.name.removeprefix(prefix)
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{prefix}{os.getpid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True

@@ -19,7 +19,21 @@ from torch import Tensor
 
 from lora_utils.errors import UserError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+IMAGE_ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")  # of the content, whatever its name says
 MAX_PIXELS = 100_000_000  # 100 megapixels: 300 MB once decoded
 MASK_ASPECT_SLACK = 0.02  # by which a mask's aspect ratio may differ from its image's: the rounding of a smaller one
@@ -43,6 +57,7 @@ _DECODER_ERRORS = (
 _SRGB = ImageCms.createProfile("sRGB")
 _EXIF_USER_COMMENT = 0x9286
 _EXIF_IFD = 0x8769
+_MAX_EXIF_BYTES = 65_000  # JPEG keeps EXIF in one segment of 65 535 bytes; the rest is for its own fields
 _UNICODE = b"UNICODE\0"  # the marker that EXIF wants before a comment in UTF-16
 
 
@@ -101,6 +116,10 @@ def open_upright(path: Path) -> Image.Image:
                 f"image {path.name} has {opened.width}x{opened.height} pixels; scale it down to "
                 f"{MAX_PIXELS // 10**6} megapixels or less."
             )
+        if opened.mode in ("I", "F"):
+            raise UserError(
+                f"image {path.name} has numbers of 32 bits, and nothing says which is white; save it with 8 or 16."
+            )
         upright = ImageOps.exif_transpose(opened)
         upright.load()
         return upright
@@ -122,6 +141,11 @@ def difference_hash(image: Image.Image) -> bytes:
     return np.packbits(levels[:, 1:] < levels[:, :-1]).tobytes()
 
 
+def thumbnail(image: Image.Image) -> bytes:
+    """Return the mean colours of 32 x 32 areas, [32, 32, 3] in bytes: by them drawings in other colours differ."""
+    return np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX)).tobytes()
+
+
 @contextmanager
 def _decoder_errors(path: Path) -> Iterator[None]:
     """Turn what a decoder raises into a UserError."""
@@ -133,7 +157,8 @@ def _decoder_errors(path: Path) -> Iterator[None]:
         limit = f"{MAX_PIXELS // 10**6} megapixels"
         raise UserError(f"image {path.name} has more than {limit}; scale it down.") from error
     except _DECODER_ERRORS as error:
-        raise UserError(f"image {path.name} can't be read ({error}); save it again as JPEG or PNG.") from error
+        why = str(error).replace(str(path), path.name)  # Pillow names the file with the folder that it lies in
+        raise UserError(f"image {path.name} can't be read ({why}); save it again as JPEG or PNG.") from error
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -167,6 +192,16 @@ def _by_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
+
+
+def fit_settings(settings: Mapping[str, object], file_format: str) -> tuple[dict[str, object], bool]:
+    """Return settings that fit into a format's metadata, with its longest texts cut; and whether any was."""
+    fitted, cut = dict(settings), False
+    while file_format == "jpg" and len(json.dumps(fitted, ensure_ascii=False).encode("utf-16-be")) > _MAX_EXIF_BYTES:
+        texts = {name: value for name, value in fitted.items() if isinstance(value, str)}
+        name = max(texts, key=lambda each: len(texts[each]))
+        fitted[name], cut = texts[name][: len(texts[name]) // 2], True
+    return fitted, cut
 
 
 def save_image(image: Image.Image, path: Path, quality: int, settings: Mapping[str, object] | None) -> Path:

@@ -130,6 +130,21 @@ def log_unexpected_errors() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def by_product(what: str) -> Iterator[None]:
+    """Warn of whatever fails within it, and go on: what was learned in hours isn't lost for a curve or an image.
+
+    Cancels, and all else that isn't an error, go through.
+    """
+    try:
+        yield
+    except UserError as error:
+        log.warning("%s failed: %s", what, error)
+    except Exception as error:  # of any kind: by-products run other people's code, on disks and networks
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("%s failed: %s: %s", what, type(error).__name__, first_line)
+
+
 def log_uncaught_to_stderr(error: UserError) -> None:
     """Print a UserError as a command's last words. A process that started this one finds them by their prefix."""
     print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)

@@ -1,49 +1,37 @@
 """LoRA files: every known key layout read into one canonical map, and the portable file written from it.
 
-This module owns key names and alphas. It knows no more of models than the names of their layers.
+This module is the one way in: prediction, `init_weights` and `convert` read what it reads, and refuse what it refuses.
+It knows no more of models than the names of their layers.
 
 Legend: R rank, D_in and D_out the widths of the adapted linear layer, D the text encoder's width.
 """
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_utils import constants
+from lora_utils.constants import PEFT_CONFIG, PEFT_WEIGHTS
 from lora_utils.errors import UserError
+from lora_utils.io.files import atomic_path
+from lora_utils.lora.keys import foreign_layers, other_method, parse_key
+from lora_utils.lora.strength import HEADER_KEY, AdapterConfig, adapter_config, header_config, other_base
 
-HEADER_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's config
+log = logging.getLogger(__name__)
 
-# What tools put in front of a module's name. Longest first, so that the shorter ones don't cut into them.
-_PREFIXES = ("base_model.model.transformer.", "base_model.model.", "diffusion_model.", "transformer.")
-_FLAT_PREFIXES = (
-    "lora_unet_",
-    "lycoris_",
-    "lora_transformer_",
-)  # kohya's, LyCORIS's, OneTrainer's: no dots from here on
-_DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", ".lora_A.default")
-_UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight", ".lora_B.default")
-_OTHER_METHODS = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".lokr_w": "LoKr",
-    ".hada_w": "LoHa",
-    ".oft_": "OFT",
-    ".diff": "a full-weight difference",
-    ".lora_mid": "Tucker LoCon",
-}
-_FLAT_NAMES = {
-    name.replace(".", "_"): name
-    for name in (*constants.ATTENTION_TARGETS, *constants.MLP_TARGETS, "img_mod.1", "txt_mod.1", "attn.to_out")
-}
 _EMBEDDING_KEY = re.compile(re.escape(constants.PLACEHOLDER_KEY).replace(r"\{token\}", r"(?P<token><[^.]+>)"))
+_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +43,15 @@ class Layout:
     up: str
     flat: bool = False  # the module's dots are underscores
     alpha: bool = False  # has alpha keys; without them it is the rank
+    takes_embeddings: bool = False  # its readers take a token's embedding in the same file
 
 
 LAYOUTS = {
-    "diffusers": Layout("transformer.{}", ".lora_A.weight", ".lora_B.weight"),
+    "diffusers": Layout("transformer.{}", ".lora_A.weight", ".lora_B.weight", takes_embeddings=True),
     "comfyui": Layout("diffusion_model.{}", ".lora_A.weight", ".lora_B.weight"),  # ai-toolkit's and fal's too
     "kohya": Layout("lora_unet_{}", ".lora_down.weight", ".lora_up.weight", flat=True, alpha=True),  # musubi's too
     "diffsynth": Layout("{}", ".lora_A.default.weight", ".lora_B.default.weight"),
-    "peft": Layout("base_model.model.{}", ".lora_A.weight", ".lora_B.weight"),
+    "peft": Layout(_PEFT_PREFIX + "{}", ".lora_A.weight", ".lora_B.weight"),  # in a folder with its config
     "lycoris": Layout("lycoris_{}", ".lora_down.weight", ".lora_up.weight", flat=True, alpha=True),
 }
 
@@ -82,7 +71,13 @@ class LowRank:
 
     def with_alpha_of_rank(self) -> "LowRank":
         """Return the same update with alpha = rank, which is what a file without alphas means."""
-        return LowRank(self.down, self.up * (self.alpha / self.rank), float(self.rank))
+        if self.alpha == self.rank:
+            return self
+        return LowRank(self.down, self.up.float() * (self.alpha / self.rank), float(self.rank))
+
+    def does_nothing(self) -> bool:
+        """Return whether the update is zero."""
+        return self.alpha == 0 or not self.up.any() or not self.down.any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +87,8 @@ class LoraFile:
     layers: dict[str, LowRank]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     sha256: str = ""  # of the file it was read from
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of its header
+    alphas_in_keys: bool = False  # each layer's alpha stands in a key of its own, as kohya's tools write it
 
 
 def file_sha256(path: Path) -> str:
@@ -100,111 +97,166 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _module_name(name: str, key: str) -> str:
-    """Return the dotted module name behind a key without its LoRA ending."""
-    for prefix in _FLAT_PREFIXES:
-        if name.startswith(prefix):
-            flat = name.removeprefix(prefix)
-            block = re.fullmatch(r"transformer_blocks_(\d+)_(\w+)", flat)
-            if block and block[2] in _FLAT_NAMES:
-                return f"transformer_blocks.{block[1]}.{_FLAT_NAMES[block[2]]}"
-            raise UserError(f"LoRA key {key!r} names no layer of Qwen-Image: this LoRA was made for another model.")
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _split(key: str) -> tuple[str, str] | None:
-    """Return (module, part) of a LoRA key, part one of down, up and alpha; None for keys that belong to no LoRA."""
-    for part, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",))):
-        for ending in endings:
-            if key.endswith(ending):
-                return _module_name(key.removesuffix(ending), key), part
-    return None
-
-
-def _header_alphas(metadata: dict[str, str], name: str) -> tuple[float | None, dict[str, float]]:
-    """Return (alpha of all layers, alphas of single layers) from diffusers' header; None where it says nothing."""
-    if HEADER_KEY not in metadata:
-        return None, {}
-    try:
-        config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[HEADER_KEY]).items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{name}: the header's {HEADER_KEY} isn't a JSON object ({error}).") from error
-    single = {name.removeprefix("^"): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()}
-    return (float(config["lora_alpha"]) if config.get("lora_alpha") is not None else None), single
-
-
-def read_lora_file(path: Path, name: str | None = None) -> LoraFile:
+def read_lora_file(path: Path, name: str | None = None, config: Mapping[str, Any] | None = None) -> LoraFile:
     """Read a safetensors LoRA in any known layout. `name` stands for the file in messages.
 
-    Raises UserError for what isn't safetensors, holds no LoRA, an unknown key or method, or half a pair.
+    `config` is the adapter_config.json that came with it, if one did. Raises UserError for what isn't safetensors,
+    holds no LoRA, another method, another model's layers, half a pair, a layer twice, or numbers that can't be.
     """
-    # All tensors of the file.
     name = name or path.name
+    tensors, metadata = _read_tensors(path, name)
+    if model := other_base(metadata, config):
+        raise UserError(f"{name} says that it was made for {model}; use a LoRA of Qwen-Image.")
+    embeddings = {found["token"]: tensor for key, tensor in tensors.items() if (found := _EMBEDDING_KEY.fullmatch(key))}
+    parts = _sorted_by_layer([key for key in tensors if not _EMBEDDING_KEY.fullmatch(key)], name)
+    strengths = header_config(metadata, name)
+    if strengths is None and config is not None:
+        strengths = adapter_config(config, f"{name}: its {PEFT_CONFIG}")
+    layers = {layer: _layer(layer, keys, tensors, strengths, name) for layer, keys in parts.items()}
+    alphas_in_keys = all("alpha" in keys for keys in parts.values())
+    if strengths is None and not alphas_in_keys and any(_is_pefts(key) for key in tensors):
+        log.warning("%s says nothing of its alpha, which is taken to be its rank; add its %s", name, PEFT_CONFIG)
+    return LoraFile(layers, embeddings, file_sha256(path), metadata, alphas_in_keys)
+
+
+def _read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors, those of 8 bits as fp32, and its header."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
-            f"{name} is no safetensors file ({error}); give a weights.zip or a .safetensors LoRA."
+            f"{name} is no safetensors file that can be read ({why}); give a weights.zip or a .safetensors LoRA."
         ) from error
+    eight_bits = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize == 1}
+    return {**tensors, **{key: tensor.float() for key, tensor in eight_bits.items()}}, metadata
 
-    # Sort them by module; embeddings apart.
-    parts: dict[str, dict[str, Tensor]] = {}
-    embeddings: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if embedding := _EMBEDDING_KEY.fullmatch(key):
-            embeddings[embedding["token"]] = tensor
-            continue
-        for mark, method in _OTHER_METHODS.items():
-            if mark in key:
-                raise UserError(f"{name} holds {method} weights ({key!r}), which aren't supported; use a plain LoRA.")
-        found = _split(key)
+
+def _sorted_by_layer(keys: list[str], name: str) -> dict[str, dict[str, str]]:
+    """Return each layer's keys by their part. Raises UserError for what isn't a plain LoRA of Qwen-Image."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if method := other_method(key):
+            raise UserError(f"{name} holds {method} weights ({key!r}), which aren't supported; use a plain LoRA.")
+    if model := foreign_layers(keys):
+        raise UserError(f"{name} holds layers of {model}: this LoRA was made for another model than Qwen-Image.")
+    for key in keys:
+        found = parse_key(key)
         if found is None:
+            if key.startswith(("lora_", "lycoris_")):
+                raise UserError(f"LoRA key {key!r} names no layer of Qwen-Image: this LoRA was made for another model.")
             raise UserError(f"{name} holds {key!r}, which belongs to no LoRA; is it a LoRA of Qwen-Image?")
-        parts.setdefault(found[0], {})[found[1]] = tensor
+        own = parts.setdefault(found.layer, {})
+        if found.part in own:
+            raise UserError(f"{name} holds layer {found.layer!r} twice, as {own[found.part]!r} and {key!r}.")
+        own[found.part] = key
     if not parts:
         raise UserError(f"{name} holds no LoRA layers.")
+    return parts
 
-    # Pair them up, each with its alpha.
-    default_alpha, alphas = _header_alphas(metadata, name)
-    layers = {}
-    for module, part in parts.items():
-        if not {"down", "up"} <= set(part):
-            raise UserError(f"{name}: layer {module!r} lacks {' and '.join(sorted({'down', 'up'} - set(part)))}.")
-        rank = part["down"].shape[0]
-        if part["down"].ndim != 2 or part["up"].ndim != 2 or part["up"].shape[1] != rank:
-            shapes = f"{tuple(part['down'].shape)} and {tuple(part['up'].shape)}"
-            raise UserError(f"{name}: layer {module!r} has the shapes {shapes}, expected [R, D_in] and [D_out, R].")
-        alpha = float(part["alpha"]) if "alpha" in part else alphas.get(module, default_alpha or rank)
-        layers[module] = LowRank(part["down"], part["up"], alpha)
-    return LoraFile(layers, embeddings, file_sha256(path))
+
+def _layer(
+    layer: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor], config: AdapterConfig | None, name: str
+) -> LowRank:
+    """Return a layer's update. Raises UserError for half a pair, wrong shapes and numbers that can't be."""
+    # The pair.
+    if not {"down", "up"} <= set(keys):
+        raise UserError(f"{name}: layer {layer!r} lacks {' and '.join(sorted({'down', 'up'} - set(keys)))}.")
+    down, up = tensors[keys["down"]], tensors[keys["up"]]
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise UserError(f"{name}: layer {layer!r} has the shapes {shapes}, expected [R, D_in] and [D_out, R].")
+    for part in (down, up):
+        if not part.is_floating_point():
+            raise UserError(f"{name}: layer {layer!r} is stored as {part.dtype}; store it in bf16, fp16 or fp32.")
+        if not part.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity in {layer!r}; its training has failed.")
+
+    # Its alpha, from its own key or the config, which must agree where there are both.
+    rank = down.shape[0]
+    told = config.alpha_of(layer, rank) if config else None
+    if "alpha" not in keys:
+        return LowRank(down, up, float(rank if told is None else told))
+    given = tensors[keys["alpha"]]
+    if given.numel() != 1 or given.is_complex() or not given.float().isfinite().all():
+        shown = given.flatten()[:4].tolist()
+        raise UserError(f"{name}: the alpha of layer {layer!r} must be one finite number, got {shown}.")
+    alpha = float(given.flatten()[0])
+    if told is not None and told != alpha:
+        raise UserError(f"{name}: layer {layer!r} has the alpha {alpha:g}, and its config says {told:g}; remove one.")
+    return LowRank(down, up, alpha)
+
+
+def _is_pefts(key: str) -> bool:
+    """Return whether a key is as peft writes it: peft keeps the alpha in another file."""
+    found = parse_key(key)
+    return found is not None and (key.startswith(_PEFT_PREFIX) or bool(found.adapter))
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
 
 
 def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a tool's keys, alpha = rank, the config in the header for diffusers, and the embeddings in fp32.
 
-    diffusers' own, the default, are what diffusers, ComfyUI and we read alike.
+    diffusers' own, the default, are what diffusers, ComfyUI and we read alike. A layout whose readers refuse a token's
+    embedding is written without: see `write_embeddings`. Raises UserError for a number that the dtype can't hold.
     """
-    names, tensors = LAYOUTS[layout], {}
+    names = LAYOUTS[layout]
+    tensors = _tensors(lora, names, dtype)
+    if names.takes_embeddings:
+        tensors |= _embedding_tensors(lora)
+    if layout == "diffusers":
+        header = json.dumps({f"transformer.{key}": value for key, value in _config_of(lora).items()})
+        save_file(tensors, path, {HEADER_KEY: header})  # one entry: safetensors writes several in random order
+    else:
+        save_file(tensors, path)
+
+
+def write_peft_folder(folder: Path, lora: LoraFile, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write an adapter folder as `PeftModel.from_pretrained(transformer, folder)` loads it."""
+    folder.mkdir()
+    write_lora_file(folder / PEFT_WEIGHTS, lora, "peft", dtype)
+    LoraConfig(**_config_of(lora)).save_pretrained(str(folder))
+
+
+def write_embeddings(path: Path, lora: LoraFile) -> None:
+    """Write the tokens' embeddings alone, [1, D] fp32 each, under the keys that they have in our own file."""
+    with atomic_path(path) as partial:
+        save_file(_embedding_tensors(lora), partial)
+
+
+def _tensors(lora: LoraFile, names: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
     for module, given in lora.layers.items():
         layer, key = given.with_alpha_of_rank(), names.key.format(module.replace(".", "_") if names.flat else module)
-        tensors[key + names.down] = layer.down.to(dtype).contiguous()
-        tensors[key + names.up] = layer.up.to(dtype).contiguous()
+        for ending, part in ((names.down, layer.down), (names.up, layer.up)):
+            tensors[key + ending] = part.to(dtype).contiguous()
+            if not tensors[key + ending].isfinite().all() and part.isfinite().all():
+                most = float(part.abs().max())
+                raise UserError(f"layer {module!r} holds {most:.3g}, which {dtype} can't; convert to bf16 or fp32.")
         if names.alpha:
             tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
-    for token, embedding in lora.embeddings.items():
-        tensors[constants.PLACEHOLDER_KEY.format(token=token)] = embedding.float().contiguous()
-    if layout != "diffusers":
-        save_file(tensors, path)
-        return
+    return tensors
+
+
+def _embedding_tensors(lora: LoraFile) -> dict[str, Tensor]:
+    return {
+        constants.PLACEHOLDER_KEY.format(token=token): embedding.float().contiguous()
+        for token, embedding in lora.embeddings.items()
+    }
+
+
+def _config_of(lora: LoraFile) -> dict[str, Any]:
+    """Return the fields of peft's config that a file with alpha = rank has."""
     ranks = {module: layer.rank for module, layer in lora.layers.items()}
     rank = max(ranks.values())
-    config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora.layers), "bias": "none"}
+    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora.layers), "bias": "none"}
     if others := {module: own for module, own in ranks.items() if own != rank}:
         config |= {"rank_pattern": others, "alpha_pattern": others}
-    header = json.dumps({f"transformer.{key}": value for key, value in config.items()})
-    save_file(tensors, path, {HEADER_KEY: header})  # one entry: safetensors writes several in random order
+    return config

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from lora_utils import constants
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import ADAPTER, listed
 from lora_utils.lora.formats import LoraFile
+from lora_utils.model import modulation
 from lora_utils.model.device import Placement
 
 
@@ -27,36 +28,47 @@ def move_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, placemen
     Raises UserError that says what matched and what didn't: a LoRA that applies in part isn't the one that was trained.
     """
     # Every layer has its counterpart.
-    linears = {  # those under a trainable LoRA too, by the names that they have without it
-        name.removesuffix(".base_layer"): module
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and f".{ADAPTER}" not in name
-    }
-    unknown = [name for name in lora.layers if name not in linears]
+    shapes = layer_shapes(transformer)
+    unknown = [name for name in lora.layers if name not in shapes]
     if unknown:
-        matched = [name for name in lora.layers if name in linears]
+        matched = [name for name in lora.layers if name in shapes]
         raise UserError(
             f"this LoRA doesn't fit the model: {len(matched)} of its {len(lora.layers)} layers match "
             f"({listed(matched)}), {len(unknown)} don't exist here ({listed(unknown)}). Is it another model's?"
         )
 
-    # Each fits it, holds numbers, and is moved.
+    # Each fits it, and is moved.
     layers = {}
     for name, layer in lora.layers.items():
-        linear = linears[name]
-        wanted, got = (linear.in_features, linear.out_features), (layer.down.shape[1], layer.up.shape[0])
+        wanted, got = shapes[name], (layer.down.shape[1], layer.up.shape[0])
         if wanted != got:
             raise UserError(
                 f"this LoRA doesn't fit the model: {name!r} takes and gives {wanted} values, the LoRA's {got}."
             )
-        if not (torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all()):
-            raise UserError(f"this LoRA holds NaN or infinity in {name!r}; its training has failed.")
         layers[name] = replace(
             layer,
             down=layer.down.to(placement.device, placement.dtype),
             up=layer.up.to(placement.device, placement.dtype),
         )
     return replace(lora, layers=layers)
+
+
+def layer_shapes(transformer: QwenImageTransformer2DModel) -> dict[str, tuple[int, int]]:
+    """Return D_in and D_out of each linear layer: those under a trainable LoRA and those of the table, too."""
+    shapes = {
+        name.removesuffix(".base_layer"): (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and f".{ADAPTER}" not in name
+    }
+    for block in range(len(transformer.transformer_blocks)):
+        for name in constants.MODULATION_TARGETS:
+            shapes[f"transformer_blocks.{block}.{name}"] = (transformer.inner_dim, 6 * transformer.inner_dim)
+    return shapes
+
+
+def adapts_the_table(lora: LoraFile) -> bool:
+    """Return whether a LoRA adapts a layer that the modulation table follows from."""
+    return any(map(modulation.table_depends_on, lora.layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +87,13 @@ class _AddUpdate:
 
 @contextmanager
 def applied_loras(transformer: QwenImageTransformer2DModel, loras: Sequence[tuple[LoraFile, float]]) -> Iterator[None]:
-    """Let the transformer compute with these LoRAs, moved by `move_lora`, within it, each at its scale; 0 is none."""
+    """Let the transformer compute with these LoRAs, moved by `move_lora`, within it, each at its scale; 0 is none.
+
+    One that adapts what the modulation table follows from switches the table off; its layers must have been loaded.
+    """
     with ExitStack() as stack:
+        if any(scale != 0 and adapts_the_table(lora) for lora, scale in loras):
+            stack.enter_context(modulation.without_table(transformer))
         for lora, scale in loras:
             if scale == 0:
                 continue

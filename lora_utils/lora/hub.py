@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 
 from lora_utils import constants
@@ -17,9 +17,16 @@ from lora_utils.config import HUB_REPO_PATTERN
 from lora_utils.errors import UserError
 from lora_utils.lora.weights_zip import META_MEMBER, Meta, extract_weights
 
-ARCHIVE_NAME, LORA_NAME = constants.HUB_WEIGHT_NAMES
+ARCHIVE_NAME, LORA_NAME = constants.HUB_WEIGHT_NAMES[:2]
 _FAILURES = (OSError, httpx2.HTTPError, HFValidationError)  # the hub's own errors are OSErrors
 _NOT_A_SETTING = ("seed", "default_caption")
+
+
+def need_token(repository: str, token: str | None) -> str:
+    """Return the token to push with. Raises UserError without one: whose it is, the caller has decided."""
+    if not token:
+        raise UserError(f"hub_repo {repository} needs hub_token, a token of the hub that may write there.")
+    return token
 
 
 def ensure_repository(repository: str, token: str | None, private: bool) -> None:
@@ -27,9 +34,7 @@ def ensure_repository(repository: str, token: str | None, private: bool) -> None
 
     Raises UserError where it may not.
     """
-    if not (token or get_token()):
-        raise UserError(f"hub_repo {repository} needs hub_token, a token of the hub that may write there.")
-    api = HfApi(token=token)
+    api = HfApi(token=need_token(repository, token))
     try:
         who = api.whoami()
         if who.get("auth", {}).get("accessToken", {}).get("role") == "read":  # one that is there would let it pass
@@ -48,7 +53,8 @@ def push_weights(repository: str, token: str | None, weights: Path, sheets: Sequ
     Raises UserError where it fails; the files here are as they were.
     """
     with TemporaryDirectory() as folder:
-        lora, meta = extract_weights(weights, Path(folder))
+        found = extract_weights(weights, Path(folder))
+        lora, meta = found.lora_path, found.meta
         if meta is None:
             raise RuntimeError(f"{weights} has no {META_MEMBER}")
         images = {f"samples/{sheet.name}": sheet for sheet in sheets}
@@ -57,7 +63,7 @@ def push_weights(repository: str, token: str | None, weights: Path, sheets: Sequ
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(META_MEMBER, _json_of(meta))]
         try:
-            done = HfApi(token=token).create_commit(
+            done = HfApi(token=need_token(repository, token)).create_commit(
                 repository, operations, commit_message=f"A LoRA of {meta.training_steps} steps"
             )
         except _FAILURES as error:

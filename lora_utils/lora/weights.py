@@ -6,6 +6,7 @@ This module owns what must hold between a LoRA file, its meta.json and a model.
 import datetime
 import importlib.metadata
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,15 +16,20 @@ from typing import Any
 
 import torch
 
+from lora_utils import constants
 from lora_utils.config import TrainConfig
+from lora_utils.constants import PEFT_CONFIG
 from lora_utils.errors import UserError
+from lora_utils.io.download import base_model_name
 from lora_utils.io.files import disk_errors
 from lora_utils.lora.formats import LoraFile, file_sha256, read_lora_file, write_lora_file
-from lora_utils.lora.hooks import move_lora
+from lora_utils.lora.hooks import adapts_the_table, move_lora
+from lora_utils.lora.keys import foreign_name
 from lora_utils.lora.weights_zip import Meta, extract_weights, write_weights_zip
 from lora_utils.model import modulation
 from lora_utils.model.components import Components
-from lora_utils.model.transformer import restore_modulations
+from lora_utils.model.device import release_memory
+from lora_utils.model.transformer import load_modulations
 from lora_utils.placeholder.embedding import embedding_matrix, embedding_sha256
 from lora_utils.placeholder.tokens import Placeholders, assign_ids, no_placeholders
 
@@ -49,35 +55,69 @@ def package_versions() -> dict[str, str]:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_weights(path: Path, components: Components, name: str | None = None) -> Weights:
-    """Read a weights.zip, a tar of the same, or a bare .safetensors, check all of it and move the LoRA to the device.
+def read_weights(path: Path, name: str | None = None) -> tuple[LoraFile, Meta | None]:
+    """Read a weights.zip, a tar of the same, a bare .safetensors or an adapter folder of peft's, with its meta.json.
 
-    Raises UserError with what doesn't fit. A LoRA that adapts the modulations puts them in the place of their table.
+    Every use of a file goes through it. Raises UserError for what is no LoRA of Qwen-Image's text-to-image models.
     """
     name = name or path.name
     with tempfile.TemporaryDirectory() as folder:
-        lora_path, meta = extract_weights(path, Path(folder))
-        lora = read_lora_file(lora_path, name)
-    if modulation.has_table(components.transformer) and any(map(modulation.is_modulation_layer, lora.layers)):
-        restore_modulations(components.transformer, components.folder, components.placement)
-        log.info("%s adapts the modulations: their weights are loaded and replace the table from here on", name)
+        found = extract_weights(path, Path(folder))
+        lora = read_lora_file(found.lora_path, name, found.adapter_config)
+    if not lora.embeddings and all(layer.does_nothing() for layer in lora.layers.values()):
+        raise UserError(
+            f"{name} is zero in all of its {len(lora.layers)} layers: it would draw as the base model does."
+        )
+    if found.meta is not None and found.meta.base_model:
+        _check_base_model(found.meta.base_model, name)
+    return lora, found.meta
+
+
+def _check_base_model(trained_on: str, name: str) -> None:
+    """Warn of weights that were trained on another base model. Raises UserError for one of another kind."""
+    if model := foreign_name(trained_on):
+        raise UserError(f"{name} was trained on {trained_on}, a {model} model; use weights of Qwen-Image.")
+    ours, theirs = (each.rstrip("/").rpartition("/")[2] for each in (base_model_name(), trained_on))
+    if ours != theirs:
+        log.warning("%s was trained on %s, and the base model is %s: images may differ", name, theirs, ours)
+
+
+def load_weights(path: Path, components: Components, name: str | None = None) -> Weights:
+    """Read a LoRA's file, check all of it and move it to the device.
+
+    Raises UserError with what doesn't fit. Nothing of the model is changed by a file that is refused. One that adapts
+    what the modulation table follows from has the table's layers loaded beside it.
+    """
+    name = name or path.name
+    lora, meta = read_weights(path, name)
     width = embedding_matrix(components.need_text_encoder()).shape[1]
     _check_embeddings(lora, meta, width, name)
-    return Weights(move_lora(lora, components.transformer, components.placement), meta, name)
+    try:
+        moved = move_lora(lora, components.transformer, components.placement)
+    except torch.OutOfMemoryError:
+        moved = None
+    if moved is None:  # outside of the handler, whose traceback holds what was moved
+        release_memory()
+        raise UserError(f"{name} doesn't fit into the memory that is free; use a LoRA of a smaller rank.")
+    if modulation.has_table(components.transformer) and adapts_the_table(moved):
+        load_modulations(components.transformer, components.folder, components.placement)
+        log.info("%s adapts the layers of the timestep: they are computed, not looked up, while it is in use", name)
+    return Weights(moved, meta, name)
 
 
 def _check_embeddings(lora: LoraFile, meta: Meta | None, width: int, name: str) -> None:
     """Hold the embeddings against the model and the meta: a lost or swapped one is an error, never a base image."""
+    promised = {described["token"]: described["sha256"] for described in meta.placeholders} if meta else {}
     for token, embedding in lora.embeddings.items():
         shape = tuple(embedding.shape)
         if shape != (1, width):
             raise UserError(f"{name}: the embedding of {token} has the shape {shape}, the model takes (1, {width}).")
-        if not torch.isfinite(embedding).all() or not embedding.any():
-            what = "zero" if not embedding.any() else "not finite"
-            raise UserError(f"{name}: the embedding of {token} is {what}; train it again.")
+        if not torch.isfinite(embedding).all():
+            raise UserError(f"{name}: the embedding of {token} is not finite; train it again.")
+        if not embedding.any() and token not in promised:  # one that meta.json describes so began at zero
+            raise UserError(f"{name}: the embedding of {token} is zero; train it again.")
     if meta is None:
         return
-    promised = {described["token"]: described["sha256"] for described in meta.placeholders}
     if set(promised) != set(lora.embeddings):
         promise, held = ", ".join(promised) or "no token", ", ".join(lora.embeddings) or "none"
         raise UserError(f"{name}: meta.json speaks of {promise}, the LoRA file holds {held}.")
@@ -114,9 +154,23 @@ def lora_bytes(weights: Weights) -> int:
     return sum(part.nbytes for layer in weights.lora.layers.values() for part in (layer.down, layer.up))
 
 
-def is_lightning(weights: Weights) -> bool:
-    """Return whether a LoRA is one that samples in 4 or 8 steps without guidance: only their names tell."""
-    return "lightning" in weights.name.casefold()
+# What Qwen-Image-Lightning's files are known by (lightx2v/Qwen-Image-Lightning): rank 64 and an alpha of 8 in a key of
+# its own, in all 720 layers of attention and MLPs (sgl-project/sglang#17086, modelscope/DiffSynth-Studio#1241, #1068).
+LIGHTNING_RANK, LIGHTNING_ALPHA = 64, 8.0
+_LIGHTNING_TITLE = re.compile(r"qwen.?image.*lightning.*\d.?steps?", re.IGNORECASE)
+
+
+def is_lightning(lora: LoraFile) -> bool:
+    """Return whether a LoRA is one that samples in 4 or 8 steps without guidance.
+
+    Its own header tells, or the ranks, alphas and layers that such files are known to have; a file's name doesn't.
+    """
+    if any(_LIGHTNING_TITLE.search(value) for value in lora.metadata.values()):
+        return True
+    kinds = {(layer.rank, layer.alpha) for layer in lora.layers.values()}
+    layers = {name.split(".", 2)[-1] for name in lora.layers}
+    known = lora.alphas_in_keys and kinds == {(LIGHTNING_RANK, LIGHTNING_ALPHA)}
+    return known and layers == set(constants.LORA_TARGETS["attention_mlp"])
 
 
 def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
@@ -124,9 +178,7 @@ def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
 
     Raises UserError where its rank or tokens aren't the run's, with what to set.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        lora_path, _ = extract_weights(path, Path(folder))
-        lora = read_lora_file(lora_path, path.name)
+    lora, _ = read_weights(path)
     if others := sorted({layer.rank for layer in lora.layers.values()} - {config.rank}):
         raise UserError(
             f"init_weights {path.name} is of rank {others[-1]}, and rank is {config.rank}; set rank={others[-1]}."
@@ -153,13 +205,16 @@ class LoraCache:
 
     def get(self, path: Path, components: Components) -> Weights:
         """Return the weights of a file. Raises UserError as `load_weights` does; a file that fails is forgotten."""
-        began, key = time.monotonic(), file_sha256(path)
+        began, key = time.monotonic(), _content_key(path)
         weights, how = self.loaded.pop(key, None), "swapped to"
         if weights is None:
             weights, how = load_weights(path, components), "loaded"
         self.loaded[key] = weights  # the last one used is the last one to go
         while len(self.loaded) > 1 and sum(map(lora_bytes, self.loaded.values())) > self.most_bytes:
             self.loaded.pop(next(iter(self.loaded)))
+        table = modulation.table_of(components.transformer)
+        if table is not None and not any(adapts_the_table(each.lora) for each in self.loaded.values()):
+            table.layers = None  # no LoRA at hand needs them
         tokens = f", with {', '.join(weights.lora.embeddings)}" if weights.lora.embeddings else ""
         log.info(
             "%s %s: a LoRA of %d layers%s, %.0f MB, in %.3f s, sha256 %s",
@@ -172,6 +227,12 @@ class LoraCache:
             weights.lora.sha256,
         )
         return weights
+
+
+def _content_key(path: Path) -> str:
+    """Return what a file's or an adapter folder's content hashes to, with the config that may stand beside it."""
+    found = sorted(path.glob("*")) if path.is_dir() else [path, path.with_name(PEFT_CONFIG)]
+    return " ".join(file_sha256(each) for each in found if each.is_file())
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -4,19 +4,22 @@ This module owns the archive's layout and the schema of `meta.json`. It doesn't 
 """
 
 import json
-import tarfile
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
+from lora_utils.constants import PEFT_CONFIG, PEFT_WEIGHTS
 from lora_utils.errors import UserError
-from lora_utils.io.archive import ExtractionBudget, archive_members, damage_as_user_error
+from lora_utils.io.archive import ExtractionBudget, archive_kind, archive_members, damage_as_user_error
 from lora_utils.io.files import atomic_path
+from lora_utils.lora.strength import parse_config
 
 LORA_MEMBER = "lora/lora_weights.safetensors"
 META_MEMBER = "meta.json"
 META_SCHEMA = 1
+MAX_JSON_BYTES = 1 << 24
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -61,13 +64,18 @@ class Meta:
         """Read a meta.json; `source` is the archive that errors speak of. Raises UserError for another content."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{META_MEMBER} in {source} isn't JSON ({error}).") from error
         if not isinstance(values, dict):
             raise UserError(f"{META_MEMBER} in {source} must be an object, got {type(values).__name__}.")
         for placeholder in _as_list(values.get("placeholder")):
-            if not (isinstance(placeholder, dict) and {"token", "sha256"} <= set(placeholder)):
+            named = isinstance(placeholder, dict) and [placeholder.get(name) for name in ("token", "sha256")]
+            if not named or not all(isinstance(value, str) for value in named):
                 raise UserError(f"{META_MEMBER} in {source}: placeholder must be null or name a token and its sha256.")
+        for item in fields(cls):
+            value, kinds = values.get(item.name), _kinds(item.type)
+            if item.name in values and not isinstance(value, (*kinds, float) if int in kinds else kinds):
+                raise UserError(f"{META_MEMBER} in {source}: {item.name} can't be {str(value)[:60]!r}.")
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -83,24 +91,65 @@ def write_weights_zip(target: Path, lora_path: Path, meta: Meta) -> None:
         archive.writestr(META_MEMBER, meta.to_json())
 
 
-def extract_weights(weights: Path, folder: Path) -> tuple[Path, Meta | None]:
-    """Extract the LoRA file and the meta of a weights.zip, a tar of the same, or a bare .safetensors (meta None).
+@dataclass(frozen=True, slots=True)
+class ExtractedWeights:
+    """A LoRA's file, and what came with it: its meta.json, and the adapter_config.json that peft keeps its alpha in."""
 
-    Other layouts of archives are taken as long as they hold exactly one .safetensors file.
+    lora_path: Path
+    meta: Meta | None = None
+    adapter_config: dict[str, Any] | None = None
+
+
+def extract_weights(weights: Path, folder: Path) -> ExtractedWeights:
+    """Find the LoRA file of a weights.zip, a tar of the same, a bare .safetensors, or an adapter folder of peft's.
+
+    What is packed is extracted into `folder`. Other layouts of archives are taken as long as they hold exactly one
+    .safetensors file. Raises UserError for what holds none or several, and for a file that can't be read.
     """
+    # A folder, or a file that is no archive: what it is shows when it is read.
+    if weights.is_dir():
+        found = sorted(weights.glob("*.safetensors"))
+        own = [path for path in found if path.name == PEFT_WEIGHTS] or found
+        if len(own) != 1:
+            raise UserError(f"{weights.name} holds {len(own)} .safetensors files, expected one: {PEFT_WEIGHTS}.")
+        return ExtractedWeights(own[0], adapter_config=_config_beside(own[0], weights.name))
     budget = ExtractionBudget.of(weights)
-    if not zipfile.is_zipfile(weights) and not tarfile.is_tarfile(weights):
-        return weights, None  # bare safetensors; what it is shows when it is read
-    lora_paths, meta = [], None
+    if archive_kind(weights) is None:
+        config = _config_beside(weights, weights.name) if weights.name == PEFT_WEIGHTS else None
+        return ExtractedWeights(weights, adapter_config=config)
+
+    # An archive.
+    lora_paths: dict[PurePosixPath, Path] = {}
+    configs: dict[PurePosixPath, dict[str, Any]] = {}
+    meta = None
     for member in archive_members(weights):
         path = PurePosixPath(member.name)
-        if path.suffix == ".safetensors":
-            lora_paths.append(folder / f"{len(lora_paths)}.safetensors")
-            with damage_as_user_error(weights):
-                budget.copy(member.source, lora_paths[-1])
-        elif path.name == META_MEMBER:
-            with damage_as_user_error(weights):
-                meta = Meta.from_json(member.source.read(1 << 24).decode("utf-8", "replace"), weights.name)
+        with damage_as_user_error(weights):
+            if path.suffix == ".safetensors":
+                lora_paths[path] = folder / f"{len(lora_paths)}.safetensors"
+                budget.copy(member.source, lora_paths[path])
+            elif path.name == META_MEMBER:
+                meta = Meta.from_json(member.source.read(MAX_JSON_BYTES).decode("utf-8", "replace"), weights.name)
+            elif path.name == PEFT_CONFIG:
+                text = member.source.read(MAX_JSON_BYTES).decode("utf-8", "replace")
+                configs[path.parent] = parse_config(text, f"{PEFT_CONFIG} in {weights.name}")
     if len(lora_paths) != 1:
         raise UserError(f"{weights.name} holds {len(lora_paths)} .safetensors files, expected one: {LORA_MEMBER}.")
-    return lora_paths[0], meta
+    ((inside, lora_path),) = lora_paths.items()
+    return ExtractedWeights(lora_path, meta, configs.get(inside.parent))
+
+
+def _config_beside(lora_path: Path, name: str) -> dict[str, Any] | None:
+    """Return the adapter_config.json beside a file of peft's, if there is one."""
+    path = lora_path.with_name(PEFT_CONFIG)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        text = file.read(MAX_JSON_BYTES).decode("utf-8", "replace")
+    return parse_config(text, f"{PEFT_CONFIG} beside {name}")
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """Return the types that a field's value may have."""
+    parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return tuple(get_origin(part) or part for part in parts)

@@ -8,6 +8,7 @@ Legend: S timesteps, L blocks, D the transformer's width, B batch.
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_utils import constants
 from lora_utils.model.device import to_device
-from lora_utils.model.loading import fill_parameters
+from lora_utils.model.loading import check_complete, fill_parameters
 
 STREAMS = ("img_mod", "txt_mod")
 _AT_ONCE = 64  # timesteps: always so many, for a product of another shape may round a row another way
@@ -38,9 +39,20 @@ def is_modulation_layer(name: str) -> bool:
     return is_modulation(f"{name}.weight")
 
 
+def table_depends_on(name: str) -> bool:
+    """Return whether a table's rows follow from a layer: the modulations, and the time embedding in front of them."""
+    return is_modulation_layer(name) or name.startswith("time_text_embed.")
+
+
 def pays(timesteps: int, width: int) -> bool:
     """Return whether a table of so many timesteps is smaller than the weights: each takes a row, they have `width`."""
     return timesteps <= width
+
+
+def weight_count(transformer: QwenImageTransformer2DModel) -> int:
+    """Return how many weights and biases the modulations have: 6 D of width D, in two streams of each block."""
+    width = transformer.inner_dim
+    return len(transformer.transformer_blocks) * len(STREAMS) * 6 * width * (width + 1)
 
 
 def sampling_timesteps(dtype: torch.dtype) -> Tensor | None:
@@ -66,6 +78,7 @@ class ModulationTable:
     current: Tensor | None = None  # [B, L, 2, 6D]
     shown: tuple[float, ...] = ()
     hook: RemovableHandle | None = None  # that shows it each forward's timesteps
+    layers: nn.Module | None = None  # the layers that it stands for, where a LoRA has needed them
 
     def show(self, time: Tensor) -> None:
         """Make the rows of these timesteps [B], on the CPU, the current ones. Raises KeyError for an unknown one."""
@@ -132,6 +145,11 @@ def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTab
     for index, block in enumerate(transformer.transformer_blocks):
         for stream, name in enumerate(STREAMS):
             setattr(block, name, _FromTable(table, index, stream))
+    _show_timesteps(transformer, table)
+
+
+def _show_timesteps(transformer: QwenImageTransformer2DModel, table: ModulationTable) -> None:
+    """Show the table the timesteps of each forward, before it."""
 
     def show(_module: nn.Module, positional: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         table.show(named["timestep"].cpu())
@@ -140,19 +158,55 @@ def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTab
     table.hook = transformer.register_forward_pre_hook(show, with_kwargs=True)
 
 
-def remove_table(transformer: QwenImageTransformer2DModel, weights: Iterator[tuple[str, Tensor]], source: Path) -> None:
-    """Replace the table by the layers with their weights, for a LoRA that adapts them."""
-    replaced, width = transformer.transformer_blocks[0].img_mod, transformer.inner_dim
-    assert isinstance(replaced, _FromTable)
+def build_layers(
+    transformer: QwenImageTransformer2DModel, weights: Iterator[tuple[str, Tensor]], source: Path
+) -> nn.Module:
+    """Return the layers that the table stands for, with their weights, under their names in the transformer.
+
+    They aren't part of it yet, so whatever fails leaves it as it was. Raises UserError for a weight that is missing.
+    """
+    layers, width = nn.Module(), transformer.inner_dim
     with init_empty_weights():
-        for block in transformer.transformer_blocks:
+        layers.transformer_blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) for name in STREAMS})
+            for _ in transformer.transformer_blocks
+        )
+    fill_parameters(layers, weights, source)
+    check_complete(layers, source)
+    return layers.eval().requires_grad_(False)
+
+
+@contextmanager
+def without_table(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
+    """Let the layers of `build_layers`, which the table keeps, stand in its place within it: a LoRA may adapt them."""
+    table = table_of(transformer)
+    if table is None:
+        yield
+        return
+    assert table.layers is not None, "the layers were loaded"
+    blocks = list(transformer.transformer_blocks)
+    replaced = [[getattr(block, name) for name in STREAMS] for block in blocks]
+    own = cast(nn.ModuleList, table.layers.transformer_blocks)
+    try:
+        if table.hook is not None:
+            table.hook.remove()
+        for block, layers in zip(blocks, own, strict=True):
             for name in STREAMS:
-                setattr(block, name, nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)))
-    fill_parameters(transformer, weights, source)
-    if replaced.table.hook is not None:
-        replaced.table.hook.remove()
+                setattr(block, name, cast(nn.ModuleDict, layers)[name])
+        yield
+    finally:
+        for block, modules in zip(blocks, replaced, strict=True):
+            for name, module in zip(STREAMS, modules, strict=True):
+                setattr(block, name, module)
+        _show_timesteps(transformer, table)
+
+
+def table_of(transformer: QwenImageTransformer2DModel) -> ModulationTable | None:
+    """Return the table that replaces the modulations, if one does."""
+    first = transformer.transformer_blocks[0].img_mod
+    return first.table if isinstance(first, _FromTable) else None
 
 
 def has_table(transformer: QwenImageTransformer2DModel) -> bool:
     """Return whether a table replaces the modulations."""
-    return isinstance(transformer.transformer_blocks[0].img_mod, _FromTable)
+    return table_of(transformer) is not None

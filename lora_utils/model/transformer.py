@@ -4,18 +4,20 @@ Legend: B batch, N image tokens, C packed channels (64), S timesteps.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from lora_utils.errors import UserError
 from lora_utils.model import blocks, flops, flow, fsdp, modulation
-from lora_utils.model.device import Placement, freeze_on_device, to_device
+from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory, to_device
 from lora_utils.model.latents import Size
 from lora_utils.model.loading import check_complete, fill_parameters, stream_tensors
 from lora_utils.model.quantization import Quantizer
@@ -86,13 +88,26 @@ def build_transformer(
     return transformer
 
 
-def restore_modulations(transformer: QwenImageTransformer2DModel, folder: Path, placement: Placement) -> None:
-    """Load the layers that the table stands for, because a LoRA is about to adapt them. They stay from then on."""
-    source = folder / "transformer"
+def load_modulations(transformer: QwenImageTransformer2DModel, folder: Path, placement: Placement) -> None:
+    """Load the layers that the table stands for, because a LoRA adapts them. They stay beside it.
+
+    Nothing is changed where that fails. Raises UserError where they don't fit into memory.
+    """
+    table, source = modulation.table_of(transformer), folder / "transformer"
+    if table is None or table.layers is not None:
+        return
     rename = lambda name: name if modulation.is_modulation(name) else None  # noqa: E731 (one line of a stream)
-    modulation.remove_table(transformer, stream_tensors(source, placement.device, placement.dtype, rename), source)
-    check_complete(transformer, source)
-    freeze_on_device(transformer, placement)
+    stream = stream_tensors(source, placement.device, placement.dtype, rename)
+    with suppress(torch.OutOfMemoryError):  # its traceback holds what was loaded, so the error is made outside
+        table.layers = modulation.build_layers(transformer, stream, source)
+    if table.layers is None:
+        release_memory()
+        weights = modulation.weight_count(transformer) * placement.dtype.itemsize
+        raise UserError(
+            f"the LoRA adapts the layers of the timestep, whose {weights / 1e9:.3g} GB of weights don't fit into the "
+            f"{free_bytes(placement.device) / 1e9:.3g} GB of memory that are free; use a LoRA without img_mod, txt_mod "
+            "and time_text_embed, or a smaller QUANTIZATION."
+        )
 
 
 def transformer_shape(transformer: QwenImageTransformer2DModel) -> flops.Shape:

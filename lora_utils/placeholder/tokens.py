@@ -3,6 +3,7 @@
 Nothing is written into the tokenizer: a text is split at the tokens, and their ids are put between the pieces.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from lora_utils import constants
-from lora_utils.config import PLACEHOLDER_PATTERN, check_token_name
+from lora_utils.config import check_token_name
 from lora_utils.errors import UserError
+
+_BRACKETED = re.compile(r"<\s*[^<>\s][^<>]{0,38}>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +84,38 @@ def tokenize(tokenizer: Qwen2Tokenizer, text: str, ids_by_token: Mapping[str, in
 
     They equal what a tokenizer with the tokens added (all AddedToken flags False) makes of the text.
     """
-    for token, token_id in ids_by_token.items():
-        if token in text:
-            before, after = text.split(token, 1)
-            return [*tokenize(tokenizer, before, ids_by_token), token_id, *tokenize(tokenizer, after, ids_by_token)]
-    return tokenizer(text).input_ids if text else []
+    pieces = re.split("(" + "|".join(map(re.escape, ids_by_token)) + ")", text) if ids_by_token else [text]
+    ids: list[int] = []
+    for piece in filter(None, pieces):
+        ids += [ids_by_token[piece]] if piece in ids_by_token else tokenizer(piece).input_ids
+    return ids
 
 
-def undefined_tokens(text: str, tokenizer: Qwen2Tokenizer, known: Iterable[str]) -> list[str]:
-    """Return what in a prompt looks like a placeholder token, but is none of `known` and no word of the vocabulary."""
-    found, defined = dict.fromkeys(PLACEHOLDER_PATTERN.findall(text)), set(known)
-    return [token for token in found if token not in defined and token not in tokenizer.get_vocab()]
+def near_spellings(text: str, known: Sequence[str]) -> dict[str, str]:
+    """Return what in a text is nearly one of the known tokens, but not it: with the token that may be meant.
+
+    Other capitals, spaces within the brackets, and a letter more, less or other are near. Brackets around anything else
+    are text like any other, as in a drawing of `<html>`.
+    """
+    found = {}
+    for written in dict.fromkeys(_BRACKETED.findall(text)):
+        plain = re.sub(r"\s", "", written).casefold()
+        meant = next((token for token in known if _apart(plain, token.casefold()) <= 1), None)
+        if meant is not None and written not in known:
+            found[written] = meant
+    return found
+
+
+def _apart(one: str, other: str) -> int:
+    """Return 0 for equal texts, 1 where one letter more, less or other makes them equal, and 2 for all else."""
+    if one == other:
+        return 0
+    if abs(len(one) - len(other)) > 1:
+        return 2
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    rests = {
+        (one[same + 1 :], other[same + 1 :]),
+        (one[same + 1 :], other[same:]),
+        (one[same:], other[same + 1 :]),
+    }
+    return 1 if any(a == b for a, b in rests) else 2

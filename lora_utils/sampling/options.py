@@ -70,7 +70,9 @@ def choose_options(
     request: SampleRequest, loras: Sequence[Weights], init_image: InitImage | None
 ) -> tuple[SampleRequest, SamplingOptions]:
     """Choose how to go fast, if that is asked for, and log it. The number of steps stays the caller's."""
-    lightning = next((weights for weights in loras if is_lightning(weights)), None)
+    lightning = next((each for each in loras if is_lightning(each.lora)), None) if request.lightning == "auto" else None
+    if request.lightning == "yes" and loras:
+        lightning = loras[-1]  # the extra LoRA, where there are two
     if not request.go_fast:
         if lightning:
             log.info("hint: %s was made for go_fast, which takes its schedule and turns guidance off", lightning.name)

@@ -3,16 +3,18 @@
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from lora_utils.config import SampleFiles, SampleInputs, SampleRequest
 from lora_utils.errors import UserError
-from lora_utils.io.download import base_model_name, download_model, download_weights
-from lora_utils.io.images import save_image
+from lora_utils.io.access import CALLER, OWNER, Access
+from lora_utils.io.download import base_model_name, download_model, download_weights, forget_download
+from lora_utils.io.files import new_process_folder
+from lora_utils.io.images import fit_settings, save_image
 from lora_utils.io.logging import Progress
 from lora_utils.lora.hooks import applied_loras
 from lora_utils.lora.weights import LORA_CACHE_BYTES, LoraCache, Weights, package_versions, placeholders_of
@@ -21,10 +23,11 @@ from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement, free_bytes
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import length_warning
-from lora_utils.placeholder.tokens import Placeholders, undefined_tokens
+from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
 from lora_utils.sampling.options import choose_options, load_init_image
 from lora_utils.sampling.sampler import GeneratedImage, PromptCache, SamplingJob
+from lora_utils.triggers import expand_trigger, holds, holds_mark
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class ModelPredictor:
 
     def __init__(self, default_weights: str = ""):
         """Load the base model as the free memory allows and, if they are named, the default LoRA's weights."""
-        self.folder = Path(tempfile.gettempdir()) / f"qwen-image-lora-predict-{os.getpid()}"
+        self.folder = new_process_folder("predict")
         self.prompts = PromptCache()
         began, placement, base_model = time.monotonic(), default_placement(), base_model_name()
         folder, asked = download_model(base_model), os.environ.get("QUANTIZATION") or "auto"
@@ -63,20 +66,30 @@ class ModelPredictor:
         self.components = load_components(folder, placement, plan.quantization, plan.text_encoder_on_device)
         log.info("loaded %s on %s in %.1f s", base_model, placement.device, time.monotonic() - began)
         self.loras = LoraCache(min(LORA_CACHE_BYTES, 0.1 * free_bytes(placement.device)))
-        self.default_weights = download_weights(default_weights, self.folder / "weights") if default_weights else None
-        if self.default_weights:
+        self.default_weights = None
+        if default_weights:  # the operator's own
+            self.default_weights = download_weights(default_weights, self.folder / "default", access=OWNER)
             self.loras.get(self.default_weights, self.components)
 
-    def predict(self, inputs: SampleInputs) -> Prediction:
-        """Sample a request's images into files, which stay until the next call. Raises UserError for bad input."""
+    def predict(self, inputs: SampleInputs, access: Access = CALLER) -> Prediction:
+        """Sample a request's images into files, which stay until the next call. Raises UserError for bad input.
+
+        `access` says what the caller may reach beyond the request itself. A call that fails leaves no file behind.
+        """
         began, encoded_before_s = time.monotonic(), self.prompts.seconds
-        loras = self.load_loras(inputs.request, inputs.files)
-        loaded = time.monotonic()
-        images, size = self.sample(inputs.request, loras, inputs.files)
-        paths = self.save(images, inputs.request, loras, size)
+        shutil.rmtree(self.images_folder, ignore_errors=True)  # the last call's, which the server has sent on
+        try:
+            loras = self.load_loras(inputs.request, inputs.files, access)
+            request = self.read_prompts(inputs.request, loras)
+            loaded = time.monotonic()
+            images, size = self.sample(request, loras, inputs.files)
+            paths = self.save(images, request, loras, size)
+        except BaseException:
+            shutil.rmtree(self.images_folder, ignore_errors=True)
+            raise
         metrics = {
             "image_output_count": len(paths),
-            "steps": inputs.request.steps,
+            "steps": request.steps,
             "load_s": round(loaded - began, 3),
             "encode_s": round(self.prompts.seconds - encoded_before_s, 3),
             "denoise_s": round(sum(image.denoise_s for image in images), 3),
@@ -84,40 +97,66 @@ class ModelPredictor:
         }
         return Prediction(paths, metrics)
 
-    def load_loras(self, request: SampleRequest, files: SampleFiles) -> list[ScaledLora]:
-        """Load a call's LoRAs: the given or the default one, and the extra one."""
-        found, folder = [], self.folder / "weights"
+    @property
+    def images_folder(self) -> Path:
+        """Where a call's images are until the next one."""
+        return self.folder / "images"
+
+    def close(self) -> None:
+        """Remove the files of this process: downloads, and the last call's images."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def load_loras(self, request: SampleRequest, files: SampleFiles, access: Access = CALLER) -> list[ScaledLora]:
+        """Load a call's LoRAs: the given or the default one, and the extra one. The first came with the request."""
+        found = []
         if files.replicate_weights:
-            found.append((download_weights(files.replicate_weights, folder, files.hf_token), request.lora_scale))
+            given = self._load(files.replicate_weights, files.hf_token, replace(access, local_paths=True))
+            found.append(ScaledLora(given, request.lora_scale))
         elif self.default_weights:
-            found.append((self.default_weights, request.lora_scale))
+            found.append(ScaledLora(self.loras.get(self.default_weights, self.components), request.lora_scale))
         if request.extra_lora:
-            found.append((download_weights(request.extra_lora, folder, files.hf_token), request.extra_lora_scale))
-        return [ScaledLora(self.loras.get(path, self.components), scale) for path, scale in found]
+            extra = self._load(request.extra_lora, files.hf_token, access)
+            found.append(ScaledLora(extra, request.extra_lora_scale))
+        return found
+
+    def _load(self, source: str, hf_token: str | None, access: Access) -> Weights:
+        """Download and load a LoRA. What was downloaded and turns out to be none isn't kept."""
+        folder = self.folder / "weights"
+        path = download_weights(source, folder, hf_token, access)
+        try:
+            return self.loras.get(path, self.components)
+        except UserError:
+            forget_download(path, folder)
+            raise
+
+    def read_prompts(self, request: SampleRequest, loras: Sequence[ScaledLora]) -> SampleRequest:
+        """Return the request with `[trigger]` in its prompts replaced, as the weights were trained with it.
+
+        Without weights that say what it stands for it is text like any other. What the weights were taught by and the
+        prompt lacks is hinted at.
+        """
+        taught = [Taught.by(lora.weights) for lora in loras]
+        for each in (each for each in taught if each.trigger_word or each.tokens):
+            prompts = (expand_trigger(text, *each) for text in (request.prompt, request.negative_prompt))
+            prompt, negative_prompt = prompts
+            request = replace(request, prompt=prompt, negative_prompt=negative_prompt)
+        if holds_mark(request.prompt):
+            log.info("hint: [trigger] is drawn as it stands: no weights say what it is called")
+        for each in taught:
+            if each.trigger_word and not holds(request.prompt, each.trigger_word):
+                log.info("hint: the prompt doesn't hold %r, the word that the weights were taught", each.trigger_word)
+        return request
 
     def placeholders(self, request: SampleRequest, loras: Sequence[ScaledLora]) -> Placeholders:
-        """Return the tokens that a prompt may hold. Raises UserError for one that nothing defines."""
+        """Return the tokens that a prompt may hold, and hint at what is nearly one of them."""
         known = placeholders_of([lora.weights for lora in loras], self.components)
-        text = f"{request.prompt} {request.negative_prompt}"
-        unused = bool(known.tokens) and not known.used_in([request.prompt]).tokens
-        spellings = {token.casefold() for token in known.tokens}
-        for token in undefined_tokens(text, self.components.tokenizer, known.tokens):
-            if unused and token.casefold() in spellings:
-                continue  # `<ZWX>` for `<zwx>`: the hint below is enough
-            defined = (
-                f"the weights define {', '.join(known.tokens)}"
-                if known.tokens
-                else "no weights that define it are given"
-            )
-            raise UserError(
-                f"the prompt holds {token!r}, but {defined}. Give its weights.zip as replicate_weights, or write the "
-                "word without angle brackets."
-            )
-        if unused:
+        if known.tokens and not known.used_in([request.prompt]).tokens:
             log.info(
                 "hint: the prompt doesn't hold %s, written exactly so, as the weights define it",
                 " or ".join(known.tokens),
             )
+        for written, meant in near_spellings(f"{request.prompt} {request.negative_prompt}", known.tokens).items():
+            log.info("hint: the prompt holds %r, and the weights define %s", written, meant)
         return placeholders_of([lora.weights for lora in loras if lora.scale != 0], self.components)
 
     def sample(
@@ -130,6 +169,8 @@ class ModelPredictor:
         size, init_image = load_init_image(self.components, request, files.image, files.mask)
         if request.width and request.height and size.pixels != (request.width, request.height):
             log.info("size %dx%d rounded to %s: sides are multiples of 16", request.width, request.height, size)
+        if not request.disable_metadata and self.settings(request, loras, size)[1]:
+            log.warning("the prompt is too long for the settings in a %s file, and is cut there", request.output_format)
         active = [lora.weights for lora in loras if lora.scale != 0]
         request, options = choose_options(request, active, init_image)
         log.info("seed %d, size %s", request.seed, size)
@@ -138,11 +179,8 @@ class ModelPredictor:
             images = sampler.sample(self.components, job, progress_lines(job), self.prompts)
         return images, size
 
-    def save(
-        self, images: Sequence[GeneratedImage], request: SampleRequest, loras: Sequence[ScaledLora], size: Size
-    ) -> list[Path]:
-        """Write the images, each with its settings unless they are to be left out, under names of their own."""
-        # What is embedded in each.
+    def settings(self, request: SampleRequest, loras: Sequence[ScaledLora], size: Size) -> tuple[dict[str, Any], bool]:
+        """Return what is embedded in each image but its seed, and whether texts of it were cut for the format."""
         settings = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -155,11 +193,14 @@ class ModelPredictor:
             "base_model": base_model_name(),
             "versions": package_versions(),
         }
+        return fit_settings(settings, request.output_format)
 
-        # The files.
-        folder = self.folder / "images"
-        shutil.rmtree(folder, ignore_errors=True)  # the last call's, which the server has sent on
-        folder.mkdir(parents=True)
+    def save(
+        self, images: Sequence[GeneratedImage], request: SampleRequest, loras: Sequence[ScaledLora], size: Size
+    ) -> list[Path]:
+        """Write the images, each with its settings unless they are to be left out, under names of their own."""
+        settings, _ = self.settings(request, loras, size)
+        self.images_folder.mkdir(parents=True)
         paths = []
         for index, image in enumerate(images):
             log.info(
@@ -169,10 +210,24 @@ class ModelPredictor:
                 image.denoise_s,
                 image.decode_s,
             )
-            path = folder / f"{time.time_ns()}-{index}-seed{image.seed}.{request.output_format}"
+            name = f"{time.time_ns()}-{index}-seed{image.seed}.{request.output_format}"
             embedded = None if request.disable_metadata else {**settings, "seed": image.seed}
-            paths.append(save_image(image.pixels, path, request.output_quality, embedded))
+            paths.append(save_image(image.pixels, self.images_folder / name, request.output_quality, embedded))
         return paths
+
+
+class Taught(NamedTuple):
+    """By which words weights were taught, as their meta.json says: what `[trigger]` stands for."""
+
+    trigger_word: str
+    tokens: tuple[str, ...]
+
+    @classmethod
+    def by(cls, weights: Weights) -> "Taught":
+        """Read it of weights; nothing for a file without a meta.json."""
+        config = weights.meta.config if weights.meta else {}
+        word = config.get("trigger_word")
+        return cls(word if isinstance(word, str) else "", tuple(weights.lora.embeddings))
 
 
 def progress_lines(job: SamplingJob) -> Callable[[range, int], None]:

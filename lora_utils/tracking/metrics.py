@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 WANDB_PROJECT, WANDB_ID_FILE = "qwen-image-lora", "wandb-id"
 _QUEUE = 10**6  # of TensorBoard's thread: once that has died, of a full disk, a queue that fills up waits for ever
+_MOST_UNWRITTEN = 100_000  # lines that are kept for a disk that may come back
 Tracker = TensorBoardTracker | WandBTracker
 SIGMA_BANDS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 
@@ -78,13 +79,20 @@ class MetricsLogger:
         """Take the run's folder, and its settings, which wandb shows beside the curves."""
         self.folder, self.settings = folder, settings
         self.trackers: list[Tracker] = []
+        self.unwritten: list[str] = []  # lines that the disk has refused so far
 
     def open(self, step: int) -> None:
         """Begin after this step; what an earlier process wrote of later ones is removed."""
         if self.folder is None:
             return
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step] if step else []
-        self._write(kept, "w")
+        path = self.folder / METRICS_FILE
+        with (
+            disk_errors(f"{path} can't be written", "free some room."),
+            atomic_path(path) as partial,
+            partial.open("w") as file,
+        ):
+            file.writelines(json.dumps(line) + "\n" for line in kept)
         if step == 0:  # another run's
             shutil.rmtree(self.folder / TENSORBOARD_FOLDER, ignore_errors=True)
         with disk_errors(f"curves can't be written to {self.folder}", "free some room, or name another run_dir."):
@@ -96,7 +104,7 @@ class MetricsLogger:
         """Write the numbers of these steps."""
         if self.folder is None:
             return
-        self._write([asdict(each) for each in metrics], "a")
+        self._append([asdict(each) for each in metrics])
         for each in metrics:
             self._track(each.step, each.curves())
 
@@ -104,7 +112,7 @@ class MetricsLogger:
         """Write the loss on images held out, and what it was at each level of noise."""
         if self.folder is None:
             return
-        self._write([{"step": step, "validation": loss, "by_sigma": list(by_sigma)}], "a")
+        self._append([{"step": step, "validation": loss, "by_sigma": list(by_sigma)}])
         self._track(step, {"validation/loss": loss})
 
     def previews(self, step: int, sheet: Image.Image) -> None:
@@ -137,17 +145,27 @@ class MetricsLogger:
                 with suppress(Exception):
                     tracker.finish()
 
-    def _write(self, lines: Sequence[dict[str, Any]], mode: str) -> None:
+    def _append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Write lines, with those that the disk has refused before. A folder that is gone costs the run nothing."""
         if self.folder is None:
             return
-        path = self.folder / METRICS_FILE
-        target = nullcontext(path) if mode == "a" else atomic_path(path)
-        with (
-            disk_errors(f"{path} can't be written", "free some room."),
-            target as written,
-            written.open(mode) as file,
-        ):
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        failing, path = bool(self.unwritten), self.folder / METRICS_FILE
+        self.unwritten += [json.dumps(line) + "\n" for line in lines]
+        try:
+            size_bytes = path.stat().st_size
+            try:
+                with path.open("a") as file:
+                    file.writelines(self.unwritten)
+            except OSError:
+                with suppress(OSError):  # half a line would spoil the next one
+                    os.truncate(path, size_bytes)
+                raise
+        except OSError as error:
+            del self.unwritten[:-_MOST_UNWRITTEN]
+            if not failing:
+                log.warning("%s can't be written (%s); the run goes on, and tries again", path.name, error.strerror)
+        else:
+            self.unwritten.clear()
 
 
 def _trackers(folder: Path, settings: Mapping[str, Any], resumed_at: int) -> list[Tracker]:

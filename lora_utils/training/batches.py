@@ -6,11 +6,12 @@ Legend: B batch, N image tokens, C packed channels (64), S timesteps.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class LargestBatch:
     step_size: memory.StepSize
 
 
-class Sized(Protocol):
+class Shown(Protocol):
     """An image in its bucket, encoded or not."""
 
     @property
@@ -64,14 +65,28 @@ class Sized(Protocol):
         """The bucket's size."""
         ...
 
+    @property
+    def caption(self) -> str:
+        """The image's caption."""
+        ...
 
-_Sized = TypeVar("_Sized", bound=Sized)
+    @property
+    def repeats(self) -> int:
+        """How often an epoch shows it."""
+        ...
 
 
-def bucket_batches(examples: Sequence[_Sized], batch_size: int, seed: int) -> Iterator[list[_Sized]]:
-    """Yield endless batches, each of one bucket. An epoch shows every example once; a bucket's last may be short."""
+_Shown = TypeVar("_Shown", bound=Shown)
+
+
+def bucket_batches(examples: Sequence[_Shown], batch_size: int, seed: int) -> Iterator[list[_Shown]]:
+    """Yield endless batches, each of one bucket. An epoch shows every example `repeats` times.
+
+    A bucket's last batch may be short.
+    """
     rng = random.Random(seed)
-    by_size = [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
+    repeated = [example for example in examples for _ in range(example.repeats)]
+    by_size = [list(group) for _, group in groupby(sorted(repeated, key=lambda e: e.size), key=lambda e: e.size)]
     while True:
         epoch = []
         for group in by_size:
@@ -81,14 +96,61 @@ def bucket_batches(examples: Sequence[_Sized], batch_size: int, seed: int) -> It
         yield from epoch
 
 
-class BatchStream:
-    """An endless stream of batches; `gradient_accumulation` of them a process make a step.
+@dataclass(frozen=True, slots=True)
+class BatchPlan(Generic[_Shown]):
+    """Which images a batch shows under which captions: all that is known of it before anything is encoded."""
 
-    With prior captions, by the captions that they replace, a share of the batches (`preservation_weight`) holds the
-    class.
+    examples: list[_Shown]
+    captions: tuple[str, ...]
+    is_prior: bool  # it holds the class
+
+
+def holds_class(index: int, share: float) -> bool:
+    """Return whether batch `index`, counted from 0, is one of the share that holds the class.
+
+    They are spread evenly, so that of the first n batches floor(n * share) do, whatever n is: the first one teaches.
     """
+    return math.floor((index + 1) * share + 1e-9) > math.floor(index * share + 1e-9)
 
-    PURPOSES = ("noise", "sigma", "dropout", "preservation")
+
+def plan_batches(
+    config: TrainConfig, examples: Sequence[_Shown], prior_captions: Mapping[str, str]
+) -> Iterator[BatchPlan[_Shown]]:
+    """Yield the endless plans of a run's batches, as its seed has them.
+
+    With prior captions, one for each caption, a share of the batches (`preservation_weight`) holds the class. They do
+    so for every caption: one that names nothing of what is taught is held as it is.
+    """
+    dropout, share = generator_for(config.seed, "dropout"), config.preservation_weight if prior_captions else 0.0
+    for index, batch in enumerate(bucket_batches(examples, config.batch_size, config.seed)):
+        dropped = torch.rand(len(batch), generator=dropout) < config.caption_dropout
+        is_prior = holds_class(index, share)
+        captions = (
+            [prior_captions[each.caption] for each in batch]
+            if is_prior
+            else [constants.EMPTY_PROMPT if drop else e.caption for drop, e in zip(dropped, batch, strict=True)]
+        )
+        yield BatchPlan(batch, tuple(captions), is_prior)
+
+
+def first_shown(
+    config: TrainConfig, examples: Sequence[Shown], prior_captions: Mapping[str, str], most: int
+) -> dict[str, int | None]:
+    """Return in which batch, counted from 0, each token is first shown; None for none of the first `most`."""
+    found: dict[str, int | None] = dict.fromkeys(config.tokens)
+    for index, plan in zip(range(most), plan_batches(config, examples, prior_captions), strict=False):
+        for token in [token for token, at in found.items() if at is None]:
+            if any(token in caption for caption in plan.captions):
+                found[token] = index
+        if None not in found.values():
+            break
+    return found
+
+
+class BatchStream:
+    """An endless stream of batches; `gradient_accumulation` of them a process make a step."""
+
+    PURPOSES = ("noise", "sigma")
 
     def __init__(
         self,
@@ -98,38 +160,30 @@ class BatchStream:
         prior_captions: Mapping[str, str] | None = None,
     ):
         """Begin before the first batch of the run's seed."""
-        self.config, self.schedule, self.prior_captions = config, schedule, prior_captions or {}
+        self.config, self.schedule = config, schedule
         self.generators = {purpose: generator_for(config.seed, purpose) for purpose in self.PURPOSES}
-        self.batches = bucket_batches(examples, config.batch_size, config.seed)
+        self.plans = plan_batches(config, examples, prior_captions or {})
         self.count = 0  # of batches so far
 
     def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Batch:
-        # Images, noise and sigmas.
-        examples, config = next(self.batches), self.config
+        plan = next(self.plans)
+        examples, config = plan.examples, self.config
         self.count += 1
         clean = torch.stack([example.latents for example in examples])  # [B, N, C]
         noise = torch.randn(clean.shape, generator=self.generators["noise"])
         sigma = flow.sample_sigmas(len(examples), self.schedule.mu(clean.shape[1]), self.generators["sigma"])  # [B]
-
-        # Captions: dropped ones, or the class's where the batch holds it.
-        dropped = torch.rand(len(examples), generator=self.generators["dropout"]) < config.caption_dropout
-        captions = [constants.EMPTY_PROMPT if drop else e.caption for drop, e in zip(dropped, examples, strict=True)]
-        chosen = float(torch.rand((), generator=self.generators["preservation"])) < config.preservation_weight
-        prior = [self.prior_captions[example.caption] for example in examples if example.caption in self.prior_captions]
-        if is_prior := chosen and len(prior) == len(examples):
-            captions = prior
         return Batch(
             flow.add_noise(clean, noise, sigma),
             flow.velocity_target(clean, noise),
             sigma,
-            tuple(captions),
+            plan.captions,
             examples[0].size,
             tuple(example.image_name for example in examples),
-            None if is_prior else loss_weights(examples, config.mask_floor),
-            is_prior,
+            None if plan.is_prior else loss_weights(examples, config.mask_floor),
+            plan.is_prior,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -140,7 +194,7 @@ class BatchStream:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue where a stream of the same config and examples was. The order of the images is made again."""
         for _ in range(int(state["drawn"]) - self.count):
-            next(self.batches)
+            next(self.plans)
         self.count = int(state["drawn"])
         for purpose, generator in self.generators.items():
             generator.set_state(state[purpose])
@@ -163,7 +217,7 @@ def loss_weights(examples: Sequence[CachedExample], floor: float) -> Tensor | No
 
 
 def run_timesteps(
-    config: TrainConfig, examples: Sequence[Sized], schedule: flow.Schedule, dtype: torch.dtype, processes: int = 1
+    config: TrainConfig, examples: Sequence[Shown], schedule: flow.Schedule, dtype: torch.dtype, processes: int = 1
 ) -> Tensor:
     """Return every timestep [S] that the run's steps will show the transformer, made beforehand as the stream will."""
     batches, generator = bucket_batches(examples, config.batch_size, config.seed), generator_for(config.seed, "sigma")

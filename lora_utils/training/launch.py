@@ -7,11 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,16 @@ import torch
 from lora_utils.cli import to_options
 from lora_utils.config import TrainInputs, from_inputs
 from lora_utils.errors import UserError
+from lora_utils.io.access import CALLER, Access
+from lora_utils.io.files import new_process_folder
 from lora_utils.io.logging import ERROR_PREFIX
+from lora_utils.lora import hub
 from lora_utils.training.checkpoint import with_seed_of_run
 from lora_utils.training.run import train_in_process
 
 log = logging.getLogger(__name__)
 
+TOKEN_VARIABLE = "HUB_TOKEN"  # by which a process of several is given the caller's token
 ROOT = Path(__file__).parents[2]  # where `python -m lora_utils` finds the package
 _POLL_S = 0.05
 
@@ -39,24 +42,30 @@ class TrainResult:
 
 
 def train(
-    given: Mapping[str, Any], target: Path | None = None, stopped: Callable[[], bool] = lambda: False
+    given: Mapping[str, Any],
+    target: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    access: Access = CALLER,
 ) -> TrainResult:
     """Train as a caller's inputs say, on all GPUs there are, and write weights.zip to `target`, or a temporary folder.
 
-    Once `stopped` is true, what has been learned is written, and a checkpoint if there is a folder for it. Raises
-    UserError for bad input.
+    Once `stopped` is true, what has been learned is written, and a checkpoint if there is a folder for it. `access`
+    says which folders and whose token the caller may use. Raises UserError for bad input.
     """
-    inputs, target = from_inputs(TrainInputs, with_seed_of_run(given)), target or output_path()
+    allowed = {**given, "run_dir": access.run_dir(str(given.get("run_dir") or "").strip())}
+    inputs = from_inputs(TrainInputs, with_seed_of_run(allowed))
+    if inputs.options.hub_repo:
+        token = hub.need_token(inputs.options.hub_repo, access.hub_token(inputs.files.hub_token))
+        inputs = replace(inputs, files=replace(inputs.files, hub_token=token))
     train_it = train_on_all_gpus if gpu_count() > 1 else train_in_process
-    return TrainResult(train_it(inputs, target, stopped), inputs.config.steps)
-
-
-def output_path() -> Path:
-    """Return a new file's path in a folder of this process: the server sends it on, the next run replaces it."""
-    folder = Path(tempfile.gettempdir()) / f"qwen-image-lora-train-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder / "weights.zip"
+    if target is not None:
+        return TrainResult(train_it(inputs, target, stopped), inputs.config.steps)
+    folder = new_process_folder("train")  # the server sends the file on, and the next run removes it
+    try:
+        return TrainResult(train_it(inputs, folder / "weights.zip", stopped), inputs.config.steps)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def gpu_count() -> int:
@@ -74,7 +83,7 @@ def train_on_all_gpus(inputs: TrainInputs, target: Path, stopped: Callable[[], b
         arguments.append(f"--init_weights={files.init_weights.absolute()}")
     arguments += [*to_options(inputs.config), *to_options(inputs.options)]
     # An option could be read by others on the machine, so the token goes into the environment.
-    environment = {"HF_TOKEN": files.hub_token} if files.hub_token else {}
+    environment = {TOKEN_VARIABLE: files.hub_token} if files.hub_token else {}
     launch(arguments, gpu_count(), environment, stopped)
     return target
 

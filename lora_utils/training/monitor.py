@@ -5,6 +5,7 @@ have learned without.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +14,7 @@ from pathlib import Path
 import torch
 
 from lora_utils.config import RunOptions
-from lora_utils.errors import UserError
-from lora_utils.io.logging import Progress
+from lora_utils.io.logging import Progress, by_product
 from lora_utils.model import flops
 from lora_utils.model.device import peak_bytes
 from lora_utils.placeholder.embedding import EmbeddingReport, report_embeddings
@@ -59,30 +59,33 @@ class TrainMonitor:
         self.unlogged.append(report)
         self.unwritten.append(report)
         if self.progress.should_log(report.step) or stopped:
-            self._log(report)
+            with by_product(f"the log line of step {report.step}"):
+                self._log(report)
         if not stopped:
-            self._validate(report.step)
-            try:
+            with by_product(f"the validation after step {report.step}"):
+                self._validate(report.step)
+            with by_product(f"the previews after step {report.step}"):
                 self._preview(report.step)
-            except UserError as error:  # a run isn't lost for its previews
-                log.warning("no previews after step %d: %s", report.step, error)
 
     def flush(self) -> None:
         """Write the numbers of the steps so far, as before a checkpoint: a run resumed from it lacks none."""
         metrics = [step_metrics(report) for report in self.unwritten]
         self.unwritten.clear()
-        self.metrics.steps(metrics)
+        with by_product("writing the metrics"):
+            self.metrics.steps(metrics)
         recent = self.state.recent_losses
         recent += [StepLoss(each.step, each.loss, each.class_loss) for each in metrics]
         self.state.recent_losses = [each for each in recent if each.step >= self._first_recent()]
 
     def close(self) -> None:
         """Look no more, whatever has happened."""
-        self.metrics.close()
+        with by_product("closing the metrics"):
+            self.metrics.close()
 
     def sum_up(self) -> None:
         """Note how long the steps took, without what was done between them."""
-        self.flush()
+        with by_product("summing up"):
+            self.flush()
         seconds = self.state.seconds
         looked_s = seconds.get("probe", 0.0) + self.looked_s
         seconds["train"] = max(1e-3, self.progress.elapsed_s() - looked_s)
@@ -110,9 +113,10 @@ class TrainMonitor:
         began = time.monotonic()
         self.flush()
         found = validate(self.state)
-        self.metrics.validation(step, found.loss, found.by_sigma)
-        self.state.validated_at = step
         log.info("step %d: loss on images held out %.4f", step, found.loss)
+        self.state.validated_at = step
+        with by_product("writing the metrics"):
+            self.metrics.validation(step, found.loss, found.by_sigma)
         self._took("validate", began)
 
     def _preview(self, step: int) -> None:
@@ -122,11 +126,13 @@ class TrainMonitor:
         images = generate_previews(self.state, self.rows)
         if self.folder:
             labels = [[request.prompt for request in row] for row in self.rows]
-            sheet = contact_sheet.draw_sheet(labels, images, f"after step {step}")
-            path = contact_sheet.save_sheet(self.folder, step, sheet)
+            stored = self.state.plan.quantization
+            base = "" if stored == "none" else f", on a base in {stored}: predict agrees with QUANTIZATION={stored}"
+            sheet = contact_sheet.draw_sheet(labels, images, f"after step {step}{base}")
             self.flush()
-            self.metrics.previews(step, sheet)
-            log.info("previews %s", path)
+            with by_product("showing the previews to the trackers"):
+                self.metrics.previews(step, sheet)
+            log.info("previews %s", contact_sheet.save_sheet(self.folder, step, sheet))
         self.state.previewed_at = step
         self._took("previews", began)
 
@@ -161,7 +167,7 @@ def step_metrics(report: StepReport) -> StepMetrics:
 def final_loss(state: TrainState) -> float | None:
     """Return the mean loss of the run's last tenth: of what taught, else of what held the class; None for no step."""
     for losses in ([each.loss for each in state.recent_losses], [each.class_loss for each in state.recent_losses]):
-        if found := [loss for loss in losses if loss is not None]:
+        if found := [loss for loss in losses if loss is not None and math.isfinite(loss)]:
             return sum(found) / len(found)
     return None
 

@@ -4,6 +4,7 @@ The weights go through the file that would be written, and the images through th
 uses: a preview after the last step is what `predict` returns, to within the rounding of a modulation table.
 """
 
+import logging
 import re
 import tempfile
 from collections.abc import Sequence
@@ -11,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
-from transformers import Qwen2Tokenizer
 
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig
-from lora_utils.dataset.captions import expand_trigger, prior_caption
+from lora_utils.dataset.captions import prior_caption
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
@@ -23,10 +23,13 @@ from lora_utils.model.device import release_memory
 from lora_utils.model.latents import image_size
 from lora_utils.model.text_encoder import pad_embeddings
 from lora_utils.model.vae import load_vae
-from lora_utils.placeholder.tokens import Placeholders, undefined_tokens
+from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
 from lora_utils.sampling.sampler import PromptCache, SamplingJob
 from lora_utils.training.state import TrainState, current_lora
+from lora_utils.triggers import expand_trigger
+
+log = logging.getLogger(__name__)
 
 PreviewRow = list[SampleRequest]  # a prompt and, where it holds a token, the same without it, from one seed
 
@@ -51,12 +54,11 @@ def plain_prompt(prompt: str, config: TrainConfig) -> str:
     return re.sub(r"\s+", " ", prompt).strip(" ,") or " "
 
 
-def check_preview_prompts(rows: Sequence[PreviewRow], config: TrainConfig, tokenizer: Qwen2Tokenizer) -> None:
-    """Raise UserError for a token that the run doesn't train."""
+def hint_at_tokens(rows: Sequence[PreviewRow], config: TrainConfig) -> None:
+    """Log what in the prompts is nearly a token of the run, as prediction does."""
     for prompt in (row[0].prompt for row in rows):
-        if unknown := undefined_tokens(prompt, tokenizer, config.tokens):
-            trained = f"the run trains {', '.join(config.tokens)}" if config.tokens else "the run trains no token"
-            raise UserError(f"sample_prompts hold {unknown[0]!r}, and {trained}; correct {prompt!r}.")
+        for written, meant in near_spellings(prompt, config.tokens).items():
+            log.info("hint: sample_prompts hold %r, and the run trains %s", written, meant)
 
 
 def preview_due(rows: Sequence[PreviewRow], every: int, step: int, steps: int) -> bool:

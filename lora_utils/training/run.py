@@ -3,25 +3,31 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 from lora_utils.config import RunOptions, TrainConfig, TrainInputs
+from lora_utils.conflicts import check_conflicts
+from lora_utils.dataset.examples import Dataset
 from lora_utils.dataset.report import describe_dataset
-from lora_utils.dataset.scan import load
+from lora_utils.dataset.scan import inspect, raise_problems
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extracted
 from lora_utils.io.download import base_model_name, download_model
-from lora_utils.io.files import disk_errors
+from lora_utils.io.files import disk_errors, locked_folder
+from lora_utils.io.logging import by_product
 from lora_utils.lora import hub
+from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.weights import TrainingFacts, read_init_weights, save_weights
 from lora_utils.model.device import default_placement
 from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.presets import preset_for
 from lora_utils.tracking import contact_sheet, html_report
 from lora_utils.training import distributed, loop
+from lora_utils.training.batches import first_shown, holds_class
 from lora_utils.training.checkpoint import (
     list_checkpoints,
     read_checkpoint,
@@ -30,8 +36,8 @@ from lora_utils.training.checkpoint import (
 )
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.monitor import TrainMonitor, describe_speed, final_loss
-from lora_utils.training.previews import check_preview_prompts, preview_rows
-from lora_utils.training.setup import TrainJob, setup
+from lora_utils.training.previews import hint_at_tokens, preview_rows
+from lora_utils.training.setup import TrainJob, prior_captions, setup
 from lora_utils.training.state import TrainState, describe_placeholders, final_lora
 
 log = logging.getLogger(__name__)
@@ -51,17 +57,17 @@ def train_in_process(inputs: TrainInputs, target: Path, stopped: Callable[[], bo
             logging.getLogger("lora_utils").setLevel(logging.ERROR)  # the main process speaks for all
         processes = f", {ranks.world_size} processes" if ranks.world_size > 1 else ""
         log.info("seed %d%s", inputs.config.seed, processes)
-        check_folders(inputs.options, target)
-        started = start(inputs, ranks)
-        try:
-            started.monitor.open()
-            run_steps(started.state, inputs.options, started.monitor, stopped)
-        finally:
-            started.monitor.close()
-        started.monitor.sum_up()
-        if ranks.is_main:
-            write_results(started, inputs, target)
-        return target
+        for warning in check_conflicts(inputs.config, inputs.options):
+            log.warning("%s", warning)
+        with checked_folders(inputs.options, target, ranks):
+            started = start(inputs, ranks)
+            try:
+                started.monitor.open()
+                run_steps(started.state, inputs.options, started.monitor, stopped)
+            finally:
+                started.monitor.close()
+            started.monitor.sum_up()
+            return write_results(started, inputs, target) if ranks.is_main else target
     finally:
         distributed.destroy(ranks)
 
@@ -76,13 +82,18 @@ class StartedRun:
     dataset_report: list[str]
 
 
-def check_folders(options: RunOptions, target: Path) -> None:
-    """Raise UserError where nothing can be written, or where another run may yet be resumed."""
+@contextmanager
+def checked_folders(options: RunOptions, target: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep the run's folder to this run within it.
+
+    Raises UserError where nothing can be written, where another run uses the folder, or may yet be resumed in it.
+    """
     with disk_errors(f"{target.name} can't be written to {target.parent}", "name another folder."):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent):  # as it will be written: found now, not after hours
             pass
     if not options.run_dir:
+        yield
         return
     folder = Path(options.run_dir)
     with disk_errors(f"run_dir {folder} can't be made", "name another."):
@@ -92,6 +103,8 @@ def check_folders(options: RunOptions, target: Path) -> None:
             f"run_dir {folder} holds a run's checkpoints, the last of them {found[-1].name}; set resume to auto to "
             "continue it, name another folder, or remove them."
         )
+    with locked_folder(folder, f"run_dir {folder}") if ranks.is_main else nullcontext():
+        yield
 
 
 def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
@@ -106,11 +119,13 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         base_model = base_model_name()
         tokenizer = load_tokenizer(download_model(base_model, ("tokenizer",)))
         rows = preview_rows(config, options)
-        check_preview_prompts(rows, config, tokenizer)
-        dataset = load(images, config, tokenizer)
+        hint_at_tokens(rows, config)
+        dataset = inspect(images, config, tokenizer)
         report = describe_dataset(dataset, config)
         for line in [*describe_goal(config), *report]:
             log.info(line)
+        raise_problems(dataset.problems)
+        check_tokens_are_shown(dataset, config, ranks)
         if options.hub_repo and ranks.is_main:
             hub.ensure_repository(options.hub_repo, files.hub_token, options.hub_private)
 
@@ -135,6 +150,26 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
     return StartedRun(state, TrainMonitor(state, options, rows), dataset.num_images, report)
 
 
+def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks) -> None:
+    """Raise UserError for a token that no batch of the run would show, which its seed tells, with the steps it takes.
+
+    Captions that are still to be written aren't known yet, and a token that isn't trained needn't be shown.
+    """
+    if not config.tokens or config.placeholder_learning_rate == 0 or (config.autocaption and dataset.uncaptioned):
+        return
+    learned, _ = dataset.split(config.validation_share)
+    a_step = config.gradient_accumulation * ranks.world_size
+    count = config.steps * a_step
+    found = first_shown(config, learned.examples, prior_captions(learned.captions, config), count + 10_000)
+    for token, at in found.items():
+        if at is None or at >= count:
+            needed = f"set steps to {at // a_step + 1} or more" if at is not None else "lower caption_dropout"
+            raise UserError(
+                f"none of the {count} batches of this run shows {token}, which would learn nothing; {needed}, or write "
+                "it into more captions."
+            )
+
+
 def describe_goal(config: TrainConfig) -> list[str]:
     """Say what the goal has chosen, and what the caller has in its place."""
     if config.goal == "none":
@@ -148,61 +183,93 @@ def describe_goal(config: TrainConfig) -> list[str]:
 
 
 def run_steps(state: TrainState, options: RunOptions, monitor: TrainMonitor, stopped: Callable[[], bool]) -> None:
-    """Step through the run, monitor it and save its checkpoints, until it is done or asked to stop."""
+    """Step through the run, monitor it and save its checkpoints, until it is done, asked to stop, or can't go on.
+
+    An error after the first step ends it there: what was learned until then is kept. On several GPUs it is raised, for
+    the others wait for this one.
+    """
+    try:
+        _run_steps(state, options, monitor, stopped)
+    except Exception as error:  # whatever it is: hours of training aren't lost for it
+        if state.sound is None or state.ranks.world_size > 1:
+            raise
+        if not isinstance(error, UserError):
+            log.exception("an unexpected error; please report it with this traceback")
+        log.warning("the run ends after step %d of %d: %s", state.step, state.config.steps, error)
+        log.warning("what it has learned is written")
+
+
+def _run_steps(state: TrainState, options: RunOptions, monitor: TrainMonitor, stopped: Callable[[], bool]) -> None:
     steps, ranks = state.config.steps, state.ranks
     for report in loop.train(state):
         asked = report.step < steps and (ranks.world_size == 1 or report.step % STOP_CHECK_STEPS == 0)
         stop = asked and distributed.broadcast(ranks, stopped())
-        monitor.after(report, stop)
+        with by_product(f"looking at step {report.step}"):
+            monitor.after(report, stop)
         due = bool(options.save_every) and report.step % options.save_every == 0
         if options.run_dir and (due or stop):
-            monitor.flush()
-            if ranks.is_main:
-                _save(state, options, is_last=stop or report.step == steps)
+            with by_product(f"the checkpoint after step {report.step}"):
+                monitor.flush()
+                if ranks.is_main:
+                    log.info("checkpoint %s", save_checkpoint(state, Path(options.run_dir), options.keep_checkpoints))
         if stop:
             log.info("stopped after step %d of %d, as asked", report.step, steps)
             break
 
 
-def _save(state: TrainState, options: RunOptions, is_last: bool) -> None:
-    """Save a checkpoint. Where the last one fails that is only logged: the weights themselves may yet find room."""
-    try:
-        saved = save_checkpoint(state, Path(options.run_dir), options.keep_checkpoints)
-        log.info("checkpoint %s", saved)
-    except UserError as error:
-        if not is_last:
-            raise
-        log.warning("%s", error)
+def write_results(started: StartedRun, inputs: TrainInputs, target: Path) -> Path:
+    """Write weights.zip, then the last lines and the report, and push to the hub if that is asked for. -> weights.zip
 
-
-def write_results(started: StartedRun, inputs: TrainInputs, target: Path) -> None:
-    """Write weights.zip, the last lines and the report, and push to the hub if that is asked for."""
+    Only the weights count: what fails of the rest is a warning.
+    """
+    # The weights.
     began, state, options = time.monotonic(), started.state, inputs.options
+    lora = final_lora(state)
     facts = TrainingFacts(
-        base_model_name(), started.num_images, state.step, final_loss(state), describe_placeholders(state)
+        base_model_name(), started.num_images, state.step, final_loss(state), describe_placeholders(state, lora)
     )
-    save_weights(target, final_lora(state), state.resolved_config, facts)
+    written = save_somewhere(target, lora, state.resolved_config, facts)
+    log.info("wrote %s, %.1f MB", written.name, written.stat().st_size / 1e6)
+
+    # The rest.
     state.seconds["save"] = time.monotonic() - began
-    timings = describe_speed(state)
-    for line in timings:
+    timings: list[str] = []
+    with by_product("measuring the speed"):
+        timings = [describe_share(state), *describe_speed(state)]
+    for line in filter(None, timings):
         log.info(line)
-    log.info("wrote %s, %.1f MB", target.name, target.stat().st_size / 1e6)
     if options.run_dir:
         summary = html_report.RunSummary(
-            facts.base_model, asdict(state.resolved_config), started.dataset_report, timings
+            facts.base_model, asdict(state.resolved_config), started.dataset_report, list(filter(None, timings))
         )
-        try:
+        with by_product("the report"):
             log.info("wrote %s", html_report.write_report(Path(options.run_dir), summary))
-        except UserError as error:  # the weights are there
-            log.warning("%s", error)
     if options.hub_repo:
-        share(options, target, inputs.files.hub_token)
+        with by_product(f"pushing {written.name}, from where it can be pushed again,"):
+            sheets = contact_sheet.list_sheets(Path(options.run_dir)) if options.run_dir else []
+            pushed = hub.push_weights(options.hub_repo, inputs.files.hub_token, written, sheets)
+            log.info("pushed to %s", pushed)
+    return written
 
 
-def share(options: RunOptions, weights: Path, hub_token: str | None) -> None:
-    """Push to the hub. A failure there is only logged: the training is done."""
-    sheets = contact_sheet.list_sheets(Path(options.run_dir)) if options.run_dir else []
+def save_somewhere(target: Path, lora: LoraFile, config: TrainConfig, facts: TrainingFacts) -> Path:
+    """Write weights.zip where it was asked for or, if that can't be written any more, where it can. -> its path"""
     try:
-        log.info("pushed to %s", hub.push_weights(options.hub_repo, hub_token, weights, sheets))
-    except UserError as error:
-        log.warning("%s; they are in %s, and can be pushed from there", error, weights.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(target, lora, config, facts)
+        return target
+    except (OSError, UserError) as error:
+        rescue = Path(tempfile.mkdtemp(prefix="qwen-image-lora-rescued-")) / target.name
+        log.warning("%s", error)
+        save_weights(rescue, lora, config, facts)
+        log.warning("the weights are in %s instead", rescue)
+        return rescue
+
+
+def describe_share(state: TrainState) -> str:
+    """Say how many batches held the class, where some were to; an empty text where none were."""
+    if not state.data.prior_captions:
+        return ""
+    count = state.step * state.config.gradient_accumulation * state.ranks.world_size
+    held = sum(holds_class(index, state.config.preservation_weight) for index in range(count))
+    return f"{held} of {count} batches held {state.config.class_word!r}, the others taught"

@@ -95,7 +95,7 @@ def setup(job: TrainJob) -> TrainState:
     learned, held_out = _split_dataset(job, tokenizer)
     if job.config.autocaption:
         seconds["describe"] = clock.lap()
-    prior = _prior_captions(learned.captions, job.config)
+    prior = prior_captions(learned.captions, job.config)
     text_tokens = _text_tokens(job.config, [*learned.captions, *prior.values()], tokenizer)
 
     # The plan.
@@ -160,10 +160,9 @@ def _split_dataset(job: TrainJob, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, D
     return learned, held_out
 
 
-def _prior_captions(captions: Sequence[str], config: TrainConfig) -> dict[str, str]:
-    """Return the caption that holds the class, for each caption that has one."""
-    pairs = ((caption, prior_caption(caption, config)) for caption in captions)
-    return {caption: replaced for caption, replaced in pairs if replaced != caption}
+def prior_captions(captions: Sequence[str], config: TrainConfig) -> dict[str, str]:
+    """Return the caption that holds the class, for each caption; nothing without a class word."""
+    return {caption: prior_caption(caption, config) for caption in captions} if config.class_word else {}
 
 
 def _text_tokens(config: TrainConfig, captions: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:

@@ -3,6 +3,7 @@
 Legend: T text tokens, D the text encoder's width.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,8 @@ from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training.batches import BatchStream, LargestBatch
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.optimizers import Optimizers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,14 @@ class StepLoss:
     step: int
     loss: float | None
     class_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SoundWeights:
+    """The weights after a step, all of them numbers, on the CPU."""
+
+    step: int
+    lora: LoraFile
 
 
 @dataclass(slots=True)
@@ -79,6 +90,13 @@ class TrainState:
     previewed_at: int = -1  # the step after which previews were last sampled
     flops: float = 0.0  # done in this process
     seconds: dict[str, float] = field(default_factory=dict)  # where this process's time went
+    sound: "SoundWeights | None" = None  # what was last found to be numbers
+
+    def keep_sound(self) -> None:
+        """Keep the weights as they are now, if all of them are numbers: a run that diverges later still has them."""
+        lora = current_lora(self)
+        if _is_finite(lora):
+            self.sound = SoundWeights(self.step, lora)
 
     @property
     def resolved_config(self) -> TrainConfig:
@@ -101,38 +119,58 @@ def current_lora(state: TrainState) -> LoraFile:
         return LoraFile(trained_lora(state.components.transformer), embeddings)
 
 
-def final_lora(state: TrainState) -> LoraFile:
-    """Return what has been learned.
-
-    Raises UserError for weights that are no numbers, RuntimeError for an embedding that hasn't moved though it should.
-    """
-    placeholders = state.placeholders
-    for token, embedding, first in zip(
-        placeholders.tokens, placeholders.embeddings, state.initial_embeddings, strict=True
-    ):
-        if embedding.requires_grad and torch.equal(embedding, first):
-            raise RuntimeError(f"the embedding of {token} hasn't moved in {state.step} steps")
-    lora = current_lora(state)
+def _is_finite(lora: LoraFile) -> bool:
     parts = [part for layer in lora.layers.values() for part in (layer.down, layer.up)]
-    if not all(part.isfinite().all() for part in (*parts, *lora.embeddings.values())):  # no later loss would tell
-        raise UserError(f"the weights aren't finite after step {state.step}; lower learning_rate.")
+    return all(bool(part.isfinite().all()) for part in (*parts, *lora.embeddings.values()))
+
+
+def final_lora(state: TrainState) -> LoraFile:
+    """Return what has been learned: the weights as they are or, if these are no numbers, as they last were.
+
+    Warns of what has learned nothing. Raises UserError where no weights are numbers.
+    """
+    lora = current_lora(state)
+    if not _is_finite(lora):
+        if state.sound is None:
+            raise UserError(f"the weights aren't finite after step {state.step}; lower learning_rate.")
+        log.warning("the weights aren't finite after step %d: those of step %d are kept", state.step, state.sound.step)
+        state.step, lora = state.sound.step, state.sound.lora
+    for token in unmoved_tokens(state, lora):
+        log.warning("%s has learned nothing: its embedding is as it began", token)
+    if all(layer.does_nothing() for layer in lora.layers.values()):
+        log.warning("the LoRA has learned nothing: all of its layers are zero")
     return lora
 
 
-def describe_placeholders(state: TrainState) -> list[dict[str, Any]]:
-    """Return what meta.json says of each trained embedding; nothing without a token."""
+def unmoved_tokens(state: TrainState, lora: LoraFile) -> list[str]:
+    """Return the tokens whose embeddings were to be trained and are as they began."""
+    pairs = zip(state.placeholders.tokens, state.placeholders.embeddings, state.initial_embeddings, strict=True)
+    return [
+        token
+        for token, own, first in pairs
+        if own.requires_grad and torch.equal(lora.embeddings[token].view(-1), first.detach().float().cpu())
+    ]
+
+
+def describe_placeholders(state: TrainState, lora: LoraFile) -> list[dict[str, Any]]:
+    """Return what meta.json says of each embedding of the LoRA that is written; nothing without a token."""
     if state.components.text_encoder is None:
         return []
-    with state.optimizers.averaged():
-        embeddings = describe_embeddings(
-            state.placeholders, state.initial_embeddings, state.components.tokenizer, state.components.text_encoder
-        )
+    unmoved = unmoved_tokens(state, lora)
+    written = tuple(lora.embeddings[token].view(-1) for token in state.placeholders.tokens)
+    embeddings = describe_embeddings(
+        replace(state.placeholders, embeddings=written),
+        state.initial_embeddings,
+        state.components.tokenizer,
+        state.components.text_encoder,
+    )
     return [
         {
             **described,
             "init_std": state.config.placeholder_init_std,
             "learning_rate": state.optimizers.embedding_learning_rate,
             "captions_with_token": sum(described["token"] in caption for caption in state.data.captions),
+            "moved": described["token"] not in unmoved,
         }
         for described in embeddings
     ]

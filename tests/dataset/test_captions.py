@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import captions, load
+from lora_utils.dataset import load
 from lora_utils.dataset.captions import with_trigger
 from lora_utils.errors import UserError
+from lora_utils.triggers import TRIGGER
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_the_trigger_is_written_out_or_put_in_front(caption, word, tokens, expec
 )
 def test_a_trigger_that_could_be_nothing_or_several_is_refused(tokens, message):
     with pytest.raises(UserError, match=message):
-        with_trigger(f"a {captions.TRIGGER}", "", tokens)
+        with_trigger(f"a {TRIGGER}", "", tokens)
 
 
 def test_how_many_captions_were_given_the_trigger_word_is_said(read):

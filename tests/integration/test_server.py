@@ -34,7 +34,7 @@ def content_of(uri: str) -> bytes:
 def trainer(tmp_path_factory, random_model) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "tmp").mkdir()
-    with cog_server(folder, random_model, "train", TMPDIR=str(folder / "tmp")) as server:
+    with cog_server(folder, random_model, "train", TMPDIR=str(folder / "tmp"), RUN_ROOT=str(folder / "runs")) as server:
         yield server
 
 
@@ -156,7 +156,7 @@ def test_inputs_outside_the_schema_never_reach_the_training(given, message, trai
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": "a photo of <zwx>"}, "no weights that define it are given"),
+        ({"prompt": "red " * 30_000}, "prompt has 120000 characters; 100000 are the most"),
         ({"width": 64, "height": 64, "replicate_weights": data_uri(b"junk")}, "is no safetensors file"),
         ({"replicate_weights": data_uri(zip_of({"readme.txt": b""}))}, "0 .safetensors files, expected one"),
     ],
@@ -194,21 +194,22 @@ def test_the_hubs_token_of_a_training_is_in_none_either(trainer, dataset):
     assert "hf_verysecret" not in trainer.log.read_text()
 
 
-def test_a_goal_fills_what_is_left_out_and_a_folder_keeps_what_is_seen(trainer, dataset, tmp_path):
+def test_a_goal_fills_what_is_left_out_and_a_folder_keeps_what_is_seen(trainer, dataset):
     given = {
         "dataset": data_uri(dataset),
         "goal": "object",
         "steps": 2,
         "resolution": "64",
         "optimizer": "adafactor",
-        "run_dir": str(tmp_path),
+        "run_dir": "mine",
         "sample_prompts": "a red circle",
         "sample_steps": 1,
     }
     reply = trainer.post("/trainings", given).json()
     assert reply["status"] == "succeeded", reply
     assert "goal object: steps 2 (yours; the goal's is 1000), learning_rate 0.0002, rank 16" in reply["logs"]
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.html", "samples", "tensorboard"}
+    made = {path.name for path in (trainer.log.parent / "runs" / "mine").iterdir()}
+    assert made == {"metrics.jsonl", "report.html", "samples", "tensorboard"}
 
 
 def test_a_folder_that_cog_cannot_reach_is_a_clear_error(trainer):

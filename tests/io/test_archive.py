@@ -11,7 +11,14 @@ from PIL import Image
 from lora_utils.errors import UserError
 from lora_utils.io import archive
 from lora_utils.io.archive import extract_archive
-from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER, Meta, extract_weights, write_weights_zip
+from lora_utils.lora.weights_zip import (
+    LORA_MEMBER,
+    META_MEMBER,
+    ExtractedWeights,
+    Meta,
+    extract_weights,
+    write_weights_zip,
+)
 
 IMAGE = Image.new("RGB", (64, 64), "red")
 
@@ -119,11 +126,11 @@ def test_weights_zip_holds_exactly_two_members_stored_uncompressed(tmp_path):
 
 def test_weights_are_found_in_a_zip_a_tar_or_bare(tmp_path):
     (tmp_path / "bare.safetensors").write_bytes(b"not read here")
-    assert extract_weights(tmp_path / "bare.safetensors", tmp_path) == (tmp_path / "bare.safetensors", None)
+    assert extract_weights(tmp_path / "bare.safetensors", tmp_path) == ExtractedWeights(tmp_path / "bare.safetensors")
     path = tar(tmp_path / "w.tar", {LORA_MEMBER: b"abc", META_MEMBER: b'{"rank": 8}'})
-    lora_path, meta = extract_weights(path, tmp_path)
-    assert lora_path.read_bytes() == b"abc"
-    assert meta == Meta(rank=8)
+    found = extract_weights(path, tmp_path)
+    assert found.lora_path.read_bytes() == b"abc"
+    assert found.meta == Meta(rank=8)
 
 
 def test_metas_of_older_and_newer_versions_load(tmp_path):

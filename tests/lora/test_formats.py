@@ -86,7 +86,10 @@ def test_a_layout_that_is_written_reads_as_the_same_lora(name, lora, tmp_path):
         wanted = layers[module]
         update = layer.up @ layer.down * layer.alpha / layer.rank
         torch.testing.assert_close(update, wanted.up @ wanted.down * wanted.alpha / wanted.rank)
-    assert torch.equal(read.embeddings["<zwx>"], given.embeddings["<zwx>"])
+    if LAYOUTS[name].takes_embeddings:
+        assert torch.equal(read.embeddings["<zwx>"], given.embeddings["<zwx>"])
+    else:
+        assert not read.embeddings, "its readers refuse them: they go into a file of their own"
 
 
 def test_the_command_converts_there_and_back(lora, tmp_path, capsys):
@@ -252,9 +255,6 @@ def test_a_lora_that_fits_only_in_part_is_refused_with_the_count(lora, component
     wide = {NAMES[0]: LowRank(torch.zeros(2, 3072), torch.zeros(3072, 2), 2.0)}
     with pytest.raises(UserError, match="takes and gives"):
         move_lora(LoraFile(wide), components.transformer, components.placement)
-    bad = {NAMES[0]: LowRank(torch.full((2, 128), torch.nan), torch.zeros(128, 2), 2.0)}
-    with pytest.raises(UserError, match="NaN"):
-        move_lora(LoraFile(bad), components.transformer, components.placement)
 
 
 def test_a_trainable_lora_covers_its_targets_and_starts_as_no_change(random_model, components, inputs):

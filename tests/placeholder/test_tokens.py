@@ -18,9 +18,9 @@ from lora_utils.placeholder.tokens import (
     Placeholders,
     assign_ids,
     check_token,
+    near_spellings,
     no_placeholders,
     tokenize,
-    undefined_tokens,
 )
 from tests.qwen_vocabulary import qwen_tokenizer
 
@@ -218,7 +218,12 @@ def test_splicing_changes_neither_encoder_nor_tokenizer(components):
     assert not components.text_encoder.get_submodule("embed_tokens")._forward_hooks
 
 
-def test_undefined_tokens_are_found(components):
-    slots = {TOKEN: 1}
-    found = undefined_tokens("a <zwx> and <abc>, <tool_call>, <|im_end|>, a < b > c", components.tokenizer, slots)
-    assert found == ["<abc>"]
+def test_near_spellings_are_found_and_other_brackets_are_text():
+    text = "a <zwx> and <ZWX>, < zwx >, <zwxs>, <abc>, <tool_call>, <|im_end|>, a < b > c, <>, <html>"
+    assert near_spellings(text, [TOKEN]) == dict.fromkeys(("<ZWX>", "< zwx >", "<zwxs>"), TOKEN)
+    assert near_spellings(text, []) == {}
+
+
+def test_a_thousand_tokens_are_read_in_a_loop(components):
+    ids = tokenize(components.tokenizer, "<zwx>" * 1200, {TOKEN: 478})
+    assert ids == [478] * 1200

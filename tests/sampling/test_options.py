@@ -12,8 +12,8 @@ from PIL import Image
 from lora_utils import constants
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
-from lora_utils.lora.formats import LoraFile
-from lora_utils.lora.weights import Weights
+from lora_utils.lora.formats import LoraFile, LowRank
+from lora_utils.lora.weights import Weights, is_lightning
 from lora_utils.model import flow, memory
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement
@@ -172,13 +172,38 @@ def test_sizes_follow_the_image_the_aspect_ratio_and_the_area():
 # --- fast -----------------------------------------------------------------------------------------------------------
 
 
-def weights_named(name):
-    return Weights(LoraFile({}), None, name)
+def weights_named(name, title=None):
+    return Weights(LoraFile({}, metadata={"modelspec.title": title} if title else {}), None, name)
+
+
+def known_lightning(rank=64, alpha=8.0, **given):
+    layers = {
+        f"transformer_blocks.{block}.{layer}": LowRank(torch.ones(rank, 8), torch.ones(8, rank), alpha)
+        for block in range(2)
+        for layer in constants.LORA_TARGETS["attention_mlp"]
+    }
+    return LoraFile(layers, alphas_in_keys=True, **given)
+
+
+def test_a_lightning_lora_is_known_by_its_header_or_its_ranks_and_alphas_and_not_by_its_files_name():
+    assert is_lightning(known_lightning())
+    assert is_lightning(LoraFile({}, metadata={"modelspec.title": "Qwen-Image-Lightning-8steps-V1.1"}))
+    assert not is_lightning(known_lightning(alpha=64.0))
+    assert not is_lightning(known_lightning(rank=32))
+    assert not is_lightning(replace(known_lightning(), alphas_in_keys=False))
+    assert not is_lightning(LoraFile({}, metadata={"modelspec.title": "lightning over the sea"}))
+
+
+@pytest.mark.parametrize(("said", "schedule"), [("auto", None), ("yes", flow.LIGHTNING), ("no", None)])
+def test_a_file_that_is_called_lightning_is_none_unless_the_caller_says_so(said, schedule):
+    request = replace(REQUEST, go_fast=True, lightning=said)
+    _, options = choose_options(request, [weights_named("lightning-storm.safetensors")], None)
+    assert options.schedule is schedule
 
 
 def test_a_lightning_lora_samples_without_guidance_on_its_own_schedule_when_asked_to(caplog):
     caplog.set_level("INFO", "lora_utils")
-    lightning = weights_named("Qwen-Image-Lightning-8steps-V1.1.safetensors")
+    lightning = weights_named("l.safetensors", "Qwen-Image-Lightning-8steps-V1.1")
     plain, options = choose_options(REQUEST, [lightning], None)
     assert (plain, options) == (REQUEST, SamplingOptions())
     assert "was made for go_fast" in caplog.text

@@ -33,6 +33,7 @@ PLAIN_PROMPT = "a red circle on a gray background"
 @pytest.fixture(autouse=True)
 def _base_model(random_model, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
+    monkeypatch.setenv("ALLOW_LOCAL_PATHS", "1")  # of extra_lora, as the operator of a server may
     monkeypatch.delenv("COG_WEIGHTS", raising=False)
 
 
@@ -103,8 +104,7 @@ def test_the_base_image_is_bit_identical_before_and_after_any_lora(predictor, ar
     assert not same(with_a, with_b)
     assert same(one(predictor), before)
     assert same(one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip"), with_a)
-    with pytest.raises(UserError):
-        one(predictor, TOKEN_PROMPT)
+    one(predictor, TOKEN_PROMPT)  # letters like any others, without weights
     assert same(one(predictor), before)
     assert fingerprint() == state
 
@@ -253,7 +253,7 @@ ROW = "bundle_emb.<zwx>.lora.qwen25_7b"
     ("change", "message"),
     [
         (lambda t: {k: v for k, v in t.items() if k != ROW}, r"meta\.json speaks of <zwx>, the LoRA file holds none"),
-        (lambda t: {**t, ROW: torch.zeros_like(t[ROW])}, "embedding of <zwx> is zero"),
+        (lambda t: {**t, ROW: torch.zeros_like(t[ROW])}, "isn't the one that meta.json describes"),
         (lambda t: {**t, ROW: t[ROW] * torch.nan}, "not finite"),
         (lambda t: {**t, ROW: t[ROW].flip(-1)}, r"isn't the one that meta\.json describes"),
         (lambda t: {**t, ROW: torch.ones(1, 64)}, r"has the shape \(1, 64\), the model takes \(1, 128\)"),
@@ -288,17 +288,19 @@ def test_older_archives_without_a_meta_or_with_few_fields_load(predictor, archiv
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_that_nothing_defines_is_refused(predictor, archives):
-    with pytest.raises(UserError, match=r"holds '<zwx>', but no weights that define it are given"):
-        one(predictor, TOKEN_PROMPT)
-    with pytest.raises(UserError, match=r"holds '<zwx>', but no weights"):
-        one(predictor, negative_prompt="no <zwx>")
-    with pytest.raises(UserError, match=r"holds '<abc>', but the weights define <zwx>"):
-        one(predictor, "a photo of <abc>", replicate_weights=archives / "token.zip")
-    with pytest.raises(UserError, match=r"holds '<ZWX>', but the weights define <zwx>"):
-        one(predictor, "<zwx> beside <ZWX>", replicate_weights=archives / "token.zip")
-    with pytest.raises(UserError, match="no weights that define it"):
-        one(predictor, TOKEN_PROMPT, replicate_weights=archives / "baseline.zip")
+@pytest.mark.parametrize("text", ["<html>", "<b>bold</b>", "<think>", "<zwx>", "a < b > c", "<|im_end|>", "<>"])
+def test_angle_brackets_in_a_prompt_are_text_to_draw(text, predictor, capsys):
+    one(predictor, f'a sign that reads "{text}"', negative_prompt=text)
+    assert "hint" not in capsys.readouterr().out
+
+
+def test_only_a_near_spelling_of_a_token_is_hinted_at(predictor, archives, capsys):
+    one(predictor, "<zwx> beside <ZWX>, <zwxs> and <html>", replicate_weights=archives / "token.zip")
+    hints = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint")]
+    assert hints == [
+        "hint: the prompt holds '<ZWX>', and the weights define <zwx>",
+        "hint: the prompt holds '<zwxs>', and the weights define <zwx>",
+    ]
 
 
 @pytest.mark.parametrize("prompt", ["a photo of zwx", "a photo of < zwx >", "a photo of <ZWX>", "a red circle"])
@@ -325,7 +327,7 @@ def test_what_is_no_lora_or_another_models_is_refused(predictor, tmp_path):
         one(predictor, replicate_weights=tmp_path / "x.safetensors")
     flux = {f"transformer.single_transformer_blocks.0.proj_out.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
     save_file(flux, tmp_path / "flux.safetensors")
-    with pytest.raises(UserError, match="0 of its 1 layers match"):
+    with pytest.raises(UserError, match="holds layers of FLUX"):
         one(predictor, replicate_weights=tmp_path / "flux.safetensors")
     with pytest.raises(UserError, match="there is no weights file"):
         one(predictor, replicate_weights=tmp_path / "missing.zip")
@@ -366,7 +368,7 @@ def test_what_was_loaded_is_logged_with_its_checksum(predictor, archives, caplog
         ("/no/such/file.zip", "there is no weights file '/no/such/file.zip'"),
         ("ftp://host/w.zip", "there is no weights file 'ftp://host/w.zip'"),
         ("owner/name", "the hub can't be asked for it"),
-        ("http://127.0.0.1:9/w.zip", "can't be downloaded"),
+        ("http://127.0.0.1:9/w.zip", "leads into a private network"),
     ],
 )
 def test_a_source_that_is_none_is_refused_and_the_next_image_is_as_ever(source, message, predictor):
@@ -453,7 +455,7 @@ def test_after_calls_of_every_kind_the_base_image_is_the_first_and_memory_is_fla
         lambda: one(predictor, replicate_weights=archives / "other.zip", lora_scale=0.3, go_fast=True),
         lambda: draw(predictor, num_outputs=3, guidance=1.0),
         lambda: one(predictor, image=tmp_path / "a.png", extra_lora=str(archives / "baseline.zip")),
-        lambda: failing(lambda: one(predictor, TOKEN_PROMPT)),
+        lambda: failing(lambda: one(predictor, "red " * 30_000)),
         lambda: failing(lambda: one(predictor, extra_lora="/missing")),
         lambda: failing(lambda: one(predictor, replicate_weights=archives / "token.zip", go_fast=True), Cancelled),
         lambda: one(predictor),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -30,7 +30,7 @@ from lora_utils.training.checkpoint import (
     with_seed_of_run,
 )
 from lora_utils.training.distributed import Ranks
-from lora_utils.training.state import final_lora
+from lora_utils.training.state import current_lora, final_lora
 from tests.helpers import ROOT, lora_of, losses, make_state, resume_state, same_result, train_archive
 
 CONFIG = TrainConfig(
@@ -288,9 +288,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_is_complete(new_ru
     assert resumed(complete).step == 2
 
 
-def test_a_checkpoint_that_fails_ends_the_run_but_not_after_its_last_step(
-    archive, random_model, tmp_path, monkeypatch, caplog
-):
+def test_a_checkpoint_that_fails_is_a_warning(archive, random_model, tmp_path, monkeypatch, caplog):
     """What has been learned is worth more than the checkpoint to resume from."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
 
@@ -298,13 +296,10 @@ def test_a_checkpoint_that_fails_ends_the_run_but_not_after_its_last_step(
         raise UserError("no room")
 
     monkeypatch.setattr("lora_utils.training.run.save_checkpoint", refused)
-    for save_every, target in ((4, tmp_path / "early.zip"), (CONFIG.steps, tmp_path / "late.zip")):
-        options = RunOptions(run_dir=str(tmp_path / "run"), save_every=save_every)
-        with pytest.raises(UserError, match="no room") if save_every == 4 else nullcontext():
-            train_archive(CONFIG, archive, target, options)
-    assert "no room" in caplog.text
-    assert not (tmp_path / "early.zip").exists()
-    assert lora_of(tmp_path / "late.zip")[1]["training_steps"] == CONFIG.steps
+    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=4)
+    train_archive(CONFIG, archive, tmp_path / "w.zip", options)
+    assert caplog.text.count("the checkpoint after step 4 failed: no room") == 1
+    assert lora_of(tmp_path / "w.zip")[1]["training_steps"] == CONFIG.steps
 
 
 @pytest.fixture
@@ -354,10 +349,14 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_removed(new_run, tmp
 def test_weights_that_are_no_numbers_are_not_saved(new_run, tmp_path):
     run = new_run()
     losses(run, 1)
+    sound = current_lora(run)
     run.lora[0].data[0, 0] = torch.nan
     with pytest.raises(UserError, match="aren't finite after step 1"):
         save_checkpoint(run, tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == []
+    kept = final_lora(run)
+    assert all(torch.equal(kept.layers[name].up, layer.up) for name, layer in sound.layers.items())
+    run.sound = None
     with pytest.raises(UserError, match="aren't finite after step 1; lower learning_rate"):
         final_lora(run)
 
@@ -369,7 +368,7 @@ def test_weights_that_are_no_numbers_are_not_saved(new_run, tmp_path):
 def trained(archive, random_model, tmp_path, monkeypatch):
     """The weights of a short training."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
-    return train_archive(replace(CONFIG, steps=2), archive, tmp_path / "trained.zip")
+    return train_archive(replace(CONFIG, steps=2, warmup_steps=1), archive, tmp_path / "trained.zip")
 
 
 def test_a_run_that_starts_from_weights_starts_where_they_are(trained, new_run):

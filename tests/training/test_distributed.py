@@ -236,7 +236,7 @@ def test_a_token_of_the_hub_is_no_option_that_others_could_read(archive, tmp_pat
     given = inputs(CONFIG, archive, RunOptions(hub_repo="me/it"), hub_token="hf_secret")
     launch.train_on_all_gpus(given, tmp_path / "weights.zip")
     ((module, environment),) = launched
-    assert environment == {"HF_TOKEN": "hf_secret"}
+    assert environment == {"HUB_TOKEN": "hf_secret"}, "the operator's HF_TOKEN stays what the model is loaded with"
     assert "hf_secret" not in " ".join(module)
 
 

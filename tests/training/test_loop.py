@@ -216,30 +216,22 @@ def test_captions_longer_than_the_model_reads_are_refused(config, components, da
         check_captions(replace(dataset, examples=[*late, *dataset.examples[2:]]), config, components.tokenizer)
 
 
-def test_an_embedding_that_never_learns_is_an_error_and_not_a_file(new_run):
+def test_an_embedding_that_never_learns_is_written_as_it_began_and_said(new_run, caplog):
     run = new_run(TOKEN)
     texts = {**run.data.texts, **{caption: torch.zeros(5, 128) for caption in run.data.captions}}
     run.data = replace(run.data, texts=texts)
     assert not any(report.token_grad_norms for report in loop.train(run))
-    with pytest.raises(RuntimeError, match="embedding of <zwx> hasn't moved in 6 steps"):
-        final_lora(run)
+    lora = final_lora(run)
+    assert torch.equal(lora.embeddings["<zwx>"][0], run.initial_embeddings[0])
+    assert "<zwx> has learned nothing: its embedding is as it began" in caplog.text
+    (described,) = describe_placeholders(run, lora)
+    assert described["moved"] is False
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error", "message"),
-    [
-        (torch.zeros_like, RuntimeError, "no gradient reaches the embedding of <zwx> at step 1"),
-        (
-            lambda gradient: gradient * torch.inf,
-            UserError,
-            "the gradient of <zwx> is (nan|inf) at step 1; lower its rate",
-        ),
-    ],
-)
-def test_a_first_gradient_of_the_embedding_that_is_zero_or_not_finite_stops_the_run(spoil, error, message, new_run):
+def test_a_first_gradient_of_the_embedding_that_is_not_finite_stops_the_run(new_run):
     run = new_run(replace(TOKEN, caption_dropout=0.0))
-    run.placeholders.embeddings[0].register_hook(spoil)
-    with pytest.raises(error, match=message):
+    run.placeholders.embeddings[0].register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(UserError, match=r"the gradient of <zwx> is (nan|inf) at step 1; lower its rate"):
         list(loop.train(run))
 
 
@@ -254,7 +246,7 @@ def test_a_rate_of_zero_keeps_the_embedding_as_it_starts(new_run):
     losses(run)
     assert torch.equal(final_lora(run).embeddings["<zwx>"][0], run.initial_embeddings[0])
     assert 0.8e-4 < run.initial_embeddings[0].std() < 1.2e-4
-    (described,) = describe_placeholders(run)
+    (described,) = describe_placeholders(run, final_lora(run))
     assert described["learning_rate"] == 0.0
     assert described["first_norm"] == described["last_norm"]
 

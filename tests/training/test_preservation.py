@@ -1,5 +1,7 @@
 """Class preservation: a share of the steps holds what the base model makes of the class word."""
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,8 +14,10 @@ from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loop
-from lora_utils.training.batches import BatchStream
+from lora_utils.training.batches import BatchStream, plan_batches
 from lora_utils.training.loss import batch_text, forward_backward
+from lora_utils.training.run import describe_share
+from lora_utils.training.setup import prior_captions
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(
@@ -101,26 +105,46 @@ def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
     assert run.placeholders.embeddings[0].grad is None
 
 
-def test_about_that_share_of_the_micro_batches_holds_the_class_and_the_others_are_as_without(run):
+def test_that_share_of_the_batches_holds_the_class_and_the_others_are_as_without(run):
     streams = [
         BatchStream(CONFIG, run.data.examples, run.components.schedule, held)
         for held in (run.data.prior_captions, None)
     ]
     pairs = [(next(streams[0]), next(streams[1])) for _ in range(200)]
-    share = sum(held.is_prior for held, _ in pairs) / len(pairs)
-    assert share == pytest.approx(0.5, abs=0.08)
+    assert sum(held.is_prior for held, _ in pairs) == 100
     for held, plain in pairs:
         assert torch.equal(held.noisy, plain.noisy)
         assert held.is_prior or held.captions == plain.captions
         assert not plain.is_prior
 
 
-def test_captions_without_the_token_teach_only(dataset, random_model):
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("named", [0, 1, 5, 10])
+def test_the_share_is_what_the_input_says_for_every_mix_of_captions(named, batch_size, share, dataset):
+    """A caption that names nothing taught is held as it is, alone or beside others in a batch."""
+    examples = [
+        replace(example, caption=f"a {'<zwx>' if index < named else 'red'} wall {index}")
+        for index, example in enumerate(dataset.examples)
+    ]
+    config = replace(CONFIG, batch_size=batch_size, preservation_weight=share, caption_dropout=0.0)
+    held = prior_captions([example.caption for example in examples], config)
+    plans = list(itertools.islice(plan_batches(config, examples, held), 60))
+    assert sum(plan.is_prior for plan in plans) == math.floor(60 * share + 1e-9)
+    assert not plans[0].is_prior
+    for plan in plans:
+        for example, caption in zip(plan.examples, plan.captions, strict=True):
+            assert caption == (prior_caption(example.caption, config) if plan.is_prior else example.caption)
+            assert not (plan.is_prior and "<zwx>" in caption)
+
+
+def test_captions_without_the_token_are_held_as_they_are(dataset, random_model):
     plain = [replace(example, caption="a red circle") for example in dataset.examples]
     config = replace(CONFIG, train_placeholder_token=False, trigger_word="ohwx")
     run = make_state(config, replace(dataset, examples=plain), random_model)
-    assert run.data.prior_captions == {}
-    assert not any(any(report.is_prior) for report in loop.train(run))
+    assert run.data.prior_captions == {"a red circle": "a red circle"}
+    assert sum(any(report.is_prior) for report in loop.train(run)) == 3
+    assert describe_share(run) == "3 of 6 batches held 'square', the others taught"
 
 
 def test_losses_that_hold_the_class_are_reported_apart(run):

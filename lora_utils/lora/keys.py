@@ -1,0 +1,126 @@
+"""Keys of LoRA files: from the name that any tool gives a tensor to the layer and the part of it that it is.
+
+This module owns names alone: prefixes, adapter names, flat names, other methods' marks, and what other models' layers
+are called. It doesn't read tensors.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lora_utils import constants
+
+# What tools put in front of a layer's name, or wrap around one inside it. None of them is a name of the model's own, so
+# they are dropped wherever they stand: peft, diffusers, ComfyUI, DiffSynth, DataParallel, torch.compile, FSDP.
+_TOOLS = {"base_model", "model", "transformer", "diffusion_model", "pipe", "dit", "module"}
+_WRAPPERS = _TOOLS | {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")  # kohya's, LyCORIS's, OneTrainer's
+_IN_BLOCKS = (*constants.ATTENTION_TARGETS, *constants.MLP_TARGETS, *constants.MODULATION_TARGETS)
+_FLAT_IN_BLOCKS = {name.replace(".", "_"): name for name in _IN_BLOCKS}
+_FLAT_OUTSIDE = {name.replace(".", "_"): name for name in constants.OUTER_TARGETS}
+_FLAT_BLOCK = re.compile(r"transformer_blocks_(\d+)_(\w+)")
+_FLAT_WRAPPERS = re.compile(r"((base_model_model|model|diffusion_model|transformer|_orig_mod|module)_(?!blocks_))+")
+
+# peft's lora_A and lora_B with an adapter's name of any kind behind, kohya's lora_down and lora_up, and diffusers' old
+# lora.down and lora.up.
+_PART = re.compile(r"(?P<layer>.+)\.lora[_.](?P<which>A|B|down|up)(?P<adapter>(\.[^.]+)*?)(\.weight)?")
+_PARTS = {"A": "down", "down": "down", "B": "up", "up": "up"}
+
+# Marks of other methods. They are whole endings: `.diff` isn't in `.diffusion_model.`.
+_METHODS = {
+    r"(dora_scale|lora_magnitude_vector(\..+)?|magnitude(\..+)?)": "DoRA",
+    r"lokr_(w[12](_[ab])?|t2)": "LoKr",
+    r"hada_[wt][12](_[ab])?": "LoHa",
+    r"(oft_\w+|oft_[\w.]+|boft_[\w.]+)": "OFT",
+    r"(diff|diff_b|set_weight|[wb]_norm|reshape_weight)": "full-weight difference",
+    r"lora_mid\.weight": "Tucker LoCon",
+    r"lora_[AB](\.[^.]+)*\.bias|lora_(down|up)\.bias": "LoRA bias",
+    r".*(weight_scale(_inv)?|scale_weight|scale_input|input_scale|comfy_quant|scaled_fp8|absmax|quant_map)": "scaled",
+}
+_METHOD = {re.compile(rf"(.+\.)?{ending}"): method for ending, method in _METHODS.items()}
+
+# How other models' layers are called, dotted or flat.
+_FOREIGN_LAYERS = {
+    r"(img_mlp[._](gate_layer|proj|out)\b|(^|[._])modulation[._]1\b|txt_in[._](in|out)_layer)": "Qwen-Image-2.1",
+    r"(single_transformer_blocks|single_blocks|double_blocks)": "FLUX",
+    r"transformer_blocks[._]\d+[._](ff|ff_context|norm1|norm1_context)[._]": "FLUX or Stable Diffusion 3",
+    r"((down|up)_blocks|mid_block|(input|output)_blocks|middle_block)[._]": "Stable Diffusion",
+    r"joint_blocks[._]\d": "Stable Diffusion 3",
+    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn)": "Wan",
+    r"(context_refiner|noise_refiner|(^|[._])layers[._]\d+[._](attention|feed_forward)[._])": "Z-Image",
+    r"(^lora_te|text_encoder|language_model|text_model)": "a text encoder",
+}
+
+# What names of models, in headers and configs, are of another kind than Qwen-Image's text-to-image family. They are
+# compared without case, dots, dashes and spaces.
+_FOREIGN_NAMES = {
+    "qwenimageedit": "Qwen-Image-Edit",
+    "qwenimagelayered": "Qwen-Image-Layered",
+    "qwenimage21": "Qwen-Image-2.1",
+    "flux": "FLUX",
+    "stablediffusion": "Stable Diffusion",
+    "sdxl": "Stable Diffusion",
+    "hunyuan": "HunyuanVideo",
+    "zimage": "Z-Image",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraKey:
+    """What a key stands for: a part (down, up or alpha) of a layer, by its dotted name in the transformer."""
+
+    layer: str
+    part: str
+    adapter: str = ""  # the name that peft gave the adapter, if the key has one
+
+
+def parse_key(key: str) -> LoraKey | None:
+    """Return what a LoRA's key stands for; None for a key that belongs to no LoRA or names no layer.
+
+    A dotted name that Qwen-Image hasn't is returned as it is: whether the model has it, the model knows.
+    """
+    if key.endswith(".alpha"):
+        layer = _layer_name(key.removesuffix(".alpha"))
+        return LoraKey(layer, "alpha") if layer else None
+    found = _PART.fullmatch(key)
+    layer = _layer_name(found["layer"]) if found else None
+    return LoraKey(layer, _PARTS[found["which"]], found["adapter"].strip(".")) if found and layer else None
+
+
+def _layer_name(name: str) -> str | None:
+    """Return the dotted name of the layer behind a name without its LoRA ending; None for a flat one of no layer."""
+    own = [part for part in name.split(".") if part not in _WRAPPERS]
+    for prefix in _FLAT_PREFIXES if len(own) == 1 else ():
+        if own[0].startswith(prefix):
+            return _dotted(own[0].removeprefix(prefix))
+    return ".".join(own) or None
+
+
+def _dotted(flat: str) -> str | None:
+    """Return `transformer_blocks.0.attn.to_out.0` of `transformer_blocks_0_attn_to_out_0`."""
+    bare = _FLAT_WRAPPERS.sub("", flat, count=1) if _FLAT_WRAPPERS.match(flat) else flat
+    block = _FLAT_BLOCK.fullmatch(bare)
+    if block:
+        inside = _FLAT_IN_BLOCKS.get(block[2])
+        return f"transformer_blocks.{block[1]}.{inside}" if inside else None
+    return _FLAT_OUTSIDE.get(bare)
+
+
+def other_method(key: str) -> str | None:
+    """Return which method other than plain LoRA a key is of, if it is."""
+    return next((method for ending, method in _METHOD.items() if ending.fullmatch(key)), None)
+
+
+def foreign_layers(keys: Iterable[str]) -> str | None:
+    """Return which other model has layers of these names, if one is known to."""
+    text = "\n".join(keys)
+    for pattern, model in _FOREIGN_LAYERS.items():
+        if re.search(pattern, text, re.MULTILINE):
+            return model
+    return None
+
+
+def foreign_name(name: str) -> str | None:
+    """Return which other model a name or path is of: None for Qwen-Image, 2512, and for names that tell nothing."""
+    plain = re.sub(r"[\s._-]", "", name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold())
+    return next((model for mark, model in _FOREIGN_NAMES.items() if mark in plain), None)
