@@ -5,6 +5,7 @@ This module owns which file is whose caption, what a caption's `[trigger]` becom
 
 import csv
 import io
+import itertools
 import json
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from lora_utils.triggers import expand_trigger, holds, replace_words
 SIDECAR_ENDINGS, _JSON_SIDECAR = (".txt", ".caption"), ".json"
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json", "captions.jsonl", "captions.csv", "captions.json")
 _TABLE_ENDINGS = (".jsonl", ".csv", ".tsv", ".json", ".parquet")  # of tables by other names, which aren't read
-# In which archivers may have written a name that is then read as cp437, as zipfile does without a mark.
+# In which archivers may have written a name that is then read as cp437, or as UTF-8 where its bytes happen to be.
 _OLD_ENCODINGS = ("gb18030", "shift_jis", "euc_kr", "big5", "cp1251", "cp1252", "cp866")
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 64 * 1024 * 1024
@@ -137,7 +138,7 @@ def _read_table(folder: Path, table: Path, images: Sequence[Path], found: Captio
     for image in images:
         if table.parent in image.parents:
             own[same_name(str(image.relative_to(table.parent)))] = image
-    restored = dict(_restored_names(own))
+    restored = dict(_restored_names({str(image.relative_to(table.parent)): image for image in own.values()}))
     try:
         for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title, set(own)):
             image = own.get(same_name(name)) or restored.get(same_name(name))
@@ -151,14 +152,10 @@ def _read_table(folder: Path, table: Path, images: Sequence[Path], found: Captio
 
 def _restored_names(own: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     """Yield what names may have been before an archiver of another country's encoding wrote them."""
-    for name, image in own.items():
-        try:
-            written = name.encode("cp437")
-        except UnicodeEncodeError:
-            continue
-        for encoding in _OLD_ENCODINGS if not name.isascii() else ():
-            with suppress(UnicodeDecodeError):
-                yield same_name(written.decode(encoding)), image
+    foreign = {name: image for name, image in own.items() if not name.isascii()}
+    for (name, image), as_read, encoding in itertools.product(foreign.items(), ("cp437", "utf-8"), _OLD_ENCODINGS):
+        with suppress(UnicodeError):
+            yield same_name(name.encode(as_read).decode(encoding)), image
 
 
 def _rows(text: str, table: Path, title: str, known: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -281,7 +281,7 @@ def near_duplicates(hashes: Sequence[bytes], thumbnails: Sequence[bytes]) -> lis
     """Return the indices of images in groups of two and more that look like their first.
 
     Their hashes are `NEAR_DUPLICATE_BITS` apart at most. Flat drawings have hashes alike, so their colours are compared
-    too, within a tenth of the first one's contrast.
+    too, within a quarter of the first one's contrast.
     """
     bits = np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 4)  # [images, 4]
     colours = [np.frombuffer(each, np.uint8).astype(np.int16) for each in thumbnails]
@@ -304,5 +304,5 @@ def near_duplicates(hashes: Sequence[bytes], thumbnails: Sequence[bytes]) -> lis
 
 def _same_colours(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two thumbnails are equal but for what scaling and JPEG change: see `_LEAST_APART`."""
-    allowed = np.clip(0.1 * float(one.max() - one.min()), _LEAST_APART, _MOST_APART)
+    allowed = np.clip(0.25 * float(one.max() - one.min()), _LEAST_APART, _MOST_APART)
     return bool(np.abs(one - other).max() <= allowed)
