@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 20 * 10**9  # of downloaded LoRAs, and at most half of what the disk has free
 _VALIDATORS = ".validators.json"
+_MAX_PATH = 1024  # characters; a longer text isn't asked of the file system
 MODEL_INDEX = "model_index.json"
 # What stands in it for the text-to-image models. Their weights are the same, whichever of the three wrote the folder.
 _PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
@@ -116,7 +117,7 @@ def download_weights(source: str, folder: Path, token: str | None = None, access
     if source.startswith(("http://", "https://")):
         return _download(source, folder, access)
     path = Path(source.removeprefix("file://"))
-    if access.local_paths and (path.is_file() or path.is_dir()):
+    if access.local_paths and len(source) < _MAX_PATH and path.exists():
         return path
     if "://" in source or path.is_absolute() or not _HUB_NAME.fullmatch(source):
         own = "a path, " if access.local_paths else ""
@@ -161,7 +162,8 @@ def _from_hub(source: str, folder: Path, token: str | None, access: Access) -> P
             "private one give hf_token."
         ) from error
     except (OSError, httpx2.HTTPError) as error:
-        raise UserError(f"there is no file {source!r}, and the hub can't be asked for it: {error}.") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"there is no file {source!r}, and the hub can't be asked for it: {why}.") from error
 
 
 def _choose_file(repository: str, names: list[str], asked: str | None) -> str:

@@ -44,6 +44,7 @@ class Transfer:
 class _Progress:
     """What the working thread and its caller tell each other."""
 
+    done: threading.Event = field(default_factory=threading.Event)
     stop: threading.Event = field(default_factory=threading.Event)
     stream: object | None = None  # httpcore's, which has the socket
     validators: dict[str, str] | None = None
@@ -57,15 +58,14 @@ def transfer(wanted: Transfer) -> dict[str, str] | None:
     what can't be had, is too large, or may not be reached; the target isn't there then.
     """
     progress = _Progress()
-    thread = threading.Thread(target=_run, args=(wanted, progress), daemon=True)
-    thread.start()
+    threading.Thread(target=_run, args=(wanted, progress), daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        while not progress.done.wait(_POLL_S):
+            pass
     except BaseException:
         progress.stop.set()
         _shut(progress.stream)
-        thread.join(_POLL_S)
+        progress.done.wait(_POLL_S)
         wanted.target.unlink(missing_ok=True)
         raise
     if progress.error is not None:
@@ -88,6 +88,7 @@ def _run(wanted: Transfer, progress: _Progress) -> None:
     finally:
         if progress.error is not None or progress.stop.is_set():
             wanted.target.unlink(missing_ok=True)
+        progress.done.set()
 
 
 def _read(wanted: Transfer, progress: _Progress) -> dict[str, str] | None:
