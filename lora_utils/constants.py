@@ -69,8 +69,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention_mlp": ATTENTION_TARGETS + MLP_TARGETS,
 }
 
-# The zero-prior token. ComfyUI finds an embedding by this prefix and suffix; the infix `lora` is what lets diffusers
-# accept the file, for it refuses any key without that substring.
+# The zero-prior token. ComfyUI's reader of embeddings knows this prefix and suffix, though its tokenizer for Qwen-Image
+# doesn't ask it yet. The infix `lora` lets diffusers accept the file, for it refuses any key without that substring.
 PLACEHOLDER_KEY = "bundle_emb.{token}.lora.qwen25_7b"
 
 DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"

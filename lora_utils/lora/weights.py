@@ -279,7 +279,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
     # Write both beside the target, then rename: there is a complete archive or none.
     remedy = "free some room. If save_every kept checkpoints, resume=auto writes it from the last one."
     with (
-        disk_errors(f"{target} can't be written", remedy),
+        disk_errors(f"{target.name} can't be written", remedy),
         tempfile.TemporaryDirectory(dir=target.parent) as folder,
     ):
         lora_path = Path(folder) / "lora_weights.safetensors"

@@ -262,6 +262,31 @@ def test_messages_in_troubleshooting_are_messages_of_the_package():
             assert piece in known, f"{text!r}: nothing says {piece!r}"
 
 
+def refusals() -> list[str]:
+    """Return the text of each error that a caller can cause, with `...` for its values."""
+    texts = []
+    for path in ROOT.glob("lora_utils/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                texts.append(text_of(node.args[0]))
+    return texts
+
+
+def text_of(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return "".join(map(text_of, node.values)) if isinstance(node, ast.JoinedStr) else "..."
+
+
+def test_each_message_that_a_user_can_meet_is_in_troubleshooting():
+    quoted = re.findall(r'"([^"]+)"', PAGES["docs/troubleshooting.md"])
+    pieces = [[piece for piece in re.split(r"\s*\(?\.\.\.\)?;?\s*", text) if piece] for text in quoted]
+    told = [text for text in refusals() if re.search("[a-z]{3}", text)]
+    assert len(told) > 140
+    for text in told:
+        assert any(all(piece in text for piece in each) for each in pieces if each), f"nothing says what {text!r} means"
+
+
 def test_readme_is_short_and_the_sentences_are_too(capsys):
     assert len(PAGES["README.md"].splitlines()) <= 150
     assert prose_length.main() == 0, capsys.readouterr().out
