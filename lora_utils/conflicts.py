@@ -55,6 +55,10 @@ def _warned(config: TrainConfig, options: RunOptions) -> Iterator[str]:
         yield "caption_dropout 1 drops every caption: nothing is learned of what they say"
     if config.mask_from != "none" and config.mask_floor == 1:
         yield "mask_floor 1 counts what is outside the masks in full, so they do nothing; lower it"
+    if config.class_word and not config.preservation_weight:
+        yield f"class_word {config.class_word!r} with preservation_weight 0 holds nothing; set it to 0.25"
+    if (config.autocaption_prefix or config.autocaption_suffix) and not config.autocaption:
+        yield "autocaption_prefix and autocaption_suffix do nothing without autocaption; set it to true"
     if options.save_every > config.steps:
         yield f"save_every {options.save_every} is beyond the run's {config.steps} steps: no checkpoint will be saved"
     if options.sample_every and not options.sample_prompts:

@@ -77,6 +77,15 @@ def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -
     return found
 
 
+def _is_encodable(text: str) -> bool:
+    """Return whether a text can be written: JSON may hold half of a character, which no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _notes(folder: Path, files: Sequence[Path], found: Captions) -> list[str]:
     """Say what became of files and captions in ways of other tools."""
     notes = []
@@ -96,6 +105,8 @@ def _json_caption(text: str, title: str) -> str:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{title} can't be read ({error}); docs/dataset.md lists the formats.") from error
+    if not _is_encodable(json.dumps(values, ensure_ascii=False)):
+        raise UserError(f"{title} holds half a character; remove it.")
     values = {"caption": values} if isinstance(values, str) else values
     caption = _column(values, _TEXT_COLUMNS)
     if caption is not None:
@@ -142,7 +153,9 @@ def _read_table(folder: Path, table: Path, images: Sequence[Path], found: Captio
     try:
         for name, text in _rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title, set(own)):
             image = own.get(same_name(name)) or restored.get(same_name(name))
-            if image is None:
+            if not _is_encodable(name + text):
+                found.problems.append(f"{title} holds half a character in the row of {name!a}; remove it.")
+            elif image is None:
                 found.problems.append(f"{title} names {name!r}, and there is no such image; correct the name.")
             elif text.strip():
                 found.texts[image] = text.strip()

@@ -7,7 +7,9 @@ from pathlib import Path
 MAX_REPEATS = 1000
 _REPEATS = re.compile(r"(\d{1,4})_.+")  # kohya's `10_name`
 # kohya's and others' folders of images that hold the class and aren't the subject.
-_REGULARISATION = re.compile(r"(reg|regs|reg_?(images?|data|imgs?)|regulari[sz]ation.*|class_images?|prior_images?)")
+_REGULARISATION = re.compile(
+    r"(regs?|reg_?(images?|data|imgs?|dir)|regulari[sz]ation.*|class_(images?|data)|prior_images?)"
+)
 
 
 def folder_repeats(folder: Path, path: Path) -> int:

@@ -9,6 +9,7 @@ from lora_utils.dataset.captions import same_name
 MASK_MARK = ".mask"  # `NAME.mask.png` is the mask of `NAME.jpg`: nothing else has such a name
 # Of other trainers: OneTrainer's, and what users of several write. They are masks only beside an image of that name.
 _OTHER_MARKS = ("-masklabel", "_mask", "-mask")
+_MARKS_IN_FRONT = ("mask_", "mask-")
 _FOLDERS = ("masks", "mask")  # `masks/NAME.png`
 
 
@@ -51,6 +52,9 @@ def _named_owners(relative: Path) -> tuple[bool, list[str]]:
     for mark in (MASK_MARK, *_OTHER_MARKS):
         if stem.endswith(mark) and len(stem) > len(mark):
             names.append(str(relative.with_name(relative.name[: -len(mark)])))
+    for mark in _MARKS_IN_FRONT:
+        if stem.startswith(mark) and len(stem) > len(mark):
+            names.append(str(relative.with_name(relative.name[len(mark) :])))
     inside = [index for index, part in enumerate(relative.parts[:-1]) if part.casefold() in _FOLDERS]
     if inside:
         names += list(_beside(relative, inside[-1]))

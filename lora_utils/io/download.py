@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lora_utils import constants
 from lora_utils.errors import UserError, shown
@@ -139,7 +139,8 @@ def _from_hub(source: str, folder: Path, token: str | None, access: Access) -> P
     repository = f"{owner}/{name}"
     try:
         # Which file: `False` keeps the hub's client from a token of its own.
-        info = HfApi(token=token or False).model_info(repository, files_metadata=True)
+        api = HfApi(token=token or False)
+        info = transfer.interruptible(lambda: api.model_info(repository, files_metadata=True))
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         chosen = _choose_file(repository, list(sizes), inside[0] if inside else None)
         if sizes[chosen] > transfer.MAX_BYTES:
@@ -161,7 +162,7 @@ def _from_hub(source: str, folder: Path, token: str | None, access: Access) -> P
             f"there is no file {source!r}, and the hub has no repository {repository!r} that may be read; for a "
             "private one give hf_token."
         ) from error
-    except (OSError, httpx2.HTTPError) as error:
+    except (OSError, httpx2.HTTPError, HFValidationError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"there is no file {source!r}, and the hub can't be asked for it: {why}.") from error
 

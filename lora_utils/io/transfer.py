@@ -9,15 +9,17 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
 
 from lora_utils.errors import UserError, shown
 
+T = TypeVar("T")
 MAX_BYTES = 10 * 10**9
 MAX_SECONDS = 3600.0
 MAX_REDIRECTS = 10
@@ -44,51 +46,67 @@ class Transfer:
 class _Progress:
     """What the working thread and its caller tell each other."""
 
-    done: threading.Event = field(default_factory=threading.Event)
     stop: threading.Event = field(default_factory=threading.Event)
     stream: object | None = None  # httpcore's, which has the socket
-    validators: dict[str, str] | None = None
-    error: BaseException | None = None
+
+
+def interruptible(work: Callable[[], T], give_up: Callable[[], None] = lambda: None) -> T:
+    """Return what `work` returns, or raise what it raises. It runs in a thread of its own.
+
+    So a cancel of this thread, which Python delivers between two instructions, is noticed while a server is silent:
+    `give_up` is called, and the work is left to end by itself.
+    """
+    done, results, errors = threading.Event(), list[T](), list[BaseException]()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # it is raised again by the caller's thread
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while not done.wait(_POLL_S):
+            pass
+    except BaseException:
+        give_up()
+        done.wait(_POLL_S)
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def transfer(wanted: Transfer) -> dict[str, str] | None:
     """Write a URL's content to the target. -> its validators; None where the copy that is kept is still the same
 
-    It is read in a thread, so that a cancel of this one is noticed while the server is silent. Raises UserError for
-    what can't be had, is too large, or may not be reached; the target isn't there then.
+    Raises UserError for what can't be had, is too large, or may not be reached; the target isn't there then.
     """
     progress = _Progress()
-    threading.Thread(target=_run, args=(wanted, progress), daemon=True).start()
-    try:
-        while not progress.done.wait(_POLL_S):
-            pass
-    except BaseException:
+
+    def give_up() -> None:
         progress.stop.set()
         _shut(progress.stream)
-        progress.done.wait(_POLL_S)
         wanted.target.unlink(missing_ok=True)
-        raise
-    if progress.error is not None:
-        raise progress.error
-    return progress.validators
 
+    def work() -> dict[str, str] | None:
+        complete = False
+        try:
+            found = _read(wanted, progress)
+            complete = not progress.stop.is_set()
+            return found
+        except UserError:
+            raise
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(f"{shown(wanted.url)} can't be downloaded: {shown(why)}.") from error
+        finally:
+            if not complete:
+                wanted.target.unlink(missing_ok=True)
 
-def _run(wanted: Transfer, progress: _Progress) -> None:
-    try:
-        progress.validators = _read(wanted, progress)
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        progress.error = (
-            error
-            if isinstance(error, UserError)
-            else UserError(f"{shown(wanted.url)} can't be downloaded: {shown(why)}.")
-        )
-    except BaseException as error:  # it is raised again by the caller's thread
-        progress.error = error
-    finally:
-        if progress.error is not None or progress.stop.is_set():
-            wanted.target.unlink(missing_ok=True)
-        progress.done.set()
+    return interruptible(work, give_up)
 
 
 def _read(wanted: Transfer, progress: _Progress) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ from lora_utils import constants
 
 # What tools put in front of a layer's name, or wrap around one inside it. None of them is a name of the model's own, so
 # they are dropped wherever they stand: peft, diffusers, ComfyUI, DiffSynth, DataParallel, torch.compile, FSDP.
-_TOOLS = {"base_model", "model", "transformer", "diffusion_model", "pipe", "dit", "module"}
+_TOOLS = {"base_model", "model", "transformer", "diffusion_model", "pipe", "dit", "module", "unet"}
 _WRAPPERS = _TOOLS | {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")  # kohya's, LyCORIS's, OneTrainer's
 _IN_BLOCKS = (*constants.ATTENTION_TARGETS, *constants.MLP_TARGETS, *constants.MODULATION_TARGETS)

@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import IO, Any, get_args, get_origin
 
 from lora_utils.constants import PEFT_CONFIG, PEFT_WEIGHTS
 from lora_utils.errors import UserError
@@ -121,22 +121,30 @@ def extract_weights(weights: Path, folder: Path) -> ExtractedWeights:
     # An archive.
     lora_paths: dict[PurePosixPath, Path] = {}
     configs: dict[PurePosixPath, dict[str, Any]] = {}
-    meta = None
+    metas: dict[PurePosixPath, Meta] = {}
     for member in archive_members(weights):
         path = PurePosixPath(member.name)
         with damage_as_user_error(weights):
+            if path in {*lora_paths, *metas, *configs}:
+                raise UserError(f"{weights.name} holds {member.name!r} twice; pack each file once.")
             if path.suffix == ".safetensors":
                 lora_paths[path] = folder / f"{len(lora_paths)}.safetensors"
                 budget.copy(member.source, lora_paths[path])
             elif path.name == META_MEMBER:
-                meta = Meta.from_json(member.source.read(MAX_JSON_BYTES).decode("utf-8", "replace"), weights.name)
+                metas[path] = Meta.from_json(_text(member.source), weights.name)
             elif path.name == PEFT_CONFIG:
-                text = member.source.read(MAX_JSON_BYTES).decode("utf-8", "replace")
-                configs[path.parent] = parse_config(text, f"{PEFT_CONFIG} in {weights.name}")
+                configs[path] = parse_config(_text(member.source), f"{PEFT_CONFIG} in {weights.name}")
     if len(lora_paths) != 1:
         raise UserError(f"{weights.name} holds {len(lora_paths)} .safetensors files, expected one: {LORA_MEMBER}.")
+    if len(metas) > 1:
+        raise UserError(f"{weights.name} holds {len(metas)} files {META_MEMBER}; pack one archive's.")
     ((inside, lora_path),) = lora_paths.items()
-    return ExtractedWeights(lora_path, meta, configs.get(inside.parent))
+    return ExtractedWeights(lora_path, next(iter(metas.values()), None), configs.get(inside.with_name(PEFT_CONFIG)))
+
+
+def _text(source: IO[bytes]) -> str:
+    """Return a JSON file's text, with or without the mark that some editors put in front."""
+    return source.read(MAX_JSON_BYTES).decode("utf-8-sig", "replace")
 
 
 def _config_beside(lora_path: Path, name: str) -> dict[str, Any] | None:
@@ -145,7 +153,7 @@ def _config_beside(lora_path: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        text = file.read(MAX_JSON_BYTES).decode("utf-8", "replace")
+        text = _text(file)
     return parse_config(text, f"{PEFT_CONFIG} beside {name}")
 
 

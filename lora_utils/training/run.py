@@ -125,7 +125,8 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         for line in [*describe_goal(config), *report]:
             log.info(line)
         raise_problems(dataset.problems)
-        check_tokens_are_shown(dataset, config, ranks)
+        if init_weights is None:  # else they have learned something already
+            check_tokens_are_shown(dataset, config, ranks)
         if options.hub_repo and ranks.is_main:
             hub.ensure_repository(options.hub_repo, files.hub_token, options.hub_private)
 

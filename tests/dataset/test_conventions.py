@@ -80,7 +80,7 @@ def test_a_dataset_that_is_all_regularisation_is_learned_with_a_warning(folder):
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 MASKS = ["a.mask.png", "a.png.mask.png", "a_mask.png", "a-mask.png", "a-masklabel.png", "masks/a.png", "mask/a.png"]
-MASKS += ["Masks/a.PNG", "masks/a_mask.png"]
+MASKS += ["Masks/a.PNG", "masks/a_mask.png", "mask_a.png", "mask-a.png"]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -129,6 +129,17 @@ def test_a_json_beside_an_image_is_its_caption(content, caption, folder):
 def test_a_json_without_a_caption_is_named(content, folder):
     with pytest.raises(UserError, match=r"a\.json (can't be read|holds neither)"):
         load(folder("a.png", **{"a.json": content}), CONFIG)
+
+
+def test_half_a_character_in_a_table_or_json_is_named(folder):
+    for name, content in (
+        ("a.json", '{"caption": "\\ud83d"}'),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud83d"}'),
+    ):
+        found = folder("a.png", **{name: content})
+        with pytest.raises(UserError, match="holds half a character"):
+            load(found, CONFIG)
+        (found / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl"])

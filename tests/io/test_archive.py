@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import warnings
 import zipfile
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lora_utils.errors import UserError
 from lora_utils.io import archive
-from lora_utils.io.archive import extract_archive
+from lora_utils.io.archive import archive_kind, extract_archive
 from lora_utils.lora.weights_zip import (
     LORA_MEMBER,
     META_MEMBER,
@@ -228,3 +229,44 @@ def test_names_in_any_script_survive_packers_that_forget_the_flag(tmp_path):
     with tarfile.open(tmp_path / "d.tar", "w") as packed:
         packed.addfile(tarfile.TarInfo("caf\udce9.txt"), io.BytesIO(b""))
     assert [file.name for file in extract_archive(tmp_path / "d.tar", tmp_path / "out")] == ["caf\ufffd.txt"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_a_tar_whose_last_member_is_a_zip_is_that_tar(mode, write_zip, tmp_path):
+    """A zip is known by its end, and such a tar ends like one: of twelve images two were read."""
+    inner = write_zip({"a/1.png": b"1", "a/2.png": b"2"}, "inner.zip").read_bytes()
+    path = tar(tmp_path / "d.tar", {**{f"{n}.png": b"x" for n in range(10)}, "last.zip": inner}, mode)
+    assert archive_kind(path) == "tar"
+    assert len(extract_archive(path, tmp_path / "out")) == 12
+
+
+def test_archives_are_told_by_how_they_begin(write_zip, tmp_path):
+    zipped = write_zip({"d.tar": tar(tmp_path / "t.tar", {"1.png": b"x"}).read_bytes()}, "z.zip")
+    assert archive_kind(zipped) == "zip"
+    (tmp_path / "sfx.exe").write_bytes(b"MZ" + b"\0" * 600 + zipped.read_bytes())
+    assert archive_kind(tmp_path / "sfx.exe") == "zip"
+    (tmp_path / "l.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}" + zipped.read_bytes())
+    assert archive_kind(tmp_path / "l.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    ("begins", "what"), [(b"Rar!\x1a\x07", "a RAR archive"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive")]
+)
+def test_archives_of_other_kinds_are_named(begins, what, tmp_path):
+    (tmp_path / "d.bin").write_bytes(begins + bytes(600))
+    with pytest.raises(UserError, match=f"is {what}; pack the files as"):
+        extract_archive(tmp_path / "d.bin", tmp_path / "out")
+
+
+def test_weights_with_two_metas_or_a_member_twice_are_refused(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    two = tar(tmp_path / "w.tar", {LORA_MEMBER: b"x", META_MEMBER: b"{}", f"old/{META_MEMBER}": b"{}"})
+    with pytest.raises(UserError, match=r"holds 2 files meta\.json"):
+        extract_weights(two, tmp_path / "one")
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as packed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, of the name that stands twice
+        packed.writestr(LORA_MEMBER, b"one")
+        packed.writestr(LORA_MEMBER, b"two")
+    with pytest.raises(UserError, match="twice; pack each file once"):
+        extract_weights(tmp_path / "w.zip", tmp_path / "two")

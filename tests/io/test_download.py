@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from diffusers import QwenImagePipeline
 
 from lora_utils.errors import UserError
 from lora_utils.io import download, transfer
+from lora_utils.io.access import client_access
 from tests import hub_server
 
 
@@ -221,3 +223,40 @@ def test_a_download_keeps_its_name_for_messages(files, tmp_path):
     (folder / "Qwen-Image-Lightning.safetensors").write_bytes(b"x")
     path = download.download_weights(f"{url}/Qwen-Image-Lightning.safetensors?download=true", tmp_path / "cache")
     assert path.name == "Qwen-Image-Lightning.safetensors"
+
+
+# --- models of another kind -----------------------------------------------------------------------------------------
+
+OTHERS = ["FluxPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"]
+
+
+@pytest.mark.parametrize("pipeline", [*OTHERS, "QwenImage21Pipeline", "StableDiffusionXLPipeline"])
+def test_a_folder_of_another_kind_is_refused_by_its_pipeline(pipeline, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    with pytest.raises(UserError, match=f"is a model of {pipeline}, and not a text-to-image Qwen-Image"):
+        download.download_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000])
+def test_an_index_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model_index\.json of BASE_MODEL .* can't be read"):
+        download.download_model(str(tmp_path))
+
+
+def test_of_a_hub_model_of_another_kind_only_the_index_is_downloaded(tiny_model, tmp_path):
+    repository = tmp_path / "repository"
+    shutil.copytree(tiny_model, repository)
+    index = json.loads((repository / "model_index.json").read_text())
+    (repository / "model_index.json").write_text(json.dumps({**index, "_class_name": "QwenImageEditPlusPipeline"}))
+    with hub_server.serving(repository) as (endpoint, served):
+        _, refused = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
+    assert "is a model of QwenImageEditPlusPipeline" in refused
+    assert served == ["model_index.json"]
+
+
+@pytest.mark.parametrize("source", ["../..", "a/..", "./x", "owner/na--me", "-a/b"])
+def test_names_that_the_hub_cannot_have_are_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there is no (weights )?file"):
+        download.download_weights(source, tmp_path / "cache", access=client_access())
