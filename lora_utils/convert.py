@@ -4,6 +4,7 @@ python -m lora_utils.convert weights.zip lora_for_comfyui.safetensors --to comfy
 """
 
 import argparse
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ def convert(source: Path, target: Path, layout: str, dtype: str) -> str:
     """
     import torch  # noqa: PLC0415 (help and wrong options do without)
 
+    from lora_utils.io.logging import configure_libraries, log_to_stdout  # noqa: PLC0415
+
+    configure_libraries()
+    log_to_stdout(logging.WARNING)
     from lora_utils.lora.formats import (  # noqa: PLC0415
         LAYOUTS,
         write_embeddings,

@@ -1,8 +1,6 @@
 """python -m lora_utils.dataset DATASET: what a training would find in an archive or a folder."""
 
 import sys
-import tempfile
-from pathlib import Path
 
 from lora_utils import cli
 from lora_utils.config import TrainInputs, from_inputs
@@ -28,6 +26,7 @@ def print_report(inputs: TrainInputs) -> None:
     from lora_utils.dataset.scan import inspect, raise_problems  # noqa: PLC0415
     from lora_utils.io.archive import extracted  # noqa: PLC0415
     from lora_utils.io.download import base_model_name, download_model  # noqa: PLC0415
+    from lora_utils.io.files import temporary_folder  # noqa: PLC0415
     from lora_utils.io.logging import configure_libraries  # noqa: PLC0415
 
     configure_libraries()
@@ -38,8 +37,8 @@ def print_report(inputs: TrainInputs) -> None:
     except UserError as error:
         print(f"the captions' tokens aren't counted: {error}", file=sys.stderr)
         tokenizer = None
-    with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as folder:
-        found = inspect(extracted(inputs.files.dataset, Path(folder)), inputs.config, tokenizer)
+    with temporary_folder("data") as folder:
+        found = inspect(extracted(inputs.files.dataset, folder), inputs.config, tokenizer)
         print("\n".join([*describe_dataset(found, inputs.config), *(f"  warning: {each}" for each in warnings)]))
         raise_problems(found.problems)
 

@@ -26,7 +26,7 @@ def match_masks(folder: Path, images: Sequence[Path]) -> Masks:
     """Find which of a dataset's image files are masks, and whose.
 
     `a.mask.png` is the mask of `a.jpg`, and so are what some tools write, `a.jpg.mask.png`, `a_mask.png`,
-    `a-masklabel.png`, and `masks/a.png`.
+    `a-masklabel.png`, and `masks/a.png`, whose image may stand in any folder if no other has its name.
     """
     owners = {same_name(str(path.relative_to(folder).with_suffix(""))): path for path in reversed(images)}
     owners |= {same_name(str(path.relative_to(folder))): path for path in images}
@@ -35,6 +35,8 @@ def match_masks(folder: Path, images: Sequence[Path]) -> Masks:
         relative = path.relative_to(folder).with_suffix("")
         surely, names = _named_owners(relative)
         own = next((owners[name] for name in map(same_name, names) if owners.get(name, path) != path), None)
+        if own is None and surely and len(others := _of_that_name(names, folder, images) - {path}) == 1:
+            (own,) = others
         if own is not None:
             found.files.setdefault(own, path)
         elif surely:
@@ -44,6 +46,17 @@ def match_masks(folder: Path, images: Sequence[Path]) -> Masks:
     if len(found.orphans) == len(images) and not any(path.stem.casefold().endswith(MASK_MARK) for path in images):
         found.orphans, found.doubtful = [], found.orphans  # there is nothing else to learn from
     return found
+
+
+def _of_that_name(names: Sequence[str], folder: Path, images: Sequence[Path]) -> set[Path]:
+    """Return the images of these names in any folder but one of masks."""
+    stems = {same_name(Path(name).name) for name in names}
+    return {
+        image
+        for image in images
+        if same_name(image.stem) in stems
+        and not any(part.casefold() in _FOLDERS for part in image.relative_to(folder).parts[:-1])
+    }
 
 
 def _named_owners(relative: Path) -> tuple[bool, list[str]]:

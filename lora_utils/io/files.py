@@ -15,6 +15,8 @@ from lora_utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_PREFIX = "qwen-image-lora-"  # of this package's folders among the machine's temporary ones
+
 
 @contextmanager
 def disk_errors(what: str, remedy: str) -> Iterator[None]:
@@ -58,14 +60,28 @@ def locked_folder(folder: Path, what: str) -> Iterator[None]:
 
 def new_process_folder(purpose: str) -> Path:
     """Return an empty folder of this process for what it keeps between calls. What dead processes left is removed."""
-    prefix, parent = f"qwen-image-lora-{purpose}-", Path(tempfile.gettempdir())
-    for left in parent.glob(f"{prefix}*"):
-        number = left.name.removeprefix(prefix)
-        if number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = parent / f"{prefix}{os.getpid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    _remove_stale(purpose)
+    folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{purpose}-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
     return folder
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Give an empty folder that is gone after it. What processes that were killed within it left is removed."""
+    _remove_stale(purpose)
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{purpose}-{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
+def _remove_stale(purpose: str) -> None:
+    """Remove the folders of processes that are dead, whose numbers are in their names."""
+    prefix = f"{_PREFIX}{purpose}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        number = left.name.removeprefix(prefix).partition("-")[0]
+        if number.isdecimal() and not _is_alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_alive(process: int) -> bool:

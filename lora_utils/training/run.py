@@ -17,7 +17,7 @@ from lora_utils.dataset.scan import inspect, raise_problems
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extracted
 from lora_utils.io.download import base_model_name, download_model
-from lora_utils.io.files import disk_errors, locked_folder
+from lora_utils.io.files import disk_errors, locked_folder, temporary_folder
 from lora_utils.io.logging import by_product
 from lora_utils.lora import hub
 from lora_utils.lora.formats import LoraFile
@@ -113,9 +113,9 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
     found = list_checkpoints(Path(options.run_dir)) if options.resume == "auto" else []
     resumed = read_checkpoint(found[-1]) if found else None
     init_weights = read_init_weights(files.init_weights, config) if files.init_weights else None
-    with tempfile.TemporaryDirectory(prefix="qwen-image-lora-") as folder:
+    with temporary_folder("data") as folder:
         # The data and the prompts, with the tokenizer alone.
-        images = extracted(files.dataset, Path(folder))
+        images = extracted(files.dataset, folder)
         base_model = base_model_name()
         tokenizer = load_tokenizer(download_model(base_model, ("tokenizer",)))
         rows = preview_rows(config, options)

@@ -92,7 +92,7 @@ def test_a_mask_is_known_by_its_name_and_never_taught(mask, folder):
     assert {e.image_path.name: e.masked for e in masked.examples} == {"a.png": True, "b.png": False}
 
 
-@pytest.mark.parametrize("image", ["images/a.png", "img/a.png", "x/a.png"])
+@pytest.mark.parametrize("image", ["images/a.png", "img/a.png", "x/a.png", "10_cat/a.png"])
 def test_masks_in_a_folder_beside_the_images_are_found(image, folder):
     mask = "x/masks/a.png" if image.startswith("x") else "masks/a.png"
     found = load(folder(image, mask), replace(CONFIG, mask_from="file"))

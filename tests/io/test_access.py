@@ -76,8 +76,9 @@ def test_a_folder_is_one_runs_at_a_time_and_the_lock_leaves_no_file(tmp_path):
 
 def test_what_dead_processes_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    dead, alive, other = (tmp_path / f"qwen-image-lora-{name}" for name in ("predict-999999999", "predict-1", "x-5"))
-    for folder in (dead, alive, other):
+    names = ("predict-999999999", "predict-999999999-abc", "predict-1", "x-5")
+    dead, dead_too, alive, other = (tmp_path / f"qwen-image-lora-{name}" for name in names)
+    for folder in (dead, dead_too, alive, other):
         folder.mkdir()
         (folder / "weights.zip").write_bytes(b"x")
     own = new_process_folder("predict")

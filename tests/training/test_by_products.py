@@ -244,3 +244,19 @@ def test_a_stop_after_a_step_that_did_not_show_the_token_leaves_it_as_it_began(
     meta = lora_of(weights)[1]
     assert meta["placeholder"]["moved"] is False
     assert meta["placeholder"]["first_norm"] == meta["placeholder"]["last_norm"]
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_on(archive, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(random_model))
+    options, refused = RunOptions(run_dir=str(tmp_path / "run")), []
+
+    def second():
+        with pytest.raises(UserError, match="is in use by another run") as error:
+            train_archive(SHORT_RUN, archive, tmp_path / "second.zip", options)
+        refused.append(error)
+        return False
+
+    train_archive(replace(SHORT_RUN, steps=2), archive, tmp_path / "first.zip", options, stopped=second)
+    assert refused
+    assert not (tmp_path / "second.zip").exists()
+    train_archive(SHORT_RUN, archive, tmp_path / "second.zip", options)
