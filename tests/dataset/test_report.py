@@ -9,8 +9,8 @@ from PIL import Image
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.dataset.__main__ import main
+from lora_utils.dataset.duplicates import NEAR_DUPLICATE_BITS, near_duplicates
 from lora_utils.dataset.report import IMAGES_SHOWN, describe_dataset
-from lora_utils.dataset.scan import NEAR_DUPLICATE_BITS, near_duplicates
 from lora_utils.errors import UserError
 from lora_utils.model.text_encoder import load_tokenizer
 from tests.dataset.test_scan import GRADIENT, save
