@@ -99,10 +99,17 @@ def load_weights(path: Path, components: Components, name: str | None = None) ->
     if moved is None:  # outside of the handler, whose traceback holds what was moved
         release_memory()
         raise UserError(f"{name} doesn't fit into the memory that is free; use a LoRA of a smaller rank.")
-    if modulation.has_table(components.transformer) and adapts_the_table(moved):
-        load_modulations(components.transformer, components.folder, components.placement)
-        log.info("%s adapts the layers of the timestep: they are computed, not looked up, while it is in use", name)
+    load_what_they_adapt([moved], components)
     return Weights(moved, meta, name)
+
+
+def load_what_they_adapt(loras: Sequence[LoraFile], components: Components) -> None:
+    """Load the layers that the modulation table stands for, if one of these LoRAs adapts what it follows from.
+
+    Raises UserError where they don't fit into memory.
+    """
+    if modulation.has_table(components.transformer) and any(map(adapts_the_table, loras)):
+        load_modulations(components.transformer, components.folder, components.placement)
 
 
 def _check_embeddings(lora: LoraFile, meta: Meta | None, width: int, name: str) -> None:

@@ -17,7 +17,14 @@ from lora_utils.io.files import new_process_folder
 from lora_utils.io.images import fit_settings, save_image
 from lora_utils.io.logging import Progress
 from lora_utils.lora.hooks import applied_loras
-from lora_utils.lora.weights import LORA_CACHE_BYTES, LoraCache, Weights, package_versions, placeholders_of
+from lora_utils.lora.weights import (
+    LORA_CACHE_BYTES,
+    LoraCache,
+    Weights,
+    load_what_they_adapt,
+    package_versions,
+    placeholders_of,
+)
 from lora_utils.model import memory_plan
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement, free_bytes
@@ -175,6 +182,7 @@ class ModelPredictor:
         request, options = choose_options(request, active, init_image)
         log.info("seed %d, size %s", request.seed, size)
         job = SamplingJob(request, size, placeholders, options)
+        load_what_they_adapt([weights.lora for weights in active], self.components)
         with applied_loras(self.components.transformer, [(lora.weights.lora, lora.scale) for lora in loras]):
             images = sampler.sample(self.components, job, progress_lines(job), self.prompts)
         return images, size

@@ -98,12 +98,12 @@ def checked_folders(options: RunOptions, target: Path, ranks: Ranks) -> Iterator
     folder = Path(options.run_dir)
     with disk_errors(f"run_dir {folder} can't be made", "name another."):
         folder.mkdir(parents=True, exist_ok=True)
-    if options.resume == "never" and (found := list_checkpoints(folder)):
-        raise UserError(
-            f"run_dir {folder} holds a run's checkpoints, the last of them {found[-1].name}; set resume to auto to "
-            "continue it, name another folder, or remove them."
-        )
     with locked_folder(folder, f"run_dir {folder}") if ranks.is_main else nullcontext():
+        if options.resume == "never" and (found := list_checkpoints(folder)):
+            raise UserError(
+                f"run_dir {folder} holds a run's checkpoints, the last of them {found[-1].name}; set resume to auto to "
+                "continue it, name another folder, or remove them."
+            )
         yield
 
 

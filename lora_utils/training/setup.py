@@ -131,7 +131,7 @@ def setup(job: TrainJob) -> TrainState:
         plan=plan,
         lora=lora,
         placeholders=placeholders,
-        initial_embeddings=tuple(embedding.detach().clone() for embedding in placeholders.embeddings),
+        initial_embeddings=tuple(embedding.detach().float().cpu().clone() for embedding in placeholders.embeddings),
         optimizers=new_optimizers(job.config, lora, placeholders.embeddings, rate),
         stream=BatchStream(job.config, examples, schedule, prior),
     )

@@ -18,7 +18,7 @@ from lora_utils.lora.adapter import trained_lora
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model.components import Components
 from lora_utils.model.memory_plan import MemoryPlan
-from lora_utils.placeholder.embedding import describe_embeddings
+from lora_utils.placeholder.embedding import describe_embeddings, embedding_sha256
 from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training.batches import BatchStream, LargestBatch
 from lora_utils.training.distributed import Ranks
@@ -78,7 +78,7 @@ class TrainState:
     plan: MemoryPlan
     lora: list[nn.Parameter]
     placeholders: Placeholders
-    initial_embeddings: tuple[Tensor, ...]
+    initial_embeddings: tuple[Tensor, ...]  # [D] fp32 each, on the CPU
     optimizers: Optimizers
     stream: BatchStream
 
@@ -124,16 +124,30 @@ def _is_finite(lora: LoraFile) -> bool:
     return all(bool(part.isfinite().all()) for part in (*parts, *lora.embeddings.values()))
 
 
+def _readable_lora(state: TrainState) -> tuple[LoraFile | None, str]:
+    """Return the weights as they are, or None and what is wrong with them.
+
+    A GPU that has failed in a step gives no weight back; what was kept of them is on the CPU.
+    """
+    try:
+        lora = current_lora(state)
+    except RuntimeError as error:
+        if state.sound is None:
+            raise
+        return None, f"can't be read ({str(error).splitlines()[0]})"
+    return (lora, "") if _is_finite(lora) else (None, "aren't finite")
+
+
 def final_lora(state: TrainState) -> LoraFile:
     """Return what has been learned: the weights as they are or, if these are no numbers, as they last were.
 
     Warns of what has learned nothing. Raises UserError where no weights are numbers.
     """
-    lora = current_lora(state)
-    if not _is_finite(lora):
+    lora, why = _readable_lora(state)
+    if lora is None:
         if state.sound is None:
             raise UserError(f"the weights aren't finite after step {state.step}; lower learning_rate.")
-        log.warning("the weights aren't finite after step %d: those of step %d are kept", state.step, state.sound.step)
+        log.warning("the weights %s after step %d: those of step %d are kept", why, state.step, state.sound.step)
         state.step, lora = state.sound.step, state.sound.lora
     for token in unmoved_tokens(state, lora):
         log.warning("%s has learned nothing: its embedding is as it began", token)
@@ -148,7 +162,7 @@ def unmoved_tokens(state: TrainState, lora: LoraFile) -> list[str]:
     return [
         token
         for token, own, first in pairs
-        if own.requires_grad and torch.equal(lora.embeddings[token].view(-1), first.detach().float().cpu())
+        if own.requires_grad and torch.equal(lora.embeddings[token].view(-1), first)
     ]
 
 
@@ -157,20 +171,33 @@ def describe_placeholders(state: TrainState, lora: LoraFile) -> list[dict[str, A
     if state.components.text_encoder is None:
         return []
     unmoved = unmoved_tokens(state, lora)
+    try:
+        described = _described(state, lora)
+    except RuntimeError as error:  # of a GPU that has failed: what prediction needs is known without it
+        log.warning("what meta.json says of the tokens is short: %s", str(error).splitlines()[0])
+        ids = state.placeholders.ids_by_token
+        described = [
+            {"token": token, "token_id": ids[token], "sha256": embedding_sha256(own)}
+            for token, own in lora.embeddings.items()
+        ]
+    return [
+        {
+            **each,
+            "init_std": state.config.placeholder_init_std,
+            "learning_rate": state.optimizers.embedding_learning_rate,
+            "captions_with_token": sum(each["token"] in caption for caption in state.data.captions),
+            "moved": each["token"] not in unmoved,
+        }
+        for each in described
+    ]
+
+
+def _described(state: TrainState, lora: LoraFile) -> list[dict[str, Any]]:
+    """Return how the embeddings that are written stand among the words."""
     written = tuple(lora.embeddings[token].view(-1) for token in state.placeholders.tokens)
-    embeddings = describe_embeddings(
+    return describe_embeddings(
         replace(state.placeholders, embeddings=written),
         state.initial_embeddings,
         state.components.tokenizer,
-        state.components.text_encoder,
+        state.components.need_text_encoder(),
     )
-    return [
-        {
-            **described,
-            "init_std": state.config.placeholder_init_std,
-            "learning_rate": state.optimizers.embedding_learning_rate,
-            "captions_with_token": sum(described["token"] in caption for caption in state.data.captions),
-            "moved": described["token"] not in unmoved,
-        }
-        for described in embeddings
-    ]

@@ -198,6 +198,28 @@ def test_a_run_that_diverges_leaves_the_weights_that_were_numbers(train_alone, c
     assert load_weights(weights, components).lora.layers
 
 
+def test_a_gpu_that_fails_leaves_the_weights_that_were_kept_on_the_cpu(train_alone, components, monkeypatch, caplog):
+    """After an error of CUDA nothing can be read from the device any more."""
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    real = loop.take_step
+
+    def unreadable(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand much more")
+
+    def failing(state, batches, index):
+        if index == 4:
+            monkeypatch.setattr("lora_utils.training.state.trained_lora", unreadable)
+            monkeypatch.setattr("lora_utils.training.state.describe_embeddings", unreadable)
+            unreadable()
+        return real(state, batches, index)
+
+    monkeypatch.setattr(loop, "take_step", failing)
+    weights = train_alone()
+    assert "the weights can't be read (CUDA error: an illegal memory access was encountered)" in caplog.text
+    assert lora_of(weights)[1]["training_steps"] == 3
+    assert load_weights(weights, components).lora.embeddings
+
+
 def test_weights_that_cannot_be_written_where_they_were_asked_for_are_written_elsewhere(
     train_alone, components, monkeypatch, caplog
 ):
