@@ -30,10 +30,10 @@ def without_regularisation(folder: Path, images: Sequence[Path]) -> tuple[list[P
 
     Where all of them stand in such a folder, they are what there is to learn from.
     """
-    apart = [path for path in images if is_regularisation(folder, path)]
-    if len(apart) == len(images):
+    sorted_out = {path: is_regularisation(folder, path) for path in images}
+    if all(sorted_out.values()):
         return list(images), []
-    return [path for path in images if path not in set(apart)], apart
+    return [path for path, apart in sorted_out.items() if not apart], [path for path in images if sorted_out[path]]
 
 
 def convention_notes(folder: Path, images: Sequence[Path], regularisation: Sequence[Path]) -> list[str]:

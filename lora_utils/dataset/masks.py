@@ -30,13 +30,15 @@ def match_masks(folder: Path, images: Sequence[Path]) -> Masks:
     """
     owners = {same_name(str(path.relative_to(folder).with_suffix(""))): path for path in reversed(images)}
     owners |= {same_name(str(path.relative_to(folder))): path for path in images}
+    stems = _by_stem(folder, images)
     found = Masks()
     for path in images:
         relative = path.relative_to(folder).with_suffix("")
         surely, names = _named_owners(relative)
         own = next((owners[name] for name in map(same_name, names) if owners.get(name, path) != path), None)
-        if own is None and surely and len(others := _of_that_name(names, folder, images) - {path}) == 1:
-            (own,) = others
+        if own is None and surely:
+            others = {image for name in names for image in stems.get(same_name(Path(name).name), ())}
+            own = others.pop() if len(others) == 1 else None
         if own is not None:
             found.files.setdefault(own, path)
         elif surely:
@@ -48,15 +50,13 @@ def match_masks(folder: Path, images: Sequence[Path]) -> Masks:
     return found
 
 
-def _of_that_name(names: Sequence[str], folder: Path, images: Sequence[Path]) -> set[Path]:
-    """Return the images of these names in any folder but one of masks."""
-    stems = {same_name(Path(name).name) for name in names}
-    return {
-        image
-        for image in images
-        if same_name(image.stem) in stems
-        and not any(part.casefold() in _FOLDERS for part in image.relative_to(folder).parts[:-1])
-    }
+def _by_stem(folder: Path, images: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the images by their names without ending, whatever folder they stand in but one of masks."""
+    stems: dict[str, list[Path]] = {}
+    for image in images:
+        if not any(part.casefold() in _FOLDERS for part in image.relative_to(folder).parts[:-1]):
+            stems.setdefault(same_name(image.stem), []).append(image)
+    return stems
 
 
 def _named_owners(relative: Path) -> tuple[bool, list[str]]:

@@ -138,7 +138,8 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     files = _sort_files(folder)
     images, masks = files.images, files.masks
     found = read_captions(folder, images, files.own)
-    left_out = [str(path.relative_to(folder)) for path in files.own if path not in {*found.files, *files.known}]
+    known = found.files | files.known
+    left_out = [str(path.relative_to(folder)) for path in files.own if path not in known]
     if not images:
         listed = ", ".join(left_out[:5]) or "nothing"
         raise UserError(f"the dataset holds no images ({', '.join(IMAGE_ENDINGS)}); it holds {listed}.")

@@ -19,21 +19,8 @@ from torch import Tensor
 
 from lora_utils.errors import UserError
 
-IMAGE_ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".heif",
-)
+_JPEG_ENDINGS = (".jpg", ".jpeg", ".jfif", ".jpe")
+IMAGE_ENDINGS = (*_JPEG_ENDINGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")  # of the content, whatever its name says
 MAX_PIXELS = 100_000_000  # 100 megapixels: 300 MB once decoded
 MASK_ASPECT_SLACK = 0.02  # by which a mask's aspect ratio may differ from its image's: the rounding of a smaller one
