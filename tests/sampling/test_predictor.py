@@ -1,7 +1,6 @@
 """Prediction through the Predictor: what a user asks for, and no trace of it in the next call."""
 
 import hashlib
-import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from examples.demo import call
-from examples.shapes import Prompt
 from lora_utils.config import SampleFiles, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.io.images import read_settings
@@ -24,67 +22,7 @@ from lora_utils.model import memory_plan
 from lora_utils.model.text_encoder import encode_text
 from lora_utils.placeholder.tokens import no_placeholders
 from predict import Predictor
-from train import train
-
-SMALL = {"steps": 2, "width": 64, "height": 64, "output_format": "png", "seed": 5}
-TOKEN_PROMPT = "a photo of <zwx> on a pink background"
-PLAIN_PROMPT = "a red circle on a gray background"
-
-
-@pytest.fixture(autouse=True)
-def _base_model(random_model, monkeypatch):
-    monkeypatch.setenv("BASE_MODEL", str(random_model))
-    monkeypatch.setenv("ALLOW_LOCAL_PATHS", "1")  # of extra_lora, as the operator of a server may
-    monkeypatch.delenv("COG_WEIGHTS", raising=False)
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory, random_model):
-    """Archives of a training with the token, another one with it, and one without."""
-    from examples import demo  # noqa: PLC0415
-
-    folder = tmp_path_factory.mktemp("archives")
-    demo.write_dataset(folder / "d.zip", "mushroom", Prompt("<zwx>"), count=10)
-    settings = {"steps": 3, "rank": 2, "learning_rate": 0.05, "batch_size": 2, "resolution": "64"}
-    runs = {"token": {"seed": 1}, "other": {"seed": 2}, "baseline": {"seed": 1}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BASE_MODEL", str(random_model))
-        for name, given in runs.items():
-            output = call(
-                train, dataset=folder / "d.zip", train_placeholder_token=name != "baseline", **settings, **given
-            )
-            Path(str(output.weights)).rename(folder / f"{name}.zip")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def predictor(random_model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BASE_MODEL", str(random_model))
-        patch.delenv("COG_WEIGHTS", raising=False)
-        ready = Predictor()
-
-        ready.setup()
-    return ready
-
-
-def draw(predictor, prompt=PLAIN_PROMPT, **given):
-    paths = call(predictor.predict, prompt=prompt, **{**SMALL, **given})
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            images.append(np.array(image))
-    return images
-
-
-def one(predictor, prompt=PLAIN_PROMPT, **given):
-    (image,) = draw(predictor, prompt, **given)
-    return image
-
-
-def same(a, b):
-    return np.array_equal(a, b)
-
+from tests.sampling.calls import PLAIN_PROMPT, SMALL, TOKEN_PROMPT, draw, one, same
 
 # --- no trace -------------------------------------------------------------------------------------------------------
 
@@ -477,50 +415,3 @@ def test_after_calls_of_every_kind_the_base_image_is_the_first_and_memory_is_fla
     assert same(one(predictor), first)
     assert resident().rss - settled < 20e6, "bytes"
     assert not any(block._forward_hooks for block in predictor.model.components.transformer.modules())
-
-
-# --- what the weights were taught by --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory, archives):
-    """The archive without a token, its meta.json saying another trigger word."""
-
-    def with_word(word):
-        path = tmp_path_factory.mktemp("worded") / "worded.zip"
-        with zipfile.ZipFile(archives / "baseline.zip") as source, zipfile.ZipFile(path, "w") as packed:
-            packed.writestr(LORA_MEMBER, source.read(LORA_MEMBER))
-            meta = json.loads(source.read(META_MEMBER))
-            meta["config"]["trigger_word"] = word
-            packed.writestr(META_MEMBER, json.dumps(meta))
-        return path
-
-    return with_word
-
-
-@pytest.mark.parametrize("mark", ["[trigger]", "[Trigger]", "[TRIGGER]"])
-@pytest.mark.parametrize("word", ["ohwx", "<ohwx>", "小猫"])
-def test_the_mark_in_a_prompt_is_the_word_that_the_weights_were_taught(mark, word, predictor, worded):
-    path = worded(word)
-    named = one(predictor, f"a {word} wall", replicate_weights=path)
-    assert same(one(predictor, f"a {mark} wall", replicate_weights=path), named)
-
-
-def test_the_mark_is_the_token_where_there_is_no_word(predictor, archives):
-    named = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
-    marked = TOKEN_PROMPT.replace("<zwx>", "[trigger]")
-    assert same(one(predictor, marked, replicate_weights=archives / "token.zip"), named)
-
-
-def test_a_prompt_without_the_taught_word_gets_a_hint_and_one_with_it_none(predictor, worded, capsys):
-    path = worded("TOK")
-    for prompt, hinted in (("a lamp in TOKYO", True), ("a tok lamp", False), ("a TOK's lamp", False)):
-        one(predictor, prompt, replicate_weights=path)
-        assert ("hint: the prompt doesn't hold 'TOK'" in capsys.readouterr().out) == hinted, prompt
-    one(predictor, "a [trigger] wall")
-    assert "[trigger] is drawn as it stands" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("word", [None, 7, ["x"], ""])
-def test_a_meta_whose_word_is_no_text_says_nothing(word, predictor, worded):
-    one(predictor, "a wall", replicate_weights=worded(word))
