@@ -58,21 +58,24 @@ def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -
         _read_table(folder, table, images, found)
     endings = (*SIDECAR_ENDINGS, _JSON_SIDECAR)
     sidecars = {path: path for path in files if path.suffix.casefold() in endings and path not in found.files}
-    alike = {same_name(str(path)): path for path in sidecars}
+    alike, others = {same_name(str(path)): path for path in sidecars}, list[str]()
     for image in images:
         for name in _sidecar_names(image):
             path = sidecars.get(name) or alike.get(same_name(str(name)))
             if path is not None:
                 found.files.add(path)
                 try:
-                    text = _read_text(folder, path, MAX_CAPTION_BYTES, "caption").strip()
-                    text = _json_caption(text, str(path.relative_to(folder))) if path.suffix == _JSON_SIDECAR else text
+                    text = _read_sidecar(folder, path)
                 except UserError as error:
                     found.problems.append(str(error))
                     text = ""
                 if text:
                     found.texts[image] = text
+                elif text is None:
+                    others.append(str(path.relative_to(folder)))
                 break
+    if others:
+        found.notes.append(f"no caption, text, prompt or tags in {', '.join(others[:5])}: other tools' data, not used")
     found.notes += _notes(folder, files, found)
     return found
 
@@ -99,24 +102,32 @@ def _notes(folder: Path, files: Sequence[Path], found: Captions) -> list[str]:
     return notes
 
 
-def _json_caption(text: str, title: str) -> str:
-    """Return the caption of a NAME.json: its caption, text or prompt, else its tags. Raises UserError for neither."""
+def _read_sidecar(folder: Path, path: Path) -> str | None:
+    """Return the caption in a file beside an image; None for a JSON that holds other things."""
+    if path.suffix.casefold() != _JSON_SIDECAR:
+        return _read_text(folder, path, MAX_CAPTION_BYTES, "caption").strip()
+    return _json_caption(_read_text(folder, path, MAX_TABLE_BYTES, "caption"), str(path.relative_to(folder)))
+
+
+def _json_caption(text: str, title: str) -> str | None:
+    """Return the caption of a NAME.json: its caption, text or prompt, else its tags; None where it has none of them.
+
+    Raises UserError for what is no JSON.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{title} can't be read ({error}); docs/dataset.md lists the formats.") from error
-    if not _is_encodable(json.dumps(values, ensure_ascii=False)):
-        raise UserError(f"{title} holds half a character; remove it.")
     values = {"caption": values} if isinstance(values, str) else values
-    caption = _column(values, _TEXT_COLUMNS)
-    if caption is not None:
-        return caption.strip()
     tags = values.get("tags") if isinstance(values, dict) else None
     if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
-        return ", ".join(tags)
-    if isinstance(tags, str):
-        return tags.strip()
-    raise UserError(f"{title} holds neither caption, text, prompt nor tags; docs/dataset.md lists the formats.")
+        tags = ", ".join(tags)
+    caption = _column(values, _TEXT_COLUMNS) or tags
+    if not isinstance(caption, str):
+        return None
+    if not _is_encodable(caption):
+        raise UserError(f"{title} holds half a character; remove it.")
+    return caption.strip()
 
 
 def _sidecar_names(image: Path) -> Iterator[Path]:

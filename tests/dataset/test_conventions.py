@@ -125,10 +125,17 @@ def test_a_json_beside_an_image_is_its_caption(content, caption, folder):
     assert found.captions == [caption]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"score": 1}', '{"caption": 7}', "[" * 50_000])
-def test_a_json_without_a_caption_is_named(content, folder):
-    with pytest.raises(UserError, match=r"a\.json (can't be read|holds neither)"):
+@pytest.mark.parametrize("content", ["{", "[" * 50_000])
+def test_a_json_that_cannot_be_read_is_refused(content, folder):
+    with pytest.raises(UserError, match=r"a\.json can't be read"):
         load(folder("a.png", **{"a.json": content}), CONFIG)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"score": 1}', '{"caption": 7}', '{"prompt": {"3": {}}}'])
+def test_a_json_of_other_things_is_named_and_refuses_nothing(content, folder):
+    found = folder("a.png", **{"a.json": content})
+    assert load(found, CONFIG).captions == ["x"]
+    assert "no caption, text, prompt or tags in a.json: other tools' data, not used" in report(found)
 
 
 def test_half_a_character_in_a_table_or_json_is_named(folder):
