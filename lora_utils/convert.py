@@ -4,7 +4,6 @@ python -m lora_utils.convert weights.zip lora_for_comfyui.safetensors --to comfy
 """
 
 import argparse
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ def convert(source: Path, target: Path, layout: str, dtype: str) -> str:
     from lora_utils.io.logging import configure_libraries, log_to_stdout  # noqa: PLC0415
 
     configure_libraries()
-    log_to_stdout(logging.WARNING)
+    log_to_stdout()
     from lora_utils.lora.formats import (  # noqa: PLC0415
         LAYOUTS,
         write_embeddings,
