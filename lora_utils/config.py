@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from lora_utils import constants
 from lora_utils.errors import UserError, shown
@@ -88,9 +88,19 @@ def random_seed() -> int:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number that a float can hold; JSON may hold an integer of thousands of digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def integer(name: str, value: object, least: float, most: float) -> int:
     """Return `value` as an integer in a range; a JSON client's 20.0 is 20. Raises UserError with the input's name."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+    if not is_finite(value) or value != int(value):
         raise UserError(f"{name} must be a whole number from {least:.0f} to {most:.0f}, got {shown(repr(value))}.")
     if not least <= value <= most:
         raise UserError(f"{name} must be from {least:.0f} to {most:.0f}, got {value}.")
@@ -99,7 +109,7 @@ def integer(name: str, value: object, least: float, most: float) -> int:
 
 def number(name: str, value: object, least: float, most: float) -> float:
     """Return `value` as a finite number in a range. Raises UserError with the input's name."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite(value):
         raise UserError(f"{name} must be a finite number from {least:g} to {most:g}, got {shown(repr(value))}.")
     if not least <= value <= most:
         raise UserError(f"{name} must be from {least:g} to {most:g}, got {value:g}.")
@@ -571,9 +581,7 @@ def _plain(known: Mapping[str, Field[Any]], given: Mapping[str, Any]) -> Iterato
     """Yield the values that were given, as Python's own types: Cog has types of its own for paths and secrets."""
     for name, value in given.items():
         about = option_of(known[name])
-        if value is None or (
-            about.accept and not str(value).strip()
-        ):  # how Cog's server passes a file that wasn't given
+        if value is None or (about.accept and not str(value).strip()):  # a file that Cog's client didn't give
             continue
         if about.secret:
             yield name, getattr(value, "get_secret_value", lambda plain=value: plain)()

@@ -127,3 +127,9 @@ def test_every_input_is_declared_once_and_described_in_sentences():
             assert option_of(each).sentence.endswith("."), each.name
     assert [field.name for field in fields(TrainInputs)] == ["config", "options", "files"]
     assert (len(declared_inputs(TrainInputs)), len(declared_inputs(SampleInputs))) == (46, 23)
+
+
+@pytest.mark.parametrize("name", ["steps", "learning_rate", "seed"])
+def test_a_number_of_a_thousand_digits_is_refused_in_a_sentence(name):
+    with pytest.raises(UserError, match=f"{name} must be"):
+        from_inputs(TrainInputs, {"dataset": "d.zip", name: 10**1000})

@@ -14,6 +14,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from lora_utils.config import is_finite
 from lora_utils.errors import UserError
 from lora_utils.lora.keys import foreign_name
 
@@ -113,6 +114,8 @@ def adapter_config(values: Mapping[str, Any], source: str) -> AdapterConfig:
             if len(pattern) > _MAX_PATTERN or _NESTED.search(pattern):
                 raise UserError(f"{source} has a pattern that is too complicated: {pattern[:60]!r}.")
             _check_number(number, f"{source}: {field} of {pattern[:60]!r}", whole=field == "rank_pattern")
+    if not isinstance(values.get("use_rslora"), bool | None):
+        raise UserError(f"{source}: use_rslora must be true or false, got {str(values['use_rslora'])[:60]!r}.")
     config = LoraConfig(r=int(rank), lora_alpha=alpha, use_rslora=values.get("use_rslora") is True, **patterns)
     return AdapterConfig(config, patterns["rank_pattern"], patterns["alpha_pattern"], "r" in values, source)
 
@@ -120,7 +123,7 @@ def adapter_config(values: Mapping[str, Any], source: str) -> AdapterConfig:
 def _check_number(value: object, what: str, whole: bool = False) -> None:
     """Raise UserError unless this is a finite number; a rank is a whole one of 1 and more."""
     kind = "a whole number of at least 1" if whole else "a finite number"
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_finite(value):
         raise UserError(f"{what} must be {kind}, got {str(value)[:60]!r}.")
     if whole and (value != int(value) or value < 1):
         raise UserError(f"{what} must be {kind}, got {value:g}.")

@@ -78,6 +78,8 @@ REFUSED = {
     "another rank": (PAIR, config(r=8, lora_alpha=8), "gives layer 'transformer_blocks.0.attn.to_q' the rank 8"),
     "alpha eight": (PAIR, config(lora_alpha="eight"), "lora_alpha must be a finite number, got 'eight'"),
     "alpha NaN": (PAIR, {HEADER_KEY: '{"transformer.lora_alpha": NaN}'}, "lora_alpha must be a finite number"),
+    "alpha of a thousand digits": (PAIR, config(r=4, lora_alpha=10**1000), "lora_alpha must be a finite number"),
+    "rslora in words": (PAIR, config(r=4, use_rslora="false"), "use_rslora must be true or false, got 'false'"),
     "rank true": (PAIR, config(r=True), "r must be a whole number"),
     "a pattern that is a list": (PAIR, config(r=4, alpha_pattern=[1]), "alpha_pattern must be an object of numbers"),
     "a pattern of texts": (PAIR, config(r=4, rank_pattern={"to_q": "x"}), "rank_pattern of 'to_q' must be"),
