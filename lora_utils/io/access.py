@@ -12,6 +12,7 @@ from lora_utils.errors import UserError
 
 RUN_ROOT = "RUN_ROOT"  # the folder that requests may keep their run_dir in
 LOCAL_PATHS, PRIVATE_ADDRESSES = "ALLOW_LOCAL_PATHS", "ALLOW_PRIVATE_ADDRESSES"
+_MAX_NAME_BYTES = 255  # of a folder, on the file systems of Linux
 OPERATORS_TOKEN = "ALLOW_OPERATORS_HF_TOKEN"
 
 
@@ -42,8 +43,12 @@ class Access:
                 f"run_dir isn't open to requests on this server; its operator opens a folder by {RUN_ROOT}."
             )
         root = self.run_root.resolve()
-        folder = (root / given).resolve()  # links are followed
-        if not folder.is_relative_to(root) or folder == root:
+        try:
+            folder = (root / given).resolve()  # links are followed
+        except (OSError, ValueError):  # with a zero byte, or links in a circle
+            folder = root
+        too_long = any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in folder.parts)
+        if too_long or not folder.is_relative_to(root) or folder == root:
             raise UserError("run_dir must be a folder below the server's own for runs; give a name like 'my-run'.")
         return str(folder)
 

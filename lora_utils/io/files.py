@@ -30,12 +30,14 @@ def disk_errors(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which then replaces `path`: a file of that name is complete, or as it was."""
+    """Give a path to write to, which then replaces `path`: a file or folder of that name is complete, or as it was."""
     partial = path.with_suffix(".partial")
     try:
         yield partial
         partial.replace(path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
 
 
@@ -87,7 +89,7 @@ def _remove_stale(purpose: str) -> None:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process has
         return False
     except PermissionError:  # it is another user's
         return True

@@ -144,7 +144,7 @@ def _is_unchanged(reply: httpx2.Response, known: Mapping[str, str]) -> bool:
 
     The date isn't sent along: a server may take a file that is older than the copy for the same.
     """
-    if reply.status_code == httpx2.codes.NOT_MODIFIED:
+    if not known or reply.status_code == httpx2.codes.NOT_MODIFIED:
         return bool(known)
     names = ("etag",) if "etag" in reply.headers else ("last-modified", "content-length")
     return reply.is_success and all(known.get(name, "") == reply.headers.get(name) for name in names)

@@ -152,7 +152,7 @@ class MetricsLogger:
         failing, path = bool(self.unwritten), self.folder / METRICS_FILE
         self.unwritten += [json.dumps(line) + "\n" for line in lines]
         try:
-            size_bytes = path.stat().st_size
+            size_bytes = path.stat().st_size if path.exists() else 0
             try:
                 with path.open("a") as file:
                     file.writelines(self.unwritten)

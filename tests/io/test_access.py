@@ -85,3 +85,16 @@ def test_what_dead_processes_left_is_removed(tmp_path, monkeypatch):
     (own / "old.png").write_bytes(b"x")
     assert {path.name for path in tmp_path.iterdir()} == {alive.name, other.name, own.name}
     assert list(new_process_folder("predict").iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["x" * 5000, "a\0b"])
+def test_a_run_dir_that_no_file_system_takes_is_refused_in_a_sentence(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match="must be a folder below"):
+        client_access().run_dir(given)
+
+
+def test_a_folder_with_a_number_that_no_process_has_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"qwen-image-lora-predict-{'9' * 40}").mkdir()
+    assert [new_process_folder("predict")] == list(tmp_path.iterdir())

@@ -169,6 +169,11 @@ def test_a_copy_is_used_as_long_as_the_server_has_the_same(validator, web, tmp_p
     assert download.download_weights(f"{web.url}/w.zip", tmp_path).read_bytes() == b"other"
 
 
+def test_an_empty_tag_is_none(web, tmp_path):
+    web.answer("/w.zip", b"one", etag="")
+    assert download.download_weights(f"{web.url}/w.zip", tmp_path).read_bytes() == b"one"
+
+
 def test_without_a_validator_it_is_downloaded_again(web, tmp_path):
     web.answer("/w.zip", b"one")
     download.download_weights(f"{web.url}/w.zip", tmp_path)
@@ -264,3 +269,25 @@ def test_a_data_uri_is_never_whole_in_a_message(tmp_path):
     assert "data:..." in str(refused.value)
     assert len(str(UserError(f"{uri()!r} and {uri()}"))) < 60
     assert shown("x" * 1000, 10) == "xxxxxxxxxx..."
+
+
+def test_work_that_hangs_is_left_behind_by_a_cancel_and_its_error_is_raised_without_one():
+    """As a silent hub's answer, which has no socket to shut."""
+    hangs, ended = threading.Event(), []
+
+    def wait():
+        try:
+            transfer.interruptible(hangs.wait)
+        except Cancelled:
+            ended.append(time.monotonic())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Cancelled))
+    thread.join(5)
+    hangs.set()
+    assert ended[0] - began < 1
+    with pytest.raises(ZeroDivisionError):
+        transfer.interruptible(lambda: 1 // 0)
