@@ -4,7 +4,6 @@ python -m lora_utils.convert weights.zip lora_for_comfyui.safetensors --to comfy
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,23 +44,19 @@ def convert(source: Path, target: Path, layout: str, dtype: str) -> str:
     lora, _ = read_weights(source)
 
     # The layers and, where the layout's readers don't take them, the embeddings beside them.
-    numbers = getattr(torch, DTYPES[dtype])
+    numbers, tokens = getattr(torch, DTYPES[dtype]), ", ".join(lora.embeddings)
     with disk_errors(f"{target.name} can't be written", "free some room."), atomic_path(target) as partial:
-        try:
-            if layout == "peft":
-                write_peft_folder(partial, lora, numbers)
-            else:
-                write_lora_file(partial, lora, layout, numbers)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        if layout == "peft":
+            write_peft_folder(partial, lora, numbers)
+        else:
+            write_lora_file(partial, lora, layout, numbers)
+        if tokens and not LAYOUTS[layout].takes_embeddings:
+            write_embeddings(apart, lora)
     done = f"wrote {target}: {len(lora.layers)} layers in the layout of {layout}"
-    tokens = ", ".join(lora.embeddings)
     if not tokens:
         return done
     if LAYOUTS[layout].takes_embeddings:
         return f"{done}, with the embeddings of {tokens}"
-    write_embeddings(apart, lora)
     return f"{done}\nwrote {apart}: the embeddings of {tokens}, for readers of {layout} refuse them beside the layers"
 
 
