@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -125,8 +125,7 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         for line in [*describe_goal(config), *report]:
             log.info(line)
         raise_problems(dataset.problems)
-        if init_weights is None:  # else they have learned something already
-            check_tokens_are_shown(dataset, config, ranks)
+        check_tokens_are_shown(dataset, config, ranks, init_weights.embeddings if init_weights else {})
         if options.hub_repo and ranks.is_main:
             hub.ensure_repository(options.hub_repo, files.hub_token, options.hub_private)
 
@@ -151,10 +150,11 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
     return StartedRun(state, TrainMonitor(state, options, rows), dataset.num_images, report)
 
 
-def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks) -> None:
+def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, learned_before: Container[str]) -> None:
     """Raise UserError for a token that no batch of the run would show, which its seed tells, with the steps it takes.
 
-    Captions that are still to be written aren't known yet, and a token that isn't trained needn't be shown.
+    Captions that are still to be written aren't known yet. A token that isn't trained, or that has learned something
+    before, needn't be shown.
     """
     if not config.tokens or config.placeholder_learning_rate == 0 or (config.autocaption and dataset.uncaptioned):
         return
@@ -163,7 +163,7 @@ def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks) 
     count = config.steps * a_step
     found = first_shown(config, learned.examples, prior_captions(learned.captions, config), count + 10_000)
     for token, at in found.items():
-        if at is None or at >= count:
+        if token not in learned_before and (at is None or at >= count):
             needed = f"set steps to {at // a_step + 1} or more" if at is not None else "lower caption_dropout"
             raise UserError(
                 f"none of the {count} batches of this run shows {token}, which would learn nothing; {needed}, or write "

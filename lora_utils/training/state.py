@@ -60,7 +60,8 @@ class SoundWeights:
 class TrainState:
     """A training run, ready to step.
 
-    `setup.setup` makes it. `loop.train` moves `step`, `flops` and all that learns. `recompute` replaces `plan`.
+    `setup.setup` makes it. `loop.train` moves `step`, `flops` and all that learns, and keeps `sound`, to which
+    `final_lora` may go back. `recompute` replaces `plan`.
     `checkpoint.restore_checkpoint` sets what an earlier process left. `monitor` adds to `recent_losses`, `seconds`,
     `validated_at` and `previewed_at`.
     """
