@@ -179,16 +179,18 @@ def _layer(
 
     # Its alpha, from its own key or the config, which must agree where there are both.
     rank = down.shape[0]
-    told = config.alpha_of(layer, rank) if config else None
+    configured = config.alpha_of(layer, rank) if config else None
     if "alpha" not in keys:
-        return LowRank(down, up, float(rank if told is None else told))
+        return LowRank(down, up, float(rank if configured is None else configured))
     given = tensors[keys["alpha"]]
     if given.numel() != 1 or given.is_complex() or not given.float().isfinite().all():
         shown = given.flatten()[:4].tolist()
         raise UserError(f"{name}: the alpha of layer {layer!r} must be one finite number, got {shown}.")
     alpha = float(given.flatten()[0])
-    if told is not None and told != alpha:
-        raise UserError(f"{name}: layer {layer!r} has the alpha {alpha:g}, and its config says {told:g}; remove one.")
+    if configured is not None and configured != alpha:
+        raise UserError(
+            f"{name}: layer {layer!r} has the alpha {alpha:g}, and its config says {configured:g}; remove one."
+        )
     return LowRank(down, up, alpha)
 
 

@@ -66,7 +66,7 @@ def read_weights(path: Path, name: str | None = None) -> tuple[LoraFile, Meta | 
         lora = read_lora_file(found.lora_path, name, found.adapter_config)
     if not lora.embeddings and all(layer.does_nothing() for layer in lora.layers.values()):
         raise UserError(
-            f"{name} is zero in all of its {len(lora.layers)} layers: it would draw as the base model does."
+            f"{name} is zero in all of its {len(lora.layers)} layers: it would generate what the base model does."
         )
     if found.meta is not None and found.meta.base_model:
         _check_base_model(found.meta.base_model, name)

@@ -95,7 +95,7 @@ def near_spellings(text: str, known: Sequence[str]) -> dict[str, str]:
     """Return what in a text is nearly one of the known tokens, but not it: with the token that may be meant.
 
     Other capitals, spaces within the brackets, and a letter more, less or other are near. Brackets around anything else
-    are text like any other, as in a drawing of `<html>`.
+    are text like any other, as in an image of the word `<html>`.
     """
     found = {}
     for written in dict.fromkeys(_BRACKETED.findall(text)):

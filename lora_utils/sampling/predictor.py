@@ -148,7 +148,7 @@ class ModelPredictor:
             prompt, negative_prompt = prompts
             request = replace(request, prompt=prompt, negative_prompt=negative_prompt)
         if holds_mark(request.prompt):
-            log.info("hint: [trigger] is drawn as it stands: no weights say what it is called")
+            log.info("hint: [trigger] is text like any other: no weights say what it is called")
         for each in taught:
             if each.trigger_word and not holds(request.prompt, each.trigger_word):
                 log.info("hint: the prompt doesn't hold %r, the word that the weights were taught", each.trigger_word)

@@ -47,8 +47,8 @@ REFUSED = {
     "integers": ({A: torch.ones(4, 128, dtype=torch.int8), B: PAIR[B]}, None, "is stored as torch.int8"),
     "nan": ({A: torch.full((4, 128), torch.nan), B: PAIR[B]}, None, "holds NaN or infinity"),
     "infinity in fp8": ({**PAIR, B: torch.full((128, 4), torch.inf).to(torch.float8_e5m2)}, None, "NaN or infinity"),
-    "all zero": ({A: PAIR[A], B: torch.zeros(128, 4)}, None, "would draw as the base model does"),
-    "a strength of zero": (PAIR, config(r=4, lora_alpha=0), "would draw as the base model does"),
+    "all zero": ({A: PAIR[A], B: torch.zeros(128, 4)}, None, "would generate what the base model does"),
+    "a strength of zero": (PAIR, config(r=4, lora_alpha=0), "would generate what the base model does"),
     # keys
     "a layer twice": (
         {**PAIR, f"diffusion_model.{QUERY}.lora_A.weight": PAIR[A].clone()},

@@ -45,7 +45,7 @@ def test_a_prompt_without_the_taught_word_gets_a_hint_and_one_with_it_none(predi
         one(predictor, prompt, replicate_weights=path)
         assert ("hint: the prompt doesn't hold 'TOK'" in capsys.readouterr().out) == hinted, prompt
     one(predictor, "a [trigger] wall")
-    assert "[trigger] is drawn as it stands" in capsys.readouterr().out
+    assert "[trigger] is text like any other" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", [None, 7, ["x"], ""])
