@@ -26,6 +26,7 @@ from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.hooks import applied_loras, move_lora
 from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
+from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training import loop
@@ -82,7 +83,7 @@ def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile
         write(Path(folder) / "set.zip", taught)
         extract_archive(Path(folder) / "set.zip", Path(folder) / "set")
         found = load(Path(folder) / "set", config, load_tokenizer(MODEL))
-        run = setup(TrainJob(config, found, MODEL, default_placement()))
+        run = setup(TrainJob(config, found, MODEL, default_placement(), load_tokenizer(MODEL), read_shapes(MODEL)))
     for _ in loop.train(run):
         pass
     return final_lora(run), run.placeholders

@@ -41,6 +41,7 @@ def measure(folder: Path) -> dict[str, float]:
     from lora_utils.config import TrainConfig  # noqa: PLC0415 (the memory of imports is measured too)
     from lora_utils.dataset import load  # noqa: PLC0415
     from lora_utils.model.device import default_placement  # noqa: PLC0415
+    from lora_utils.model.memory_estimate import read_shapes  # noqa: PLC0415
     from lora_utils.model.text_encoder import load_tokenizer  # noqa: PLC0415
     from lora_utils.training import loop  # noqa: PLC0415
     from lora_utils.training.setup import TrainJob, setup  # noqa: PLC0415
@@ -50,7 +51,7 @@ def measure(folder: Path) -> dict[str, float]:
     began = time.monotonic()
     found = load(folder, config, load_tokenizer(MODEL))
     checked = time.monotonic()
-    run = setup(TrainJob(config, found, MODEL, default_placement()))
+    run = setup(TrainJob(config, found, MODEL, default_placement(), load_tokenizer(MODEL), read_shapes(MODEL)))
     ready = time.monotonic()
     for _ in loop.train(run):
         pass

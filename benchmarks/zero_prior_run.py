@@ -22,10 +22,16 @@ from lora_utils.io.archive import extract_archive
 from lora_utils.model import flow
 from lora_utils.model.components import Components
 from lora_utils.model.latents import Size
+from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.vae import encode_images
-from lora_utils.placeholder.embedding import embedding_learning_rate, embedding_matrix
+from lora_utils.placeholder.embedding import (
+    WordEmbeddings,
+    embedding_learning_rate,
+    embedding_matrix,
+    measure_words,
+)
 from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training import loop
 from lora_utils.training.optimizers import new_optimizers
@@ -113,6 +119,11 @@ class Bench:
     folder: Path
     base: Components
     length: Length
+
+    @property
+    def words(self) -> WordEmbeddings:
+        """The words that the model knows."""
+        return measure_words(self.base.need_text_encoder(), self.base.tokenizer)
 
 
 def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
@@ -212,7 +223,7 @@ def train_word(run: TrainState, bench: Bench, word: str) -> None:
     run.components.text_encoder = bench.base.text_encoder
     texts = {caption: text for caption, text in run.data.texts.items() if word not in caption}
     run.data = replace(run.data, texts=texts)
-    rate = embedding_learning_rate(run.config, run.components.tokenizer, bench.base.need_text_encoder())
+    rate = embedding_learning_rate(run.config, bench.words)
     run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.embeddings, rate)
 
 
@@ -255,7 +266,7 @@ def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
         resolution=str(shapes.SIDE_PX),
         seed=seed,
     )
-    default = embedding_learning_rate(config, bench.base.tokenizer, bench.base.need_text_encoder())
+    default = embedding_learning_rate(config, bench.words)
     return replace(config, placeholder_learning_rate=0.0 if arm.row == "frozen" else default * arm.rate_factor)
 
 
@@ -269,7 +280,17 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> TrainState:
         demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed, wordings=WORDINGS)
         extract_archive(Path(folder) / "d.zip", Path(folder) / "pictures")
         found = load(Path(folder) / "pictures", config)
-        run = setup(TrainJob(config, found, bench.folder, bench.base.placement, any_timestep=True))
+        run = setup(
+            TrainJob(
+                config,
+                found,
+                bench.folder,
+                bench.base.placement,
+                bench.base.tokenizer,
+                read_shapes(bench.folder),
+                any_timestep=True,
+            )
+        )
     if arm.trigger == "prior" and arm.row == "trained":
         train_word(run, bench, shapes.TOK)
     return run

@@ -12,6 +12,8 @@ from lora_utils.dataset import Dataset
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
 from lora_utils.model.device import default_placement
 from lora_utils.model.latents import Size
+from lora_utils.model.memory_estimate import read_shapes
+from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling.options import SamplingOptions
 from lora_utils.sampling.sampler import SamplingJob
@@ -37,7 +39,8 @@ PREVIEW_PROMPTS = "a photo of <zwx> on a cyan background\na red circle"
 
 def make_state(config: TrainConfig, dataset: Dataset, model: Path, **job: Any) -> TrainState:
     """Set a run up, on the CPU unless `placement` says otherwise."""
-    return setup(TrainJob(config, dataset, model, **{"placement": default_placement(), **job}))
+    given = {"placement": default_placement(), "tokenizer": load_tokenizer(model), "shapes": read_shapes(model), **job}
+    return setup(TrainJob(config, dataset, model, **given))
 
 
 def resume_state(config: TrainConfig, dataset: Dataset, model: Path, checkpoint: Path, **job: Any) -> TrainState:

@@ -21,9 +21,11 @@ from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.captions import with_trigger
 from lora_utils.dataset.examples import Dataset
+from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory
-from lora_utils.model.loading import check_complete, fill_parameters, stream_tensors
+from lora_utils.model.host_memory import free_host_bytes
+from lora_utils.model.loading import check_complete, fill_parameters, stored_weights, stream_tensors
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2
     if needed > free_bytes(placement.device):
         log.info("describing images on the CPU: the complete text encoder needs %.1f GB", needed / 1e9)
         placement = placement.on_cpu()
+    if placement.device.type == "cpu" and stored_weights(source).dtype != placement.dtype:
+        _check_host(needed)
     fill_parameters(model, stream_tensors(source, placement.device, placement.dtype, _name), source)
     check_complete(model, source)
     freeze_on_device(cast(nn.Module, model), placement)
@@ -78,6 +82,16 @@ def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2
     finally:
         del model
         release_memory()
+
+
+def _check_host(needed: float) -> None:
+    """Raise UserError where the complete text encoder, converted to another dtype, has no room in memory."""
+    free = free_host_bytes()
+    if needed > free:
+        raise UserError(
+            f"autocaption needs {needed / 1e9:.3g} GB of memory for the complete text encoder, and {free / 1e9:.3g} GB "
+            "are free; write the captions yourself, or use a machine with more memory."
+        )
 
 
 @torch.inference_mode()

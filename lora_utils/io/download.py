@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -19,13 +20,13 @@ from lora_utils import constants
 from lora_utils.errors import UserError, shown
 from lora_utils.io import transfer
 from lora_utils.io.access import CALLER, Access
+from lora_utils.io.model_folder import MODEL_INDEX, check_model_folder
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 20 * 10**9  # of downloaded LoRAs, and at most half of what the disk has free
 _VALIDATORS = ".validators.json"
 _MAX_PATH = 1024  # characters; a longer text isn't asked of the file system
-MODEL_INDEX = "model_index.json"
 # What stands in it for the text-to-image models. Their weights are the same, whichever of the three wrote the folder.
 _PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 
@@ -43,13 +44,15 @@ def _component_patterns(parts: Sequence[str]) -> list[str]:
 def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS) -> Path:
     """Return the folder of a model in diffusers' layout: itself if it is one, else the hub's files, kept between calls.
 
-    Only the components in `parts` are sure to be there. Raises UserError for what is neither.
+    The components in `parts` are complete in it. Raises UserError for what is neither, and for an incomplete one.
     """
     folder = Path(base_model)
     if folder.is_dir():
         if not (folder / MODEL_INDEX).is_file():
             raise UserError(f"BASE_MODEL {base_model!r} holds no model_index.json; give a folder in diffusers' layout.")
         _check_pipeline(folder / MODEL_INDEX, base_model)
+        command = f"hf download {constants.DEFAULT_BASE_MODEL} --local-dir {shlex.quote(base_model)}"
+        check_model_folder(folder, parts, base_model, command)
         return folder
     if folder.is_absolute() or base_model.count("/") != 1:
         raise UserError(
@@ -59,7 +62,9 @@ def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS)
     missing_bytes = _missing_bytes(base_model, _component_patterns(parts))
     if missing_bytes:
         log.info("downloading %s from the hub: %.2f GB", base_model, missing_bytes / 1e9)
-    return _from_cache_or_hub(base_model, _component_patterns(parts))
+    found = _from_cache_or_hub(base_model, _component_patterns(parts))
+    check_model_folder(found, parts, base_model, f"hf download {base_model}")
+    return found
 
 
 def _from_cache_or_hub(base_model: str, patterns: Sequence[str]) -> Path:

@@ -91,6 +91,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def format_pace(seconds_per_step: float, seconds_left: float) -> str:
+    """Return how long a step takes and the time that is left."""
+    return f"{seconds_per_step:.2f} s/step, ETA {format_duration(seconds_left)}"
+
+
 @dataclass(slots=True)
 class Progress:
     """When to log a line about a loop of `total` steps: the first, the last, and one every few seconds."""
@@ -115,7 +120,7 @@ class Progress:
     def pace(self, step: int) -> str:
         """Return the seconds per step so far and the time that is left."""
         per_step = self.elapsed_s() / step
-        return f"{per_step:.2f} s/step, ETA {format_duration(per_step * (self.total - step))}"
+        return format_pace(per_step, per_step * (self.total - step))
 
 
 @contextmanager

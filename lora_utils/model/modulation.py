@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_utils import constants
+from lora_utils.errors import UserError
 from lora_utils.model.device import to_device
 from lora_utils.model.loading import check_complete, fill_parameters
 
@@ -106,46 +107,61 @@ class _FromTable(nn.Module):
 
 
 @torch.no_grad()
-def build_table(
-    transformer: QwenImageTransformer2DModel, timesteps: Tensor, weights: Iterator[tuple[str, Tensor]]
-) -> ModulationTable:
-    """Compute the rows while the modulations' weights stream by; each is dropped once its block's rows are there.
+def install_table(transformer: QwenImageTransformer2DModel, timesteps: Tensor) -> "TableBuilder":
+    """Replace the modulations by a table for these timesteps, whose rows are still to be computed. -> what does it
 
-    The transformer's time embedding must be loaded; its modulations need not.
+    The transformer's time embedding must be loaded; its modulations need not. From then on every forward looks its
+    timestep up. It had better be given on the CPU: reading it from the GPU would wait for all that is queued there.
     """
-    # The time embedding of each timestep.
     known = timesteps.float().unique()  # ascending
     embedder = cast(Any, transformer.time_text_embed)
     like = next(embedder.parameters())
     filled = F.pad(known, (0, -len(known) % _AT_ONCE))
     tembs = [F.silu(embedder(part.to(like), like)) for part in filled.split(_AT_ONCE)]  # [_AT_ONCE, D] each
 
-    # The outputs of each modulation, once its weight and its bias have come by.
     blocks, width = len(transformer.transformer_blocks), tembs[0].shape[1]
     rows = torch.empty(len(known), blocks, len(STREAMS), 6 * width, dtype=like.dtype)
-    halves: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name, tensor in weights:
-        parsed = _NAME.fullmatch(name)
-        assert parsed, name
-        block, stream, part = parsed.groups()
-        layer = halves.setdefault((block, stream), {})
-        layer[part] = tensor
-        if len(layer) == 2:
-            outputs = torch.cat([F.linear(temb, layer["weight"], layer["bias"]) for temb in tembs])  # [>= S, 6 D]
-            rows[:, int(block), STREAMS.index(stream)] = outputs[: len(known)].cpu()
-            del halves[block, stream]
-    return ModulationTable(known, rows, like.device)
-
-
-def install_table(transformer: QwenImageTransformer2DModel, table: ModulationTable) -> None:
-    """Replace the modulations by the table. From then on every forward looks its timestep up.
-
-    It may be given on the CPU, and had better be: reading it from the GPU would wait for all that is queued there.
-    """
+    table = ModulationTable(known, rows, like.device)
     for index, block in enumerate(transformer.transformer_blocks):
         for stream, name in enumerate(STREAMS):
             setattr(block, name, _FromTable(table, index, stream))
     _show_timesteps(transformer, table)
+    return TableBuilder(table, tembs)
+
+
+class TableBuilder:
+    """It computes a table's rows while the modulations' weights stream by, and keeps none of these."""
+
+    def __init__(self, table: ModulationTable, tembs: list[Tensor]):
+        self.table, self.tembs = table, tembs  # the time embeddings, [_AT_ONCE, D] each
+        self.halves: dict[tuple[str, str], dict[str, Tensor]] = {}  # a layer's weight or bias that waits for the other
+
+    @torch.no_grad()
+    def take(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Compute with the modulations among these weights, and yield the others.
+
+        Raises UserError for one of another shape than the model's, and where some never came.
+        """
+        computed, rows = 0, self.table.rows
+        for name, tensor in weights:
+            parsed = _NAME.fullmatch(name)
+            if parsed is None:
+                yield name, tensor
+                continue
+            block, stream, part = parsed.groups()
+            expected = (rows.shape[3], rows.shape[3] // 6) if part == "weight" else (rows.shape[3],)
+            if tensor.shape != expected or int(block) >= rows.shape[1]:
+                raise UserError(f"{name} {tuple(tensor.shape)} doesn't fit; the model has {expected} there.")
+            layer = self.halves.setdefault((block, stream), {})
+            layer[part] = tensor
+            if len(layer) == 2:
+                outputs = [F.linear(temb, layer["weight"], layer["bias"]) for temb in self.tembs]  # [_AT_ONCE, 6 D]
+                rows[:, int(block), STREAMS.index(stream)] = torch.cat(outputs)[: len(rows)].cpu()
+                del self.halves[block, stream]
+                computed += 1
+        missing = rows.shape[1] * rows.shape[2] - computed
+        if missing:
+            raise UserError(f"the transformer's files lack {missing} modulations; download them again.")
 
 
 def _show_timesteps(transformer: QwenImageTransformer2DModel, table: ModulationTable) -> None:

@@ -68,20 +68,14 @@ def build_transformer(
 
     # What stands outside of the blocks comes first: the table is computed with it.
     fill(stream(lambda name: None if fsdp.in_a_block(name) else name))
-    if storage.timesteps is not None:
-        weights = stream(lambda name: name if modulation.is_modulation(name) else None)
-        modulation.install_table(transformer, modulation.build_table(transformer, storage.timesteps, weights))
+    builder = modulation.install_table(transformer, storage.timesteps) if storage.timesteps is not None else None
 
-    # Then the blocks, each process's part of them if they are sharded.
+    # Then the blocks in one pass over the files, each process's part of them if they are sharded.
     if storage.shards > 1:
         fsdp.shard(transformer, placement.device, storage.shards)
         fill = partial(fill, store=partial(fsdp.store, transformer))
-
-    def name_in_a_block(name: str) -> str | None:
-        tabled = storage.timesteps is not None and modulation.is_modulation(name)
-        return name if fsdp.in_a_block(name) and not tabled else None
-
-    fill(stream(name_in_a_block))
+    weights = stream(lambda name: name if fsdp.in_a_block(name) else None)
+    fill(weights if builder is None else builder.take(weights))
     check_complete(transformer, source)
     blocks.install_forwards(transformer)
     freeze_on_device(transformer, placement)

@@ -24,6 +24,7 @@ from lora_utils.placeholder.tokens import Placeholders, assign_ids, no_placehold
 log = logging.getLogger(__name__)
 
 LEARNING_RATE_SHARE = 1 / 30  # the default rate as a share of the median word's rms: 5e-4 for Qwen, in 2.5 to 5 %
+_ROWS_AT_ONCE = 4096
 NEAR_ZERO_STD = 1e-3  # the first RMSNorm amplifies smaller embeddings; from here on the token has its own direction
 
 
@@ -58,12 +59,11 @@ def new_placeholders(
     return Placeholders(tuple(ids), tuple(ids.values()), embeddings)
 
 
-def embedding_learning_rate(config: TrainConfig, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel) -> float:
+def embedding_learning_rate(config: TrainConfig, words: "WordEmbeddings") -> float:
     """Return the embeddings' learning rate: the one asked for, else a share of a usual embedding's rms."""
     if config.placeholder_learning_rate is not None:
         return config.placeholder_learning_rate
-    width = embedding_matrix(text_encoder).shape[1]
-    rate = LEARNING_RATE_SHARE * median_word_norm(text_encoder, tokenizer) / width**0.5
+    rate = LEARNING_RATE_SHARE * words.median_norm / words.matrix.shape[1] ** 0.5
     log.info("learning rate of %s: %.1e", config.placeholder_token, rate)
     return rate
 
@@ -101,34 +101,43 @@ class EmbeddingReport:
     cosine: float
 
 
-def median_word_norm(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer) -> float:
-    """Return the median norm of the vocabulary's embeddings."""
-    words = embedding_matrix(text_encoder)[: len(tokenizer)]
-    return float(words.detach().float().norm(dim=1).median())
+@dataclass(frozen=True, slots=True)
+class WordEmbeddings:
+    """The words that a text encoder knows, and their norms, which never change."""
+
+    matrix: Tensor  # [W, D]: the rows of the embedding matrix that are words of the tokenizer's
+    norms: Tensor  # [W] fp32
+    median_norm: float
+    rows: int  # of the complete matrix
 
 
-def compare_with_words(embedding: Tensor, matrix: Tensor, tokenizer: Qwen2Tokenizer) -> EmbeddingReport:
-    """Compare an embedding [D] with the words' rows of the embedding matrix [V, D]."""
-    words = matrix[: len(tokenizer)].detach().float()
-    own = embedding.detach().float().to(words.device)
-    norms = words.norm(dim=1)
-    cosines = (words @ own) / (norms * own.norm()).clamp_min(1e-12)
-    best = int(cosines.argmax())
+def measure_words(text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer) -> WordEmbeddings:
+    """Measure the norms of the words, a part of the matrix at a time: in fp32 all of Qwen's would take 2.2 GB."""
+    matrix = embedding_matrix(text_encoder).detach()
+    words = matrix[: len(tokenizer)]
+    norms = torch.cat([part.float().norm(dim=1) for part in words.split(_ROWS_AT_ONCE)])  # [W]
+    return WordEmbeddings(words, norms, float(norms.median()), len(matrix))
+
+
+def compare_with_words(embedding: Tensor, words: WordEmbeddings, tokenizer: Qwen2Tokenizer) -> EmbeddingReport:
+    """Compare an embedding [D] with the words. The nearest is found in their dtype; its cosine is exact."""
+    own = embedding.detach().float().to(words.norms.device)
+    lengths = (words.norms * own.norm()).clamp_min(1e-12)
+    best = int(((words.matrix @ own.to(words.matrix.dtype)).float() / lengths).argmax())
     return EmbeddingReport(
         norm=float(own.norm()),
-        share_of_median=float(own.norm() / norms.median()),
+        share_of_median=float(own.norm()) / words.median_norm,
         nearest=str(tokenizer.decode([best])),
-        cosine=float(cosines[best]),
+        cosine=float(words.matrix[best].float() @ own / lengths[best]),
     )
 
 
 def report_embeddings(
-    placeholders: Placeholders, tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel
+    placeholders: Placeholders, tokenizer: Qwen2Tokenizer, words: WordEmbeddings
 ) -> dict[str, EmbeddingReport]:
     """Return how each token's embedding stands among the words now."""
-    matrix = embedding_matrix(text_encoder)
     pairs = zip(placeholders.tokens, placeholders.embeddings, strict=True)
-    return {token: compare_with_words(embedding, matrix, tokenizer) for token, embedding in pairs}
+    return {token: compare_with_words(embedding, words, tokenizer) for token, embedding in pairs}
 
 
 def embedding_sha256(embedding: Tensor) -> str:
@@ -137,14 +146,14 @@ def embedding_sha256(embedding: Tensor) -> str:
 
 
 def describe_embeddings(
-    placeholders: Placeholders, initial: Sequence[Tensor], tokenizer: Qwen2Tokenizer, text_encoder: Qwen2_5_VLTextModel
+    placeholders: Placeholders, initial: Sequence[Tensor], tokenizer: Qwen2Tokenizer, words: WordEmbeddings
 ) -> list[dict[str, Any]]:
     """Return what meta.json says of each embedding. `token_id` is informative: ids aren't portable."""
     # What is the same for all: the words that they stand among.
     vocabulary = {
-        "median_row_norm": median_word_norm(text_encoder, tokenizer),
+        "median_row_norm": words.median_norm,
         "tokenizer_length": len(tokenizer),
-        "embedding_rows": embedding_matrix(text_encoder).shape[0],
+        "embedding_rows": words.rows,
     }
 
     # Each embedding, as it was at first and as it is saved.

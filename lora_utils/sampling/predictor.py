@@ -25,7 +25,7 @@ from lora_utils.lora.weights import (
     package_versions,
     placeholders_of,
 )
-from lora_utils.model import memory_plan
+from lora_utils.model import memory_estimate, memory_plan
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement, free_bytes
 from lora_utils.model.latents import Size
@@ -64,10 +64,11 @@ class ModelPredictor:
         """Load the base model as the free memory allows and, if they are named, the default LoRA's weights."""
         self.folder = new_process_folder("predict")
         self.prompts = PromptCache()
-        began, placement, base_model = time.monotonic(), default_placement(), base_model_name()
+        began, base_model = time.monotonic(), base_model_name()
         folder, asked = download_model(base_model), os.environ.get("QUANTIZATION") or "auto"
-        shapes = memory_plan.read_shapes(folder)
-        estimate = memory_plan.sampling_estimate(shapes, placement.dtype, free_bytes(placement.device))
+        shapes = memory_estimate.read_shapes(folder)
+        placement = default_placement(shapes.weights)
+        estimate = memory_estimate.sampling_estimate(shapes, memory_estimate.measure_room(placement))
         plan = memory_plan.choose_sampling_plan(asked, estimate)
         memory_plan.log_plan(plan, asked, estimate)
         self.components = load_components(folder, placement, plan.quantization, plan.text_encoder_on_device)

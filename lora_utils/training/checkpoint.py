@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lora_utils.errors import UserError
 from lora_utils.io.files import disk_errors
+from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.training.state import StepLoss, TrainState
 
@@ -180,6 +181,14 @@ def _in_this_format(written: dict[str, Any]) -> dict[str, Any]:
         "validated_at": step,
         "previewed_at": step,
     }
+
+
+def placement_of(checkpoint: Checkpoint) -> Placement:
+    """Return this process's device, with the dtype that the checkpoint's run computed in on such a device."""
+    own, settings = default_placement(), checkpoint.settings
+    named = getattr(torch, str(settings.get("dtype")).removeprefix("torch."), None)
+    same_device = settings.get("device") == own.device.type and isinstance(named, torch.dtype)
+    return replace(own, dtype=named) if same_device else own
 
 
 def with_seed_of_run(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.model import flops, fsdp
+from lora_utils.model.latents import Size
 from lora_utils.model.transformer import transformer_shape
 from lora_utils.training import distributed
-from lora_utils.training.batches import Batch
+from lora_utils.training.batches import Batch, plan_batches
 from lora_utils.training.loss import forward_backward
 from lora_utils.training.recompute import plan_recompute, within_memory
 from lora_utils.training.state import TrainState
 
+_LOOKED_AHEAD = 2000  # batches, to tell how long a run's steps are
 CHECK_EVERY = 25  # steps from one look at whether the numbers are finite to the next: each waits for the device
 
 
@@ -84,7 +87,9 @@ def take_step(state: TrainState, batches: Sequence[Batch], step: int) -> StepRep
     # This process's losses and gradients, then all processes'.
     own, needs_base = state.ranks.shard(batches), base_needed(state, batches)
     losses = within_memory(state, own, partial(forward_backward, state, own, needs_base))
-    state.flops += sum(batch_flops(state, batch, base) for batch, base in zip(own, needs_base, strict=True))
+    state.flops += sum(
+        batch_flops(state, batch.size, batch.captions, base) for batch, base in zip(own, needs_base, strict=True)
+    )
     image_losses = distributed.all_gather_losses(state.ranks, losses)
     distributed.all_reduce_gradients(state.ranks, [each for each in state.learned if each.requires_grad])
 
@@ -113,12 +118,21 @@ def base_needed(state: TrainState, batches: Sequence[Batch]) -> list[bool]:
     return [any(batch.is_prior for batch in group) for group in together]
 
 
-def batch_flops(state: TrainState, batch: Batch, with_base: bool) -> float:
-    """Count the operations of one batch's forward and backward, and of the base model's forward if it ran."""
-    shape, images = transformer_shape(state.components.transformer), len(batch.sigma)
-    tokens = batch.size.tokens, max(state.data.text_tokens[caption] for caption in batch.captions)
+def batch_flops(state: TrainState, size: Size, captions: Sequence[str], with_base: bool) -> float:
+    """Count the operations of one batch's forward and backward, and of the base model's forward if it runs."""
+    shape = transformer_shape(state.components.transformer)
+    tokens = size.tokens, max(state.data.text_tokens[caption] for caption in captions)
     base = flops.forward_flops(shape, *tokens) if with_base else 0.0
-    return images * (base + flops.training_flops(shape, *tokens, state.plan.checkpointed_blocks))
+    return len(captions) * (base + flops.training_flops(shape, *tokens, state.plan.checkpointed_blocks))
+
+
+def mean_step_flops(state: TrainState) -> float:
+    """Return the mean operations of this process's part of a step, over the run's first batches."""
+    config, count = state.config, state.config.gradient_accumulation
+    plans = plan_batches(config, state.data.examples, state.data.prior_captions)
+    first = list(islice(plans, min(_LOOKED_AHEAD, config.steps * count * state.ranks.world_size)))
+    each = [batch_flops(state, plan.examples[0].size, plan.captions, plan.is_prior) for plan in first]
+    return count * sum(each) / len(each)
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from lora_utils.config import RunOptions
-from lora_utils.io.logging import Progress, by_product
+from lora_utils.io.logging import Progress, by_product, format_pace
 from lora_utils.model import flops
 from lora_utils.model.device import peak_bytes
+from lora_utils.model.host_memory import host_usage
 from lora_utils.placeholder.embedding import EmbeddingReport, report_embeddings
 from lora_utils.tracking import contact_sheet
 from lora_utils.tracking.metrics import MetricsLogger, StepMetrics, band_name
-from lora_utils.training.loop import StepReport
+from lora_utils.training.loop import StepReport, mean_step_flops
 from lora_utils.training.previews import PreviewRow, generate_previews, preview_due
 from lora_utils.training.state import StepLoss, TrainState
 from lora_utils.training.validation import validate, validation_due
@@ -41,6 +42,7 @@ class TrainMonitor:
         self.unlogged: list[StepReport] = []  # the steps since the last log line
         self.unwritten: list[StepReport] = []  # the steps whose numbers aren't written yet
         self.looked_s = 0.0  # between steps
+        self.step_flops = 0.0  # of a mean step; counted at the first line, when the plan is final
 
     def open(self) -> None:
         """Begin at the run's step, and look at it if none has yet. Raises UserError if previews have no room."""
@@ -86,9 +88,25 @@ class TrainMonitor:
         """Note how long the steps took, without what was done between them."""
         with by_product("summing up"):
             self.flush()
+        self.state.seconds["train"] = self._stepping_s()
+
+    def _stepping_s(self) -> float:
+        """Return how long the steps have taken, without what came before the first and between them."""
         seconds = self.state.seconds
-        looked_s = seconds.get("probe", 0.0) + self.looked_s
-        seconds["train"] = max(1e-3, self.progress.elapsed_s() - looked_s)
+        others = self.looked_s + seconds.get("probe", 0.0) + seconds.get("compile", 0.0)
+        return max(1e-3, self.progress.elapsed_s() - others)
+
+    def _pace(self, step: int) -> str:
+        """Return the seconds per step so far and the time that is left.
+
+        A step on large images takes longer, so what is left follows from its operations, not from its steps.
+        """
+        self.step_flops = self.step_flops or mean_step_flops(self.state)
+        done, left = step - self.began_at, self.state.config.steps - step
+        per_operation = self._stepping_s() / self.state.flops
+        looking_s = left * self.looked_s / done
+        left_s = left * self.step_flops * per_operation + looking_s
+        return format_pace(self._stepping_s() / done, left_s)
 
     def _first_recent(self) -> int:
         """Return the first step of the run's last tenth so far."""
@@ -97,7 +115,7 @@ class TrainMonitor:
     def _log(self, report: StepReport) -> None:
         losses = describe_losses(self.unlogged)
         self.unlogged.clear()
-        steps, pace = self.state.config.steps, self.progress.pace(report.step - self.began_at)
+        steps, pace = self.state.config.steps, self._pace(report.step)
         rate, grad = f"lr {report.learning_rate:.1e}", f"grad {float(report.grad_norm):.2f}"
         log.info("step %d/%d %s %s %s %s", report.step, steps, losses, rate, grad, pace)
         for token, each in embedding_reports(self.state).items():
@@ -174,9 +192,9 @@ def final_loss(state: TrainState) -> float | None:
 
 def embedding_reports(state: TrainState) -> dict[str, EmbeddingReport]:
     """Return how each token's embedding stands among the words now; nothing where none is trained."""
-    if state.components.text_encoder is None:
+    if state.words is None:
         return {}
-    return report_embeddings(state.placeholders, state.components.tokenizer, state.components.text_encoder)
+    return report_embeddings(state.placeholders, state.components.tokenizer, state.words)
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
@@ -202,9 +220,20 @@ def describe_speed(state: TrainState) -> list[str]:
         return [f"no step was left: all {state.step} were taken before"]
     done, peak = state.flops / seconds, flops.measured_peak(placement.device, placement.dtype)
     spent = ", ".join(f"{name} {taken:.1f} s" for name, taken in state.seconds.items())
-    held = "of the GPU's memory" if placement.device.type == "cuda" else "of memory"
     return [
         f"trained {steps} steps, {seconds / steps:.3f} s each, at {done / 1e12:.3g} TFLOP/s: {done / peak:.0%} of the "
         f"{peak / 1e12:.3g} that a plain matrix product reaches here",
-        f"at most {peak_bytes(placement.device) / 1e9:.2f} GB {held}; {spent}",
+        f"{_describe_peak(placement.device)}; {spent}",
     ]
+
+
+def _describe_peak(device: torch.device) -> str:
+    """Say how much memory the process had at most; on a CPU also what of its memory are files, which can be evicted."""
+    peak = f"at most {peak_bytes(device) / 1e9:.2f} GB"
+    if device.type == "cuda":
+        return f"{peak} of the GPU's memory"
+    usage = host_usage()
+    return (
+        f"{peak} of memory, mapped files included; now {usage.held / 1e9:.2f} GB are held and {usage.mapped / 1e9:.2f} "
+        "GB mapped"
+    )

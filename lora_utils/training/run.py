@@ -23,6 +23,7 @@ from lora_utils.lora import hub
 from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.weights import TrainingFacts, read_init_weights, save_weights
 from lora_utils.model.device import default_placement
+from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.presets import preset_for
 from lora_utils.tracking import contact_sheet, html_report
@@ -30,6 +31,7 @@ from lora_utils.training import distributed, loop
 from lora_utils.training.batches import first_shown, holds_class
 from lora_utils.training.checkpoint import (
     list_checkpoints,
+    placement_of,
     read_checkpoint,
     restore_checkpoint,
     save_checkpoint,
@@ -130,11 +132,15 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
             hub.ensure_repository(options.hub_repo, files.hub_token, options.hub_private)
 
         # The model.
+        model = download_model(base_model)
+        shapes = read_shapes(model)
         job = TrainJob(
             config,
             dataset,
-            download_model(base_model),
-            default_placement(),
+            model,
+            placement_of(resumed) if resumed else default_placement(shapes.weights),
+            tokenizer,
+            shapes,
             ranks,
             list(chain(*rows)),
             options.shard_base,

@@ -9,7 +9,7 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +28,14 @@ from lora_utils.errors import UserError
 from lora_utils.io.tensor_store import TensorStore, open_tensor_store
 from lora_utils.lora.adapter import attach_trainable_lora, load_trainable_lora
 from lora_utils.lora.formats import LoraFile
-from lora_utils.model import flops, flow, memory_plan
+from lora_utils.model import flops, flow, memory_estimate, memory_plan
 from lora_utils.model.components import Components, load_schedule, model_key
-from lora_utils.model.device import Placement, free_bytes, release_memory, reset_peak
+from lora_utils.model.device import Placement, release_memory, reset_peak
+from lora_utils.model.memory_estimate import ModelShapes
 from lora_utils.model.memory_plan import MemoryPlan
-from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer, prompt_ids
+from lora_utils.model.text_encoder import load_text_encoder, prompt_ids
 from lora_utils.model.transformer import Storage, load_transformer
-from lora_utils.placeholder.embedding import embedding_learning_rate, new_placeholders
+from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words, new_placeholders
 from lora_utils.placeholder.tokens import Placeholders, no_placeholders, placeholders_without_embeddings
 from lora_utils.training import distributed
 from lora_utils.training.batches import BatchStream, LargestBatch, generator_for, other_timesteps, run_timesteps
@@ -53,6 +54,8 @@ class TrainJob:
     dataset: Dataset  # checked
     model_folder: Path
     placement: Placement
+    tokenizer: Qwen2Tokenizer
+    shapes: ModelShapes  # of the model
     ranks: Ranks = SINGLE_PROCESS
     previews: Sequence[SampleRequest] = ()  # each with width and height; their prompts are encoded too
     shard_base: str = "auto"  # see `RunOptions`
@@ -89,7 +92,7 @@ def setup(job: TrainJob) -> TrainState:
     release_memory()  # of a run that was cancelled
     reset_peak(job.placement.device)
     clock, seconds = _Clock(), dict[str, float]()
-    tokenizer, schedule = load_tokenizer(job.model_folder), load_schedule(job.model_folder)
+    tokenizer, schedule = job.tokenizer, load_schedule(job.model_folder)
 
     # The dataset, with all its captions.
     learned, held_out = _split_dataset(job, tokenizer)
@@ -115,9 +118,8 @@ def setup(job: TrainJob) -> TrainState:
     placeholders = encoded.placeholders
     if job.init_weights is not None:
         start_from_weights(transformer, placeholders, job.init_weights)
-    rate = 0.0
-    if encoded.text_encoder is not None:
-        rate = embedding_learning_rate(job.config, tokenizer, encoded.text_encoder)
+    words = measure_words(encoded.text_encoder, tokenizer) if encoded.text_encoder is not None else None
+    rate = embedding_learning_rate(job.config, words) if words is not None else 0.0
     state = TrainState(
         config=job.config,
         ranks=job.ranks,
@@ -134,6 +136,7 @@ def setup(job: TrainJob) -> TrainState:
         initial_embeddings=tuple(embedding.detach().float().cpu().clone() for embedding in placeholders.embeddings),
         optimizers=new_optimizers(job.config, lora, placeholders.embeddings, rate),
         stream=BatchStream(job.config, examples, schedule, prior),
+        words=words,
     )
     seconds["load"] = planning_s + encoded.load_s + clock.lap()
     state.seconds = {**seconds, "cache": encoding_s - encoded.load_s}
@@ -178,10 +181,9 @@ def _text_tokens(config: TrainConfig, captions: Sequence[str], tokenizer: Qwen2T
 
 def largest_batch(job: TrainJob, learned: Dataset, text_tokens: Mapping[str, int]) -> LargestBatch:
     """Return the batch that needs most memory: the largest size, with the longest caption that is shown."""
-    size = max((example.size for example in learned.examples), key=lambda size: size.tokens)
+    shapes, size = job.shapes, max((example.size for example in learned.examples), key=lambda size: size.tokens)
     longest = max(text_tokens.values())
-    shapes = memory_plan.read_shapes(job.model_folder)
-    step = memory_plan.step_size(
+    step = memory_estimate.step_size(
         job.config,
         shapes.transformer,
         job.config.batch_size * (size.tokens + longest),
@@ -204,11 +206,13 @@ def _timesteps(job: TrainJob, learned: Dataset, schedule: flow.Schedule) -> Tens
 def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None) -> MemoryPlan:
     """Choose the run's plan by the memory that is free, and log it. On several GPUs the fullest one decides for all."""
     config, device = job.config, job.placement.device
-    shapes = memory_plan.read_shapes(job.model_folder)
-    free = distributed.all_reduce_min(job.ranks, free_bytes(device))
+    room = memory_estimate.measure_room(job.placement)
+    room = replace(room, free=distributed.all_reduce_min(job.ranks, room.free))
+    if room.host_free is not None:
+        room = replace(room, host_free=distributed.all_reduce_min(job.ranks, room.host_free))
     count = None if timesteps is None else len(timesteps)
-    estimate = memory_plan.training_estimate(shapes, largest.step_size, count, free, job.ranks.world_size)
-    compiled_s = flops.compiled_seconds(config, shapes.of_flops, device, largest.size.tokens, largest.text_tokens)
+    estimate = memory_estimate.training_estimate(job.shapes, largest.step_size, count, room, job.ranks.world_size)
+    compiled_s = flops.compiled_seconds(config, job.shapes.of_flops, device, largest.size.tokens, largest.text_tokens)
     plan = memory_plan.choose_training_plan(
         config.quantization, estimate, bool(config.tokens), compiled_s, job.shard_base
     )

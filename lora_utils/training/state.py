@@ -18,7 +18,7 @@ from lora_utils.lora.adapter import trained_lora
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model.components import Components
 from lora_utils.model.memory_plan import MemoryPlan
-from lora_utils.placeholder.embedding import describe_embeddings, embedding_sha256
+from lora_utils.placeholder.embedding import WordEmbeddings, describe_embeddings, embedding_sha256
 from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training.batches import BatchStream, LargestBatch
 from lora_utils.training.distributed import Ranks
@@ -82,6 +82,7 @@ class TrainState:
     initial_embeddings: tuple[Tensor, ...]  # [D] fp32 each, on the CPU
     optimizers: Optimizers
     stream: BatchStream
+    words: WordEmbeddings | None = None  # that the tokens' embeddings stand among; None where none is trained
 
     # How far it has come.
     step: int = 0  # optimizer steps taken
@@ -195,10 +196,11 @@ def describe_placeholders(state: TrainState, lora: LoraFile) -> list[dict[str, A
 
 def _described(state: TrainState, lora: LoraFile) -> list[dict[str, Any]]:
     """Return how the embeddings that are written stand among the words."""
+    assert state.words is not None, "a token is trained"
     written = tuple(lora.embeddings[token].view(-1) for token in state.placeholders.tokens)
     return describe_embeddings(
         replace(state.placeholders, embeddings=written),
         state.initial_embeddings,
         state.components.tokenizer,
-        state.components.need_text_encoder(),
+        state.words,
     )

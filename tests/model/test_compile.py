@@ -11,7 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from lora_utils.config import TrainConfig
-from lora_utils.model import blocks, flops, memory_plan
+from lora_utils.model import blocks, flops, memory_estimate, memory_plan
 from lora_utils.training import loop
 from lora_utils.training.recompute import change_plan
 from tests.helpers import make_state
@@ -94,7 +94,7 @@ def test_on_a_gpu_only_a_run_long_enough_to_win_it_back_is_compiled(random_model
     assert not compiled(compiled_s=memory_plan.COMPILE_S)
     assert compiled(compiled_s=1.01 * memory_plan.COMPILE_S / memory_plan.COMPILED_GAIN)
     assert not memory_plan.choose_training_plan("nf4", demand(80e9), live_text=False, compiled_s=1e6).compiled
-    shape, device = memory_plan.read_shapes(random_model).of_flops, torch.device("cuda")
+    shape, device = memory_estimate.read_shapes(random_model).of_flops, torch.device("cuda")
     once, twice = (flops.compiled_seconds(replace(CONFIG, steps=steps), shape, device, 64, 8) for steps in (100, 200))
     assert twice == pytest.approx(2 * once)
     assert once > 0

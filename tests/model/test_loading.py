@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from lora_utils.errors import UserError
+from lora_utils.model import loading
 from lora_utils.model.device import Placement, default_placement
-from lora_utils.model.loading import check_complete, fill_parameters
+from lora_utils.model.loading import check_complete, fill_parameters, read_ahead, stored_weights, stream_tensors
 from lora_utils.model.text_encoder import load_text_encoder
-from lora_utils.model.transformer import load_transformer
+from lora_utils.model.transformer import Storage, load_transformer
 
 PLACE = default_placement()
 
@@ -124,3 +126,110 @@ def test_an_editing_or_layered_model_is_refused_by_name(option, random_model, tm
     config.write_text(json.dumps({**json.loads(config.read_text()), option: True}))
     with pytest.raises(UserError, match=f"isn't a text-to-image Qwen-Image: its transformer has {option}"):
         load_transformer(tmp_path, PLACE)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_file_is_read_once_from_its_beginning_to_its_end(sharded, monkeypatch):
+    """A disk that seeks back and forth loads slowly; the modulations' table takes its weights from the same pass."""
+    read = []
+    real = loading.safe_open
+
+    class Recorded:
+        def __init__(self, file, **given):
+            self.file, self.opened = Path(file).name, real(file, **given)
+
+        def __enter__(self):
+            self.shard = self.opened.__enter__()
+            return self
+
+        def __exit__(self, *given):
+            return self.opened.__exit__(*given)
+
+        def __getattr__(self, name):
+            return getattr(self.shard, name)
+
+        def get_tensor(self, name):
+            read.append((self.file, list(self.shard.offset_keys()).index(name), name))
+            return self.shard.get_tensor(name)
+
+    monkeypatch.setattr(loading, "safe_open", Recorded)
+    times = torch.tensor([0.5])
+    load_transformer(sharded, Placement(torch.device("cpu"), torch.bfloat16), Storage(timesteps=times))
+    assert len({name for _, _, name in read}) == len(read), "no weight is read twice"
+    in_blocks = [(file, place) for file, place, name in read if name.startswith("transformer_blocks.")]
+    outside = [(file, place) for file, place, name in read if not name.startswith("transformer_blocks.")]
+    assert in_blocks == sorted(in_blocks)
+    assert outside == sorted(outside)
+
+
+def test_a_table_needs_all_modulations(sharded):
+    file = sharded / "transformer" / "part-0.safetensors"
+    tensors = load_file(file)
+    gone = next(name for name in sorted(tensors) if "img_mod" in name or "txt_mod" in name)
+    place, storage = Placement(torch.device("cpu"), torch.bfloat16), Storage(timesteps=torch.tensor([0.5]))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file)
+    with pytest.raises(UserError, match="the transformer's files lack 1 modulations"):
+        load_transformer(sharded, place, storage)
+    save_file({**tensors, gone: torch.zeros(3, 3)}, file)
+    with pytest.raises(UserError, match=rf"{gone} \(3, 3\) doesn't fit"):
+        load_transformer(sharded, place, storage)
+
+
+def test_a_part_says_how_much_it_stores_and_in_which_dtype(random_model, tiny_model):
+    stored = stored_weights(random_model / "transformer")
+    transformer = load_transformer(random_model, PLACE)
+    assert stored.count == sum(parameter.numel() for parameter in transformer.parameters())
+    assert stored.dtype == torch.float32
+    assert stored_weights(tiny_model / "transformer").dtype == torch.float16
+
+
+def test_a_line_every_ten_seconds_tells_share_speed_and_what_is_left(sharded, monkeypatch, caplog):
+    caplog.set_level("INFO", "lora_utils")
+    clock = iter(range(0, 10_000, 4))  # four seconds at each look
+    monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(clock)))
+    names = [name for name, _ in stream_tensors(sharded / "transformer", *(PLACE.device, PLACE.dtype), str)]
+    lines = [record.message for record in caplog.records if "loading the transformer" in record.message]
+    assert len(lines) == len(names) // 3, "the third look comes after ten seconds"
+    assert "% of 0.0 GB, " in lines[0]
+    assert " GB/s, ETA " in lines[0]
+
+
+def test_reading_ahead_keeps_the_order_and_holds_little():
+    taken, most = [], []
+
+    def items():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    for number in read_ahead(items(), 2):
+        most.append(len(taken) - number - 1)
+    assert taken == list(range(50))
+    assert max(most) <= 4, "two wait, and one is at each end"
+
+
+def test_an_error_while_reading_ahead_is_raised_where_the_tensors_are_used():
+    def items():
+        yield 1
+        raise OSError("the disk is gone")
+
+    ahead = read_ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+
+
+def test_a_reader_whose_consumer_is_gone_stops():
+    before = threading.active_count()
+
+    def items():
+        while True:
+            yield torch.zeros(1)
+
+    ahead = read_ahead(items())
+    next(ahead)
+    assert threading.active_count() == before + 1
+    ahead.close()
+    assert threading.active_count() == before

@@ -15,7 +15,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.lora.adapter import attach_trainable_lora
 from lora_utils.lora.formats import LoraFile, LowRank
 from lora_utils.lora.hooks import applied_loras, move_lora
-from lora_utils.model import memory_plan, quantization
+from lora_utils.model import memory_estimate, quantization
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings
@@ -108,7 +108,9 @@ def test_a_loaded_transformer_holds_the_bytes_that_the_plan_counts_on(scheme, ta
     place, times = Placement(torch.device("cpu"), torch.bfloat16), torch.tensor([0.5]) if table else None
     transformer = build_transformer(config, weights_of(config, place), Path("nowhere"), place, Storage(scheme, times))
     held = sum(stored_bytes(parameter) for parameter in transformer.parameters())
-    assert held == pytest.approx(memory_plan.transformer_bytes(config, 2, table)[scheme], rel=0.01)
+    assert held == pytest.approx(
+        memory_estimate.transformer_bytes(memory_estimate.count_weights(config), 2, table)[scheme], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AddedToken
 
+from benchmarks.qwen_vocabulary import qwen_tokenizer
 from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
@@ -22,7 +23,6 @@ from lora_utils.placeholder.tokens import (
     no_placeholders,
     tokenize,
 )
-from tests.qwen_vocabulary import qwen_tokenizer
 
 TOKEN = "<zwx>"
 ROWS = 152064  # of Qwen's embedding matrix

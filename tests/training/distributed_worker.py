@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.model.device import Placement
+from lora_utils.model.memory_estimate import read_shapes
+from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.training import distributed, loop
 from lora_utils.training.setup import TrainJob, setup
 from lora_utils.training.state import final_lora
@@ -24,7 +26,18 @@ def main(model: Path, images: Path, given: str, shard_base: str) -> None:
     ranks = distributed.init()
     config = TrainConfig(**json.loads(given))
     placement = Placement(torch.device("cpu"), torch.float32)
-    run = setup(TrainJob(config, load(images, config), model, placement, ranks, shard_base=shard_base))
+    run = setup(
+        TrainJob(
+            config,
+            load(images, config),
+            model,
+            placement,
+            load_tokenizer(model),
+            read_shapes(model),
+            ranks,
+            shard_base=shard_base,
+        )
+    )
     frozen = [
         weight for weight in run.components.transformer.transformer_blocks.parameters() if not weight.requires_grad
     ]

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from lora_utils.config import TrainConfig, TrainInputs, declared_inputs, from_inputs, option_of
 from lora_utils.errors import UserError
-from lora_utils.model import memory_plan
+from lora_utils.model import memory_estimate
 from lora_utils.presets import PRESETS, Preset, preset_for
 from lora_utils.training import loop
 from lora_utils.training.checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
@@ -114,7 +114,7 @@ def test_the_memory_plan_knows_what_an_optimizer_keeps(optimizer):
 def test_the_plan_counts_the_optimizer():
     transformer = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}
     sizes = {
-        name: memory_plan.step_size(config, transformer, 4224, 2, bytes_per_weight(config)).needed_bytes(0)
+        name: memory_estimate.step_size(config, transformer, 4224, 2, bytes_per_weight(config)).needed_bytes(0)
         for name, config in ((name, replace(CONFIG, optimizer=name)) for name in OPTIMIZERS)
     }
     assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["adamw"] < sizes["prodigy"]

@@ -1,17 +1,33 @@
-"""Qwen's real tokenizer, rebuilt without a hub from the byte-pair ranks that the package dashscope ships.
+"""Qwen's real vocabulary, rebuilt without a hub from the byte-pair ranks that the package dashscope ships.
 
 The file holds the tokens by rank but not the merges; a token's merge is the pair that byte-pair encoding by lower
 ranks alone would have left of it.
 """
 
 import base64
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from itertools import pairwise
+from typing import Any, cast
 
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from examples.small_model import ADDED_TOKENS
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The byte-pair tokens by rank, in the spelling of vocab.json, and the merges that make them, in their order."""
+
+    ranks: dict[str, int]
+    merges: list[tuple[str, str]]
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The ids of the added tokens, which follow the byte-pair tokens."""
+        return {token: len(self.ranks) + index for index, token in enumerate(ADDED_TOKENS)}
 
 
 def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -27,8 +43,9 @@ def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """151 643 byte-pair tokens, then the 22 added ones up to <|file_sep|> = 151664. Takes some seconds."""
+@lru_cache(maxsize=1)
+def qwen_vocabulary() -> Vocabulary:
+    """Return the 151 643 byte-pair tokens and their merges. The first call takes some seconds."""
     text = files("dashscope").joinpath("resources/qwen.tiktoken").read_text()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in text.splitlines())}
     letters = bytes_to_unicode()
@@ -38,6 +55,12 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
     pairs = [_pair_of(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     merges = [(spell(pair[0]), spell(pair[1])) for pair in pairs if len(pair) == 2]
-    tokenizer = Qwen2Tokenizer(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges)
+    return Vocabulary({spell(token): rank for token, rank in ranks.items()}, merges)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Return the tokenizer: 151 643 byte-pair tokens, then the 22 added ones up to <|file_sep|> = 151664."""
+    vocabulary = qwen_vocabulary()
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary.ranks, merges=cast(Any, vocabulary.merges))
     tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
     return tokenizer

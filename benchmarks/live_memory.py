@@ -1,0 +1,42 @@
+"""Live memory, counted: what tensors hold at once while code runs on them, with data or without."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within it each storage that an operation makes is counted until it is freed. Views hold nothing of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes, self.peak_bytes = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.hold(tensor)
+        return made
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, if it isn't yet."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or tensor.device.type == torch.device("meta").type:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live_bytes += self._sizes[key]
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.live_bytes -= self._sizes.pop(key)
