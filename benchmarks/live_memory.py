@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,17 +20,16 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self.hold(tensor)
+            if isinstance(tensor, Tensor) and _key(tensor) not in given:  # a view's storage is its input's
+                self._hold(tensor)
         return made
 
-    def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, if it isn't yet."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes or tensor.device.type == torch.device("meta").type:
+    def _hold(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
         self.live_bytes += self._sizes[key]
@@ -40,3 +38,7 @@ class LiveMemory(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -107,6 +107,7 @@ class Job:
     checkpointed: int  # blocks; the plain one knows all or none
     quantization: str = "none"  # ours alone
     compiled: bool = False  # ours alone
+    lora_targets: str = "attention"  # ours alone
 
     @property
     def size(self) -> Size:
@@ -153,12 +154,12 @@ def batch_of(job: Job) -> tuple[Batch, Tensor]:
     return Batch(latents[0], latents[1], sigma, ("",) * job.batch, job.size, ("",) * job.batch), text
 
 
-def new_run(job: Job) -> TrainState:
-    """Return a run as `setup` does, with an empty caption's text at hand."""
-    times = flow.model_time(torch.tensor([SIGMA]), job.placement.dtype)
+def new_run(job: Job, table: bool = True) -> TrainState:
+    """Return a run as `setup` does, with an empty caption's text at hand; with a table of the modulations or not."""
+    times = flow.model_time(torch.tensor([SIGMA]), job.placement.dtype) if table else None
     stream, storage = weights_of(job.preset.config, job.placement), Storage(job.quantization, times)
     transformer = build_transformer(job.preset.config, stream, SOURCE, job.placement, storage)
-    config = TrainConfig(rank=job.rank, batch_size=job.batch, seed=0)
+    config = TrainConfig(rank=job.rank, batch_size=job.batch, lora_targets=job.lora_targets, seed=0)
     lora = attach_trainable_lora(transformer, config.lora_targets, job.rank, torch.Generator().manual_seed(0))
     plan = MemoryPlan(job.quantization, True, job.compiled, checkpointed_blocks=job.checkpointed)
     tokens, unused = job.preset.text_tokens, cast(Any, None)
@@ -189,7 +190,13 @@ def ours(job: Job) -> Callable[[], float]:
 
 def token(job: Job) -> Callable[[], float]:
     """The same with a new token in the caption: the text encoder reads it at every step, and its embedding learns."""
-    run, batch = new_run(job), batch_of(job)[0]
+    run, batch = with_token(job, new_run(job))
+    return lambda: loop.take_step(run, [batch], 0).loss
+
+
+def with_token(job: Job, run: TrainState) -> tuple[TrainState, Batch]:
+    """Let a run train a token. -> the run and a batch whose caption holds it"""
+    batch = batch_of(job)[0]
     run.components.tokenizer = load_tokenizer(demo.MODEL)  # its ids are in any vocabulary
     with torch.device(job.placement.device):
         encoder: Any = cast(Any, Qwen2_5_VLTextModel)._from_config(
@@ -207,12 +214,28 @@ def token(job: Job) -> Callable[[], float]:
         job.preset.text_tokens - constants.TEMPLATE_SUFFIX_TOKENS
     )  # as long as the other methods' text
     run.data = replace(run.data, text_tokens={caption: job.preset.text_tokens})
-    captioned = [replace(batch, captions=(caption,) * job.batch)]
-    return lambda: loop.take_step(run, captioned, 0).loss
+    return run, replace(batch, captions=(caption,) * job.batch)
 
 
 def plain(job: Job) -> Callable[[], float]:
     """diffusers' train_dreambooth_lora_qwen_image.py, its step on one cached batch."""
+    transformer, loss_of = plain_loss(job)
+    weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def plain_loss(job: Job) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """-> the transformer as that example adapts it, and what computes its loss"""
     with init_empty_weights():
         transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.preset.config))
     fill_parameters(transformer, weights_of(job.preset.config, job.placement)(lambda name: name), SOURCE)
@@ -224,12 +247,10 @@ def plain(job: Job) -> Callable[[], float]:
     if job.checkpointed:
         transformer.enable_gradient_checkpointing()
     transformer.train()
-    weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4)
     batch, text = batch_of(job)
     mixed = job.placement.dtype != torch.float32
 
-    def step() -> float:
+    def loss_of() -> Tensor:
         with torch.autocast(job.placement.device.type, job.placement.dtype) if mixed else contextlib.nullcontext():
             velocity = transformer(
                 hidden_states=batch.noisy.to(job.placement.device, job.placement.dtype),
@@ -239,14 +260,9 @@ def plain(job: Job) -> Callable[[], float]:
                 img_shapes=[[(1, *job.size.grid)]] * job.batch,
                 return_dict=False,
             )[0]
-        loss = F.mse_loss(velocity.float(), batch.target.to(job.placement.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+        return F.mse_loss(velocity.float(), batch.target.to(job.placement.device))
 
-    return step
+    return cast(nn.Module, transformer), loss_of
 
 
 METHODS: dict[str, Callable[[Job], Callable[[], float]]] = {"ours": ours, "plain": plain, "token": token}

@@ -2,8 +2,8 @@
 
 This module owns a block's forward and the RoPE tables. It doesn't know of LoRAs, timesteps or how weights are stored:
 every linear layer is called as the module that it is. Against diffusers 0.42.1 it saves the fp32 copies that its
-RMSNorm keeps for the backward pass, a pass over memory per modulation and per gated residual, and the making of the
-RoPE table at every step.
+RMSNorm keeps for the backward pass, a pass over memory per modulation and per gated residual, the making of the RoPE
+table at every step and, on a GPU, most passes between the projections and attention.
 
 Legend: B batch, N image tokens, T text tokens, S = T + N, H heads, E width of a head, D = H * E.
 """
@@ -19,6 +19,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_utils.model import kernels
+
 Project = Callable[[Sequence[nn.Module], Tensor], list[Tensor]]  # several linear layers of one input
 
 
@@ -28,7 +30,10 @@ def project_each(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 class JointRope(nn.Module):
-    """It replaces `pos_embed`: one complex table [S, E / 2] for text and image, kept for the shapes last seen."""
+    """It replaces `pos_embed`: one table [S, E / 2, 2] for text and image, kept for the shapes last seen.
+
+    It holds the rotations' real and imaginary parts.
+    """
 
     def __init__(self, original: nn.Module):
         super().__init__()
@@ -38,24 +43,11 @@ class JointRope(nn.Module):
     def _table(self, shape: tuple[int, int, int], text_tokens: int, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # a table made while sampling must serve training too
             image, text = self.original([shape], max_txt_seq_len=text_tokens, device=device)
-            return torch.cat([text, image])
+            return torch.view_as_real(torch.cat([text, image]))
 
     def forward(self, img_shapes: list[Any], max_txt_seq_len: int, device: torch.device) -> Tensor:
         (shape,) = img_shapes[0]  # one image per example, all of one size
         return self.table(shape, max_txt_seq_len, device)
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Apply RoPE to [B, S, H, E] in fp32, as diffusers computes it, by a table [S, E / 2] of complex numbers.
-
-    Or by their real and imaginary parts [S, E / 2, 2]: more passes over memory, but the compiler fuses them, and it
-    can't do complex numbers.
-    """
-    if not table.is_complex():
-        (a, b), (c, d) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table[:, None].unbind(-1)
-        return torch.stack([a * c - b * d, a * d + b * c], dim=-1).flatten(3).type_as(x)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, S, H, E / 2]
-    return torch.view_as_real(pairs * table[:, None]).flatten(3).type_as(x)
 
 
 def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
@@ -69,7 +61,7 @@ def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Ten
 
 
 def attend(
-    attn: Any, image: Tensor, text: Tensor, mask: Tensor | None, rope: Tensor, project: Project
+    attn: Any, image: Tensor, text: Tensor, mask: Tensor | None, rope: Tensor, project: Project, join: kernels.Join
 ) -> tuple[Tensor, Tensor]:
     """Attend jointly over image [B, N, D] and text [B, T, D], text first. -> both, before their output layers.
 
@@ -79,23 +71,22 @@ def attend(
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attn.heads, -1))
 
-    def normed(x: Tensor, norm: Any) -> Tensor:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
-
     q, k, v = map(heads, project((attn.to_q, attn.to_k, attn.to_v), image))  # [B, N, H, E]
     text_q, text_k, text_v = map(heads, project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), text))
-    q = rotate(torch.cat([normed(text_q, attn.norm_added_q), normed(q, attn.norm_q)], dim=1), rope)  # [B, S, H, E]
-    k = rotate(torch.cat([normed(text_k, attn.norm_added_k), normed(k, attn.norm_k)], dim=1), rope)
+    q = join(text_q, q, attn.norm_added_q.weight, attn.norm_q.weight, rope, attn.norm_q.eps)  # [B, S, H, E]
+    k = join(text_k, k, attn.norm_added_k.weight, attn.norm_k.weight, rope, attn.norm_k.eps)
     v = torch.cat([text_v, v], dim=1)
     seen = None if mask is None else F.pad(mask, (0, image.shape[1]), value=True)[:, None, None]  # [B, 1, 1, S]
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)  # [B, S, D]
-    return mixed[:, text.shape[1] :], mixed[:, : text.shape[1]]
+    mixed_text, mixed_image = mixed.split([text.shape[1], image.shape[1]], dim=1)
+    return mixed_image, mixed_text
 
 
 def compute_block(
     block: Any,
     project: Project,
+    join: kernels.Join,
     image: Tensor,
     text: Tensor,
     mask: Tensor | None,
@@ -115,6 +106,7 @@ def compute_block(
         mask,
         rope,
         project,
+        join,
     )
     image = torch.addcmul(image, i_gate1[:, None], block.attn.to_out[0](mixed_image))
     text = torch.addcmul(text, t_gate1[:, None], block.attn.to_add_out(mixed_text))
@@ -143,7 +135,7 @@ def compiled_block(backend: str = "inductor") -> Compute:
     def compute(*given: Any) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():  # a validation: too few forwards to compile more kinds for
             return compute_block(*given)
-        return compiled(*given[:-1], torch.view_as_real(given[-1]))
+        return compiled(*given)
 
     return compute
 
@@ -164,6 +156,7 @@ class BlockForward:
     """
 
     block: Any
+    join: kernels.Join
     project: Project = project_each
     compute: Compute = compute_block
     checkpointed: bool = False  # keep only the inputs for the backward pass, and run again in it
@@ -193,7 +186,7 @@ class BlockForward:
     def _forward(self, image: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, rope: Tensor) -> Streams:
         """Compute with the modulations of `temb`, maybe from a table: they stay out of what is compiled."""
         image_mod, text_mod = self.block.img_mod(temb), self.block.txt_mod(temb)
-        return self.compute(self.block, self.project, image, text, mask, image_mod, text_mod, rope)
+        return self.compute(self.block, self.project, self.join, image, text, mask, image_mod, text_mod, rope)
 
 
 def install_forwards(transformer: QwenImageTransformer2DModel) -> None:
@@ -201,8 +194,10 @@ def install_forwards(transformer: QwenImageTransformer2DModel) -> None:
     if isinstance(transformer.pos_embed, JointRope):
         return
     transformer.pos_embed = cast(Any, JointRope(transformer.pos_embed))
+    like = transformer.img_in.weight
+    join = kernels.choose_join(like.device, like.dtype, transformer.config["attention_head_dim"])
     for block in transformer.transformer_blocks:
-        cast(Any, block).forward = BlockForward(block)
+        cast(Any, block).forward = BlockForward(block, join)
 
 
 def forwards_of(transformer: QwenImageTransformer2DModel) -> list[BlockForward]:

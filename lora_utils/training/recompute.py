@@ -27,8 +27,10 @@ def plan_recompute(state: TrainState) -> None:
     A resumed run checkpoints at least as many as before: it is exact, so more of them change nothing but the time.
     """
     size = state.largest.step_size
-    # Mapped weights are used at every step, though the system counts their memory as free.
-    free = max(0.0, free_bytes(state.components.placement.device) - state.plan.mapped_bytes)
+    # Mapped weights are used at every step, though the system counts their memory as free. Where they don't fit anyway,
+    # each step reads them again, whatever else is held.
+    mapped = 0.0 if state.plan.read_again_bytes else state.plan.mapped_bytes
+    free = free_bytes(state.components.placement.device) - mapped
     count = max(state.plan.checkpointed_blocks, memory.blocks_to_checkpoint(size, free))
     change_plan(state, checkpointed_blocks=count)
     log.info(

@@ -1,0 +1,479 @@
+"""A step on paper: its operations counted on tensors without data, and the least time that a GPU would take for them.
+
+    python -m benchmarks.trace --preset full --against plain
+    python -m benchmarks.trace --preset full --resolution 512 --rank 32 --batch 1 --token
+    python -m benchmarks.trace --preset full --sampling
+
+One training step (forward and backward), or one sampling step with guidance, of all blocks on torch's fake tensors. It
+takes seconds and little memory on any machine. Each operation's floating-point operations and the bytes that it reads
+and writes are counted as a GPU would run them in eager mode: one kernel for an RMSNorm, none for a view. The roofline
+is the sum over operations of max(operations / peak, bytes / bandwidth); the floor counts matrix products and attention
+alone, at their peak. Neither knows of launches or of a kernel's own losses, so a measured step is slower than both.
+"""
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import train
+from benchmarks.live_memory import LiveMemory
+from lora_utils import constants
+from lora_utils.lora.adapter import without_lora
+from lora_utils.model import blocks, flow, kernels, modulation, quantization
+from lora_utils.model.device import Placement
+from lora_utils.model.text_encoder import TextEmbeddings
+from lora_utils.model.transformer import predict_velocity
+from lora_utils.training import loss
+from lora_utils.training.state import TrainState
+
+REACHED = 0.8  # of a data sheet's peak that large products reach: 790 of the H200's 989 TFLOP/s were measured
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU by its data sheet: dense bf16 operations a second with fp32 sums, and bytes a second of its memory."""
+
+    name: str
+    peak: float
+    bandwidth: float
+    memory: float
+
+    @property
+    def reached(self) -> float:
+        """The operations a second that large matrix products reach."""
+        return REACHED * self.peak
+
+
+# NVIDIA's data sheets (H200, H100 SXM, A100 80GB SXM, L40S), its Ada whitepaper (RTX 4090), and the A10's for A10G.
+CARDS = (
+    Card("H200", 989e12, 4.8e12, 141e9),
+    Card("H100", 989e12, 3.35e12, 80e9),
+    Card("A100 80", 312e12, 2.04e12, 80e9),
+    Card("L40S", 362e12, 0.864e12, 48e9),
+    Card("RTX 4090", 165e12, 1.008e12, 24e9),
+    Card("A10G", 70e12, 0.6e12, 24e9),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One operation: what it computes, and what it moves."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def seconds(self, card: Card) -> float:
+        """Return its roofline."""
+        return max(self.flops / card.reached, self.bytes / card.bandwidth)
+
+
+@dataclass(slots=True)
+class Trace:
+    """The kernels of a step, and its memory beyond the weights."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    kept_bytes: float = 0.0  # from the forward for the backward pass
+    peak_bytes: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """All operations of matrix products and attention."""
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> float:
+        """All bytes that are read and written."""
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    def seconds(self, card: Card) -> float:
+        """Return the step's roofline on a card."""
+        return sum(kernel.seconds(card) for kernel in self.kernels)
+
+    def floor(self, card: Card) -> float:
+        """Return what matrix products and attention alone take."""
+        return self.flops / card.reached
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: 2,  # products of [S, D] with [D, S]
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
+}
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+_FREE = {
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "_unsafe_view",
+    "_local_scalar_dense",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """It records each operation on fake tensors as the kernel that a GPU would run for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "prim" or name in _FREE or _is_view(func):
+            return made
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        # Numbers alone never leave the CPU, and what is written in place is both read and written.
+        moved = sum(map(_moved_bytes, given)) + sum(map(_moved_bytes, results))
+        if results and any(tensor.ndim for tensor in (*given, *results)):
+            self.kernels.append(Kernel(name, _flops(func, given), moved))
+        return made
+
+
+def _is_view(func: Any) -> bool:
+    """Return whether an operation only looks at its input in another way."""
+    returns = func._schema.returns
+    return bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+
+
+def _moved_bytes(tensor: Tensor) -> int:
+    """Return a tensor's bytes, those of an expanded one once."""
+    numel = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numel *= size if stride else 1
+    return numel * tensor.element_size()
+
+
+def _flops(func: Any, given: Sequence[Tensor]) -> float:
+    """Count a matrix product's or attention's operations; 0 for all others."""
+    if func in _PRODUCTS:
+        left, right = given[-2:]
+        return 2.0 * left.numel() * right.shape[-1]
+    if func in _ATTENTION:
+        query, key = (given[1], given[2]) if "backward" in func._schema.name else (given[0], given[1])
+        return 2.0 * _ATTENTION[func] * query.numel() * key.shape[-2]
+    return 0.0
+
+
+# A GPU has one kernel for an RMSNorm and one for its backward pass, which a CPU build of torch makes of others.
+
+
+@torch.library.custom_op("trace::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("trace::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(gradient: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@_rms_norm_backward.register_fake
+def _(gradient: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, rstd, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _rms_norm_backward(gradients[0], *ctx.saved_tensors), None, None
+
+
+# Weights that are stored in fewer bits are made dense by a kernel that reads them and writes bf16.
+
+
+@torch.library.custom_op("trace::dequantize", mutates_args=())
+def _dequantize(stored: Tensor, rows: int, columns: int) -> Tensor:
+    raise NotImplementedError
+
+
+@_dequantize.register_fake
+def _(stored: Tensor, rows: int, columns: int) -> Tensor:
+    return stored.new_empty((rows, columns), dtype=torch.bfloat16)
+
+
+def store_quantized(transformer: nn.Module, scheme: str) -> None:
+    """Let the layers that a scheme quantises hold as many bytes as it takes, and make them dense as it does."""
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, nn.Linear) and quantization.is_quantized(name):
+            rows, columns = layer.weight.shape
+            size = int(rows * columns * quantization.WEIGHT_BYTES[scheme])
+            stored = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+            stored.dense_shape = (rows, columns)  # pyright: ignore[reportAttributeAccessIssue]
+            layer.weight = stored
+            cast(Any, layer).forward = partial(quantization._forward, layer)
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_paper() -> Iterator[None]:
+    """Let tensors have no data within it, and operations be a GPU's."""
+    real = F.rms_norm, quantization.dense, nn.Module._apply, kernels.choose_join
+    kernels.choose_join = lambda *_: cast(kernels.Join, kernels.norm_rope)
+    F.rms_norm = lambda x, _shape, weight, eps: _RmsNorm.apply(x, weight, eps)
+    quantization.dense = lambda weight: _dequantize(weight, *weight.dense_shape)  # type: ignore[attr-defined]
+    nn.Module._apply = lambda self, fn, recurse=True: self  # fake weights are made where and as they should be
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        F.rms_norm, quantization.dense, nn.Module._apply, kernels.choose_join = real
+
+
+def new_run(job: train.Job) -> TrainState:
+    """Return a run on tensors without data, its modulations in a table that shows one timestep."""
+    exact = replace(job, quantization="none")
+    run = train.new_run(exact, table=False)
+    transformer = run.components.transformer
+    shape = (1, job.shape.blocks, len(modulation.STREAMS), 6 * job.shape.width)
+    table = modulation.ModulationTable(
+        torch.zeros(1), torch.empty(shape, dtype=job.placement.dtype), torch.device("cpu")
+    )
+    table.current = table.rows
+    for index, block in enumerate(transformer.transformer_blocks):
+        for stream, name in enumerate(modulation.STREAMS):
+            setattr(block, name, modulation._FromTable(table, index, stream))
+    if job.quantization != "none":
+        store_quantized(transformer, job.quantization)
+    return run
+
+
+def trace_training(job: train.Job, method: str) -> Trace:
+    """Trace a training step: `ours`, `token`, ours with a token in the caption, or `plain`, peft on diffusers' blocks.
+
+    The clipping and AdamW are counted as one kernel each over the LoRA's weights, the same for all.
+    """
+    with on_paper():
+        if method == "plain":
+            transformer, loss_of = train.plain_loss(job)
+            learned = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        else:
+            run, batch = new_run(job), train.batch_of(job)[0]
+            if method == "token":
+                run, batch = train.with_token(job, run)
+            learned, loss_of = run.learned, lambda: loss.flow_matching_loss(run, batch).mean()
+        loss_of()  # what is made once, like RoPE's table, is made
+        with LiveMemory() as live, Recorder() as recorder:
+            computed = loss_of()
+            kept = live.live_bytes
+            computed.backward()
+        count = sum(parameter.numel() for parameter in learned)
+    # Clipping reads the gradients, then reads and writes them; AdamW reads four numbers a weight and writes three.
+    recorder.kernels += [Kernel("clip", 0.0, 12.0 * count), Kernel("adamw", 0.0, 28.0 * count)]
+    return Trace(recorder.kernels, kept, live.peak_bytes)
+
+
+def trace_sampling(job: train.Job) -> Trace:
+    """Trace one sampling step with guidance: two forwards, the guidance and the Euler step."""
+    with on_paper(), torch.no_grad():
+        run, text = new_run(job), train.batch_of(job)[1]
+        latents = torch.empty(job.batch, job.size.tokens, constants.PACKED_CHANNELS, dtype=job.placement.dtype)
+        prompt = TextEmbeddings(text.expand(job.batch, -1, -1), None)
+        sigma = torch.full((job.batch,), train.SIGMA)
+        transformer = run.components.transformer
+        for block in blocks.forwards_of(transformer):
+            block.project = blocks.project_each
+        with without_lora(transformer):
+            predict_velocity(transformer, latents, sigma, prompt, job.size)
+            with LiveMemory() as live, Recorder() as recorder:
+                velocity = predict_velocity(transformer, latents, sigma, prompt, job.size)
+                unconditional = predict_velocity(transformer, latents, sigma, prompt, job.size)
+                flow.euler_step(latents, flow.guide(velocity, unconditional, 4.0), 0.5, 0.4)
+    return Trace(recorder.kernels, 0.0, live.peak_bytes)
+
+
+# --- compiled blocks ------------------------------------------------------------------------------------------------
+
+
+def trace_compiled(job: train.Job) -> Trace:
+    """Trace a training step whose blocks are compiled: the kernels that inductor plans for a block in the middle.
+
+    They are planned for a CPU, whose fusions of what stands between products are a GPU's but for details. What stands
+    outside of the blocks is one kernel here: a step of one block less what a second one adds.
+    """
+    shallow = [replace(job, preset=resized(job.preset, count)) for count in (1, 2)]
+    one, two = (trace_training(each, "ours").kernels for each in shallow)
+
+    def outside(value: Callable[[Kernel], float]) -> float:
+        return 2 * sum(map(value, one)) - sum(map(value, two))
+
+    rest = Kernel("outside of the blocks", outside(lambda each: each.flops), outside(lambda each: each.bytes))
+    forward, backward = plan_block(shallow[0])
+    again = job.checkpointed * len(forward)
+    blocks_count = job.shape.blocks
+    kernels_of_blocks = [*forward * (blocks_count + (job.checkpointed if again else 0)), *backward * blocks_count]
+    learned = [each for each in trace_training(shallow[0], "ours").kernels if each.name in ("clip", "adamw")]
+    share = [replace(each, bytes=each.bytes * (blocks_count - 1)) for each in learned]  # one block's are in the rest
+    return Trace([*kernels_of_blocks, rest, *share], 0.0, 0.0)
+
+
+def resized(preset: train.Preset, count: int) -> train.Preset:
+    """Return a preset with another number of blocks."""
+    return replace(preset, config={**preset.config, "num_layers": count})
+
+
+def plan_block(job: train.Job) -> tuple[list[Kernel], list[Kernel]]:
+    """Compile a block and its backward pass. -> the kernels of both, as inductor's scheduler has them"""
+    run = train.new_run(job)
+    transformer = run.components.transformer
+    own, width = blocks.forwards_of(transformer)[0], job.shape.width
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(job.placement.dtype)
+
+    image = random(job.batch, job.size.tokens, width).requires_grad_()
+    text = random(job.batch, job.preset.text_tokens, width).requires_grad_()
+    image_mod, text_mod = (random(job.batch, 6 * width) for _ in modulation.STREAMS)
+    tokens = job.size.tokens + job.preset.text_tokens
+    rope = torch.randn(tokens, job.preset.config["attention_head_dim"] // 2, 2, generator=generator)
+
+    graphs: list[list[Kernel]] = []
+    real = GraphLowering._update_scheduler
+
+    def planned(self: GraphLowering) -> None:
+        real(self)
+        graphs.append([_kernel_of(node) for node in self.scheduler.nodes if node.get_read_write_buffers_sizes()])
+
+    GraphLowering._update_scheduler = planned
+    try:
+        with inductor_config.patch(force_disable_caches=True):
+            compute = torch.compile(blocks.compute_block, dynamic=False)
+            out = compute(own.block, own.project, _planned_join, image, text, None, image_mod, text_mod, rope)
+            torch.autograd.backward(out, [torch.ones_like(each) for each in out])
+    finally:
+        GraphLowering._update_scheduler = real
+        torch._dynamo.reset()
+    forward, backward = graphs
+    return forward, backward
+
+
+def _planned_join(*given: Any) -> Tensor:
+    """Let the compiler see the kernel. It runs here as the steps, whose operations the plan doesn't hold."""
+    return kernels.norm_rope(*given)
+
+
+def _kernel_of(node: Any) -> Kernel:
+    """Return a node of inductor's scheduler as a kernel, attention's operations by its tensors' sizes."""
+    inner, moved = node.node, float(node.get_read_write_buffers_sizes())
+    name = str(getattr(inner, "python_kernel_name", None) or "fused")
+    if "attention" in name:
+        sizes = [[int(side) for side in each.get_size()] for each in inner.inputs]
+        query, key = sizes[1:3] if "backward" in name else sizes[:2]
+        products = 5 if "backward" in name else 2
+        return Kernel(name, 2.0 * products * math.prod(query) * key[-2], moved)
+    return Kernel(name, float(node.estimate_flops() or 0.0), moved)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table_of_cards(traces: dict[str, Trace]) -> list[str]:
+    """Return the roofline of each trace on each card, beside the floor of the first."""
+    first = next(iter(traces.values()))
+    lines = ["| | floor, ms | " + " | ".join(f"{name}, ms | of the floor" for name in traces) + " |"]
+    lines.append("|---|---|" + "---|---|" * len(traces))
+    for card in CARDS:
+        cells = [card.name, f"{1e3 * first.floor(card):.0f}"]
+        for trace in traces.values():
+            seconds = trace.seconds(card)
+            cells += [f"{1e3 * seconds:.0f}", f"{seconds / first.floor(card):.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table_of_kernels(trace: Trace, card: Card, most: int) -> list[str]:
+    """Return where a step's bytes and seconds go, by operation."""
+    found: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in trace.kernels:
+        found[kernel.name].append(kernel)
+    rows = [
+        (sum(each.seconds(card) for each in own), name, len(own), sum(each.bytes for each in own))
+        for name, own in found.items()
+    ]
+    lines = [f"| operation | kernels | GB | ms on the {card.name} |", "|---|---|---|---|"]
+    for seconds, name, count, moved in sorted(rows, reverse=True)[:most]:
+        lines.append(f"| {name} | {count} | {moved / 1e9:.1f} | {1e3 * seconds:.1f} |")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(train.PRESETS), default="full")
+    parser.add_argument("--against", choices=["plain"], help="trace this too")
+    parser.add_argument("--resolution", type=int, help="side of the image in pixels; the preset's without")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--checkpointed", type=int, default=0, help="blocks that are activation-checkpointed")
+    parser.add_argument("--quantization", choices=["none", *quantization.WEIGHT_BYTES], default="none")
+    parser.add_argument("--compiled", action="store_true", help="compiled blocks too; takes a minute and 4 GB")
+    parser.add_argument("--token", action="store_true", help="a token in the caption")
+    parser.add_argument(
+        "--sampling", action="store_true", help="a sampling step with guidance in place of a training step"
+    )
+    parser.add_argument("--operations", type=int, default=12, help="how many operations to list")
+    given = parser.parse_args(arguments)
+    job = job_of(given)
+    if given.sampling:
+        traces = {"ours": trace_sampling(job)}
+    else:
+        method = "token" if given.token else "ours"
+        traces = {method: trace_training(job, method)}
+        if given.compiled:
+            traces["compiled"] = trace_compiled(job)
+        if given.against:
+            traces[given.against] = trace_training(job, given.against)
+    for name, trace in traces.items():
+        print(
+            f"{name}: {trace.flops / 1e12:.1f} TFLOP, {len(trace.kernels)} kernels move {trace.bytes / 1e9:.0f} GB; "
+            f"{trace.kept_bytes / 1e9:.2f} GB are kept for the backward pass, at most {trace.peak_bytes / 1e9:.2f} live"
+        )
+        print("\n".join(["", *table_of_kernels(trace, CARDS[0], given.operations), ""]))
+    print("\n".join(table_of_cards(traces)))
+
+
+def job_of(given: argparse.Namespace) -> train.Job:
+    """Return what is traced."""
+    preset = train.PRESETS[given.preset]
+    if given.resolution:
+        preset = replace(preset, side_px=given.resolution)
+    placement = Placement(torch.device("cpu"), torch.bfloat16)
+    return train.Job(preset, placement, given.rank, given.batch, given.checkpointed, given.quantization)
+
+
+if __name__ == "__main__":
+    main()
