@@ -35,38 +35,11 @@ from lora_utils import constants
 from lora_utils.lora.adapter import without_lora
 from lora_utils.model import blocks, flow, kernels, modulation, quantization
 from lora_utils.model.device import Placement
+from lora_utils.model.roofline import CARDS, Card
 from lora_utils.model.text_encoder import TextEmbeddings
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loss
 from lora_utils.training.state import TrainState
-
-REACHED = 0.8  # of a data sheet's peak that large products reach: 790 of the H200's 989 TFLOP/s were measured
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A GPU by its data sheet: dense bf16 operations a second with fp32 sums, and bytes a second of its memory."""
-
-    name: str
-    peak: float
-    bandwidth: float
-    memory: float
-
-    @property
-    def reached(self) -> float:
-        """The operations a second that large matrix products reach."""
-        return REACHED * self.peak
-
-
-# NVIDIA's data sheets (H200, H100 SXM, A100 80GB SXM, L40S), its Ada whitepaper (RTX 4090), and the A10's for A10G.
-CARDS = (
-    Card("H200", 989e12, 4.8e12, 141e9),
-    Card("H100", 989e12, 3.35e12, 80e9),
-    Card("A100 80", 312e12, 2.04e12, 80e9),
-    Card("L40S", 362e12, 0.864e12, 48e9),
-    Card("RTX 4090", 165e12, 1.008e12, 24e9),
-    Card("A10G", 70e12, 0.6e12, 24e9),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +200,7 @@ def _(stored: Tensor, rows: int, columns: int) -> Tensor:
 def store_quantized(transformer: nn.Module, scheme: str) -> None:
     """Let the layers that a scheme quantises hold as many bytes as it takes, and make them dense as it does."""
     for name, layer in transformer.named_modules():
-        if isinstance(layer, nn.Linear) and quantization.is_quantized(name):
+        if isinstance(layer, nn.Linear) and quantization.is_quantized(name) and "lora_" not in name:
             rows, columns = layer.weight.shape
             size = int(rows * columns * quantization.WEIGHT_BYTES[scheme])
             stored = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)

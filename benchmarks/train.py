@@ -39,7 +39,7 @@ from examples import demo
 from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.lora.adapter import attach_trainable_lora
-from lora_utils.model import flops, flow, quantization
+from lora_utils.model import flops, flow, quantization, roofline
 from lora_utils.model.components import Components
 from lora_utils.model.device import Placement, peak_bytes
 from lora_utils.model.latents import Size
@@ -118,6 +118,14 @@ class Job:
         config = self.preset.config
         width = config["attention_head_dim"] * config["num_attention_heads"]
         return flops.Shape(config["num_layers"], width, constants.PACKED_CHANNELS, config["joint_attention_dim"])
+
+    def predicted_s(self, card: roofline.Card) -> float:
+        """Seconds of a step at least, by a GPU's data sheet."""
+        width = self.shape.width
+        lora = self.shape.blocks * self.rank * width * 2 * len(constants.LORA_TARGETS[self.lora_targets])
+        tokens = self.size.tokens, self.preset.text_tokens
+        step = roofline.Step(self.shape, *tokens, self.lora_targets, lora, self.checkpointed, self.quantization)
+        return self.batch * replace(step, compiled=self.compiled).seconds(card)
 
     @property
     def flops(self) -> float:
@@ -380,6 +388,12 @@ def main() -> None:
     if arguments.against:
         faster, smaller = taken[arguments.against] / taken["ours"], peaks["ours"] / peaks[arguments.against]
         lines.append(f"\n{faster:.2f} times the speed of {arguments.against}, {smaller:.0%} of its memory.")
+    if card := roofline.find_card(placement.device):
+        predicted = job.predicted_s(card)
+        lines.append(
+            f"\nPredicted for a {card.name} by its data sheet: {predicted:.3f} s a step at least; measured "
+            f"{taken['ours'] / predicted:.2f} times that."
+        )
     print("\n".join(lines))
     if arguments.record:
         with RESULTS.open("a") as file:

@@ -9,6 +9,7 @@ and how fast they were read, against the disk's own speed. The folder is made fo
 """
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -41,13 +42,15 @@ class Watched:
     seconds: float = 0.0
     held: float = 0.0  # bytes that can't be taken back
     mapped: float = 0.0  # bytes of files
-    read: float = 0.0  # bytes from the disk
+    reads: list[tuple[float, float]] = field(default_factory=list)  # (seconds, bytes from the disk so far)
 
-    def between(self, first: str, last: str) -> float | None:
-        """Return the seconds from the line that matches one pattern to the one that matches the other."""
-        began = next((at for at, line in self.lines if re.search(first, line)), None)
-        ended = next((at for at, line in self.lines if re.search(last, line)), None)
-        return None if began is None or ended is None else ended - began
+    def at(self, pattern: str) -> float:
+        """Return the seconds until the first line that matches a pattern; NaN if none does."""
+        return next((at for at, line in self.lines if re.search(pattern, line)), math.nan)
+
+    def read_until(self, seconds: float) -> float:
+        """Return the bytes that were read from the disk until then."""
+        return max((read for at, read in self.reads if at <= seconds), default=0.0)
 
 
 def run_watched(command: Sequence[str], environment: dict[str, str]) -> Watched:
@@ -57,7 +60,7 @@ def run_watched(command: Sequence[str], environment: dict[str, str]) -> Watched:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as child:
         ended = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(child.pid, watched, ended))
+        watcher = threading.Thread(target=_watch, args=(child.pid, watched, ended, began))
         watcher.start()
         assert child.stdout is not None
         for line in child.stdout:
@@ -71,7 +74,7 @@ def run_watched(command: Sequence[str], environment: dict[str, str]) -> Watched:
     return watched
 
 
-def _watch(pid: int, watched: Watched, ended: threading.Event) -> None:
+def _watch(pid: int, watched: Watched, ended: threading.Event, began: float) -> None:
     """Keep the most that a process holds and has mapped, and what it has read, until it ends."""
     while not ended.wait(SAMPLED_S):
         try:
@@ -82,8 +85,8 @@ def _watch(pid: int, watched: Watched, ended: threading.Event) -> None:
         kilobytes = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)}
         watched.held = max(watched.held, 1024.0 * (kilobytes.get("RssAnon", 0) + kilobytes.get("RssShmem", 0)))
         watched.mapped = max(watched.mapped, 1024.0 * kilobytes.get("RssFile", 0))
-        found = re.search(r"^read_bytes: (\d+)$", read, re.MULTILINE)
-        watched.read = float(found.group(1)) if found else watched.read
+        if found := re.search(r"^read_bytes: (\d+)$", read, re.MULTILINE):
+            watched.reads.append((time.monotonic() - began, float(found.group(1))))
 
 
 def write_dataset(path: Path, side_px: int) -> None:
@@ -161,10 +164,12 @@ def describe(trained: Watched, predicted: Watched, model: HubModel, disk_bytes_p
 
     row("memory that can't be taken back, at most", *(f"{each.held / 1e9:.1f} GB" for each in both))
     row("mapped from files, at most", *(f"{each.mapped / 1e9:.1f} GB" for each in both))
-    row("read from the disk", *(f"{each.read / 1e9:.1f} GB" for each in both))
+    ready = (trained.at("LoRA of rank"), predicted.at("^loaded "))
+    row("seconds until the model is ready", *(f"{at:.0f}" for at in ready))
+    read = [(each.read_until(at), at) for each, at in zip(both, ready, strict=True)]
+    row("read from the disk until then", *(f"{count / 1e9:.1f} GB, {count / 1e9 / at:.2f} GB/s" for count, at in read))
     row("seconds in all", *(f"{each.seconds:.0f}" for each in both))
-    ready = (trained.between("", "LoRA of rank"), predicted.between("", "^loaded "))
-    row("seconds until the model is ready", *("-" if each is None else f"{each:.0f}" for each in ready))
+    row("read from the disk in all", *(f"{each.read_until(math.inf) / 1e9:.1f} GB" for each in both))
     lines.append("")
     for name, watched in (("training", trained), ("prediction", predicted)):
         lines += [

@@ -8,12 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_utils.config import TrainConfig
-
-# of a step's time
-# FLOP/s of a GPU that the choice is made for. A measured speed would differ from one start of a run to the next.
-NOMINAL_SPEED = 4e14
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -51,20 +45,6 @@ def training_flops(shape: Shape, image_tokens: int, text_tokens: int, checkpoint
     end = 2 * shape.width * shape.channels * image_tokens
     again = checkpointed_blocks * (12 * square * tokens + 4 * tokens**2 * shape.width)
     return forward_flops(shape, image_tokens, text_tokens) + linear + attention + end + again
-
-
-def compiled_seconds(
-    config: TrainConfig, shape: Shape, device: torch.device, image_tokens: int, text_tokens: int
-) -> float:
-    """Return what of a run's time may be compiled: on a GPU all of it, at two thirds of the nominal speed; on a CPU 0.
-
-    On a CPU a resumed run is the uninterrupted one bit for bit, and compiled it wouldn't be: the code that the
-    compiler makes for a shape, and how that rounds, depend on the shapes that the process has seen before.
-    """
-    if device.type != "cuda":
-        return 0.0
-    step = config.batch_size * training_flops(shape, image_tokens, text_tokens, 0)
-    return 1.5 * config.steps * config.gradient_accumulation * step / NOMINAL_SPEED
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -113,7 +113,9 @@ def _(
     table: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    back = rotate(gradient, table * table.new_tensor([1.0, -1.0])).split([text.shape[1], image.shape[1]], dim=1)
+    back = rotate(gradient.contiguous(), table * table.new_tensor([1.0, -1.0])).split(
+        [text.shape[1], image.shape[1]], dim=1
+    )
     found = []
     for turned, part, weight in zip(back, (text, image), (text_weight, image_weight), strict=True):
         wide, scaled = part.float(), turned.float() * weight.float()

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 # What a block keeps per token, in widths D: the inputs of its two norms, of q/k/v's and of the output layer's LoRA, q
 # and k before their norms, attention's q, k, v and output (10), and the GELU's input (4), less what two of them share.
 # Counted on these blocks (tests/model/test_blocks.py); diffusers' own keep 20.3 and 25.6 under bf16 autocast.
-KEPT_WIDTHS = {"attention": 13.2, "attention_mlp": 18.2}
+KEPT_WIDTHS = {"attention": 13.4, "attention_mlp": 18.6}
 BOUNDARY_WIDTHS = 1.0  # a checkpointed block's input
-WORKING_WIDTHS = 24.0  # of one block on its way: the MLP's 4 D and its gradient, and what comes and goes around them
+WORKING_WIDTHS = 9.0  # of one block on its way back: mostly the GELU's gradient, before and after it (8)
+SAMPLING_WIDTHS = 12.0  # of one block on its way without a backward pass, and the image itself
 # What decoding keeps at once, in images of the VAE's width: 7.03 in bf16 and 6.01 in fp32 counted on the folded VAE
 # (tests/model/test_memory.py), and room for a convolution's own workspace. Measured in bf16 on a CPU, at the true size:
 # 1.5 GB for 1024x1024 and 2.5 GB for 1328x1328, which is 7.5.
@@ -46,7 +47,7 @@ class StepSize:
 
 def sampling_bytes(tokens: int, width: int, element_bytes: int) -> float:
     """Return what a forward without a backward pass needs for an image of so many tokens: one block on its way."""
-    return float(tokens * width * element_bytes * WORKING_WIDTHS)
+    return float(tokens * width * element_bytes * SAMPLING_WIDTHS)
 
 
 def decode_bytes(pixels: int, element_bytes: int, base_dim: int) -> float:

@@ -6,13 +6,14 @@ activation-checkpointed follows from what is really free once the model is there
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_utils.config import QUANTIZATIONS, choice
 from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.loading import PASSING_BYTES
 from lora_utils.model.memory_estimate import SHARDED, Candidate, MemoryEstimate, Shortage
+from lora_utils.model.roofline import Card, Step
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ CPU_SCHEMES = ("none", "nf4")
 
 # On the careful side, for no GPU has measured them yet (`benchmarks.train --compiled` will).
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
-COMPILED_GAIN = 0.1
+# A base that is rounded more is chosen for speed alone where a step takes less than this share of the other's time.
+WORTH_ROUNDING = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,51 @@ class MemoryPlan:
     read_again_bytes: float = 0.0  # of mapped weights, on the CPU or beside a GPU, that have no room to stay
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a run's time follows from: the GPU, a step on one image, what it keeps in memory, and the run's images."""
+
+    card: Card
+    step: Step
+    size: memory.StepSize  # of the largest batch
+    images: int  # that the run shows, each as often as it does
+
+    def step_with(self, scheme: str, free: float) -> Step:
+        """Return the step of an image on a base stored so, when so many bytes are free for a batch's step."""
+        checkpointed = memory.blocks_to_checkpoint(self.size, free)
+        return replace(
+            self.step, checkpointed=checkpointed, quantization="none" if scheme == SHARDED else scheme, compiled=False
+        )
+
+    def candidate_step(self, candidate: Candidate, estimate: MemoryEstimate) -> Step:
+        """Return the step of an image with the model held like this."""
+        text = estimate.text_encoder if candidate.text_encoder_stays else 0.0
+        lora = 4.0 * self.size.lora_parameters
+        return self.step_with(candidate.scheme, estimate.free - estimate.transformer[candidate.scheme] - text - lora)
+
+    def compiled_gain_s(self, step: Step) -> float:
+        """Return the seconds that compiled blocks would save the run."""
+        return self.images * (step.seconds(self.card) - replace(step, compiled=True).seconds(self.card))
+
+
 # --- choices --------------------------------------------------------------------------------------------------------
 
 
-def choose(candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: str) -> tuple[Candidate, float]:
+def choose(
+    candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: str, timing: Timing | None = None
+) -> tuple[Candidate, float]:
     """Return the first candidate that fits with all that it maps, else the one that reads least again: how much.
 
-    Raises UserError with the numbers of the last one if none fits.
+    A later one of those that fit as well is chosen where it is much faster. Raises UserError with the numbers of the
+    last one if none fits.
     """
     shortages = [(estimate.shortage(candidate), candidate) for candidate in candidates]
     if possible := [(lack.read_again, index) for index, (lack, _) in enumerate(shortages) if lack.fits]:
-        read_again, index = min(possible)
-        return candidates[index], read_again
+        read_again = min(possible)[0]
+        as_good = [
+            candidates[each] for again, each in sorted(possible, key=lambda pair: pair[1]) if again == read_again
+        ]
+        return (as_good[0] if timing is None else _much_faster(as_good, estimate, timing)), read_again
     lack, last = shortages[-1]
     if not lack.device:
         raise UserError(_too_little_host_memory(estimate, last, lack))
@@ -63,13 +98,25 @@ def choose(candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: st
     )
 
 
+def _much_faster(candidates: Sequence[Candidate], estimate: MemoryEstimate, timing: Timing) -> Candidate:
+    """Return the first candidate, or a later one with the text encoder where it is, if that saves much of the time."""
+    best = candidates[0]
+    for other in candidates[1:]:
+        seconds = [timing.candidate_step(each, estimate).seconds(timing.card) for each in (best, other)]
+        if other.text_encoder_stays == best.text_encoder_stays and seconds[1] < WORTH_ROUNDING * seconds[0]:
+            best = other
+    return best
+
+
 def choose_training_plan(
-    asked: str, estimate: MemoryEstimate, live_text: bool, compiled_s: float = 0.0, shard_base: str = "never"
+    asked: str, estimate: MemoryEstimate, live_text: bool, timing: Timing | None = None, shard_base: str = "never"
 ) -> MemoryPlan:
     """Choose how a training holds the model. Raises UserError if nothing fits.
 
     `live_text`: the text encoder stays beside the transformer, because a token is trained. It is never quantised; where
-    it has no room on the GPU, it runs on the CPU. `compiled_s`: seconds of the run that compiling would shorten.
+    it has no room on the GPU, it runs on the CPU. `timing`: of a GPU whose data sheet is known. Blocks are compiled
+    where that saves the run more than it takes; never on a CPU, where a resumed run is the uninterrupted one bit for
+    bit: the code for a shape, and how it rounds, depend on the shapes that the process has seen before.
     """
     schemes = schemes_for(asked, shard_base, SHARDED in estimate.transformer)
     if asked == "auto" and estimate.host_free is None:
@@ -81,16 +128,20 @@ def choose_training_plan(
     advice = f"lower resolution or batch_size, or use {larger}"
     if asked not in ("auto", "nf4"):
         advice += ", or set quantization to auto"
-    chosen, read_again = choose(candidates, estimate, advice)
+    chosen, read_again = choose(candidates, estimate, advice, timing)
     alone = estimate.text_encoder + memory.SPARE_BYTES <= estimate.free
     return MemoryPlan(
         quantization="none" if chosen.scheme == SHARDED else chosen.scheme,
         text_encoder_on_device=chosen.text_encoder_stays if live_text else alone or estimate.host_free is None,
-        compiled=chosen.scheme == "none" and compiled_s * COMPILED_GAIN > COMPILE_S,
+        compiled=chosen.scheme == "none" and _compiling_pays(timing, chosen, estimate),
         sharded=chosen.scheme == SHARDED,
         mapped_bytes=estimate.mapped_bytes(chosen.scheme, live_text) if estimate.host_free is None else 0.0,
         read_again_bytes=read_again,
     )
+
+
+def _compiling_pays(timing: Timing | None, chosen: Candidate, estimate: MemoryEstimate) -> bool:
+    return timing is not None and timing.compiled_gain_s(timing.candidate_step(chosen, estimate)) > COMPILE_S
 
 
 def schemes_for(asked: str, shard_base: str, several: bool) -> tuple[str, ...]:
@@ -146,7 +197,7 @@ def _scheme_name(scheme: str) -> str:
     return {"none": "its own precision", SHARDED: "parts on several GPUs"}.get(scheme, scheme)
 
 
-def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> list[str]:
+def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate, timing: Timing | None = None) -> list[str]:
     """Say what a plan is, and why."""
     scheme = SHARDED if plan.sharded else plan.quantization
     lines = [
@@ -181,6 +232,12 @@ def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> lis
         lines.append(f"quantised to {plan.quantization} {why}: its weights are rounded, LoRAs aren't")
     if not plan.text_encoder_on_device:
         lines.append("the text encoder runs on the CPU, for want of room on the GPU: slower, with the same result")
+    if timing is not None:
+        step = timing.candidate_step(Candidate(scheme, plan.text_encoder_on_device), estimate)
+        lines.append(
+            f"a step on the largest image takes at least {step.seconds(timing.card):.2g} s on this {timing.card.name}, "
+            "by its data sheet"
+        )
     if plan.compiled:
         lines.append(
             "the blocks are compiled, which takes a minute or two, because the run is long enough to win it back"
@@ -188,7 +245,7 @@ def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> lis
     return lines
 
 
-def log_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> None:
+def log_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate, timing: Timing | None = None) -> None:
     """Log what a plan is, and why."""
-    for line in describe_plan(plan, asked, estimate):
+    for line in describe_plan(plan, asked, estimate, timing):
         log.info(line)

@@ -1,11 +1,13 @@
+# pyright: reportGeneralTypeIssues=false, reportMissingImports=false
+# (Triton's functions have no types.)
 """The kernels in Triton's language. `kernels` imports this module where it wants to run them: triton isn't everywhere.
 
 Both take rows, the heads of all tokens: programs below `text_programs` take the text's, the others the image's. H and E
 are the number and the width of the heads, R the rows of a program.
 """
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -28,9 +28,10 @@ from lora_utils.errors import UserError
 from lora_utils.io.tensor_store import TensorStore, open_tensor_store
 from lora_utils.lora.adapter import attach_trainable_lora, load_trainable_lora
 from lora_utils.lora.formats import LoraFile
-from lora_utils.model import flops, flow, memory_estimate, memory_plan
+from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.components import Components, load_schedule, model_key
 from lora_utils.model.device import Placement, release_memory, reset_peak
+from lora_utils.model.loading import read_layers_ahead
 from lora_utils.model.memory_estimate import ModelShapes
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import load_text_encoder, prompt_ids
@@ -205,19 +206,28 @@ def _timesteps(job: TrainJob, learned: Dataset, schedule: flow.Schedule) -> Tens
 
 def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None) -> MemoryPlan:
     """Choose the run's plan by the memory that is free, and log it. On several GPUs the fullest one decides for all."""
-    config, device = job.config, job.placement.device
+    config = job.config
     room = memory_estimate.measure_room(job.placement)
     room = replace(room, free=distributed.all_reduce_min(job.ranks, room.free))
     if room.host_free is not None:
         room = replace(room, host_free=distributed.all_reduce_min(job.ranks, room.host_free))
     count = None if timesteps is None else len(timesteps)
     estimate = memory_estimate.training_estimate(job.shapes, largest.step_size, count, room, job.ranks.world_size)
-    compiled_s = flops.compiled_seconds(config, job.shapes.of_flops, device, largest.size.tokens, largest.text_tokens)
-    plan = memory_plan.choose_training_plan(
-        config.quantization, estimate, bool(config.tokens), compiled_s, job.shard_base
-    )
-    memory_plan.log_plan(plan, config.quantization, estimate)
+    timing = _timing(job, largest)
+    plan = memory_plan.choose_training_plan(config.quantization, estimate, bool(config.tokens), timing, job.shard_base)
+    memory_plan.log_plan(plan, config.quantization, estimate, timing)
     return plan
+
+
+def _timing(job: TrainJob, largest: LargestBatch) -> memory_plan.Timing | None:
+    """Return what the run's time follows from; None without a GPU, or for one whose data sheet isn't known."""
+    config, card = job.config, roofline.find_card(job.placement.device)
+    if card is None:
+        return None
+    tokens, size = (largest.size.tokens, largest.text_tokens), largest.step_size
+    step = roofline.Step(job.shapes.of_flops, *tokens, config.lora_targets, size.lora_parameters)
+    images = config.steps * config.gradient_accumulation * config.batch_size
+    return memory_plan.Timing(card, step, size, images)
 
 
 # --- texts and latents ----------------------------------------------------------------------------------------------
@@ -245,6 +255,8 @@ def _encode_texts(
     text_encoder: Qwen2_5_VLTextModel | None = None
     if config.tokens or found.new:
         text_encoder = load_text_encoder(job.model_folder, placement)
+        if plan.read_again_bytes:
+            read_layers_ahead(list(text_encoder.layers))
     load_s = time.monotonic() - began
     placeholders = no_placeholders()
     if config.tokens and text_encoder is not None:
