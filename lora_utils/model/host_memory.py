@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 
 _ROOT = Path("/")
-_MADV_WILLNEED = 3  # Linux' asm-generic/mman-common.h
 _NO_LIMIT = 1 << 60  # bytes; version 1 writes "no limit" as a number near 2^63
 
 
@@ -98,20 +97,6 @@ def host_usage() -> HostUsage:
 def peak_host_bytes() -> float:
     """Return the most that this process ever had in memory, mapped files included."""
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux
-
-
-def read_soon(address: int, size: int) -> None:
-    """Ask the system to read a mapped stretch of memory from its file, and don't wait for it.
-
-    Page by page, as it is used, a file is read at a fraction of the disk's speed.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    start = address // page * page
-    try:
-        madvise = ctypes.CDLL("libc.so.6").madvise
-    except (OSError, AttributeError):
-        return
-    madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), _MADV_WILLNEED)
 
 
 def trim_allocator() -> None:

@@ -11,10 +11,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +25,6 @@ from lora_utils.errors import UserError
 from lora_utils.io.logging import format_duration
 from lora_utils.io.model_folder import weight_files
 from lora_utils.model.device import free_bytes
-from lora_utils.model.host_memory import read_soon
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -193,26 +191,6 @@ class _LoadingProgress:
         log.info(
             "loading the %s: %.0f %% of %.1f GB, %.2f GB/s, ETA %s", self.part, 100 * share, total, speed / 1e9, left
         )
-
-
-def read_layers_ahead(layers: Sequence[nn.Module]) -> None:
-    """Let each layer, when its turn comes, have the next one's mapped weights read; on the way back, the one before's.
-
-    It is for weights that have no room to stay in memory, and are read from their files at every pass.
-    """
-
-    def prefetch(layer: nn.Module) -> Callable[..., None]:
-        stretches = [(tensor.data_ptr(), tensor.nbytes) for tensor in layer.parameters()]
-
-        def run(*_: object) -> None:
-            for address, size in stretches:
-                read_soon(address, size)
-
-        return run
-
-    for before, after in pairwise(layers):
-        before.register_forward_pre_hook(prefetch(after))
-        after.register_full_backward_pre_hook(prefetch(before))
 
 
 # --- filling --------------------------------------------------------------------------------------------------------

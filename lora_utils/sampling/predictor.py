@@ -29,7 +29,6 @@ from lora_utils.model import memory_estimate, memory_plan
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement, free_bytes
 from lora_utils.model.latents import Size
-from lora_utils.model.loading import read_layers_ahead
 from lora_utils.model.text_encoder import length_warning
 from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
@@ -73,8 +72,6 @@ class ModelPredictor:
         plan = memory_plan.choose_sampling_plan(asked, estimate)
         memory_plan.log_plan(plan, asked, estimate)
         self.components = load_components(folder, placement, plan.quantization, plan.text_encoder_on_device)
-        if plan.read_again_bytes:
-            read_layers_ahead(list(self.components.need_text_encoder().layers))
         log.info("loaded %s on %s in %.1f s", base_model, placement.device, time.monotonic() - began)
         self.loras = LoraCache(min(LORA_CACHE_BYTES, 0.1 * free_bytes(placement.device)))
         self.default_weights = None

@@ -31,7 +31,6 @@ from lora_utils.lora.formats import LoraFile
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.components import Components, load_schedule, model_key
 from lora_utils.model.device import Placement, release_memory, reset_peak
-from lora_utils.model.loading import read_layers_ahead
 from lora_utils.model.memory_estimate import ModelShapes
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import load_text_encoder, prompt_ids
@@ -255,8 +254,6 @@ def _encode_texts(
     text_encoder: Qwen2_5_VLTextModel | None = None
     if config.tokens or found.new:
         text_encoder = load_text_encoder(job.model_folder, placement)
-        if plan.read_again_bytes:
-            read_layers_ahead(list(text_encoder.layers))
     load_s = time.monotonic() - began
     placeholders = no_placeholders()
     if config.tokens and text_encoder is not None:

@@ -1,11 +1,14 @@
 """The experiments' statistics are right, and a short form of each runs."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import start, train, zero_prior, zero_prior_report, zero_prior_run
+from benchmarks import start, trace, train, true_size, zero_prior, zero_prior_report, zero_prior_run
+from benchmarks.hub_layout import SMALL
 from examples import demo
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
@@ -125,3 +128,50 @@ def test_the_time_to_a_first_step_and_a_first_image_is_measured(random_model, mo
         since = [float(row[1]) for row in process]
         assert since == sorted(since)
         assert since[0] > 0
+
+
+# --- the rehearsal and the trace --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_rehearsal_trains_and_predicts_and_leaves_nothing(tmp_path, capsys):
+    """At small widths, through the very commands and files of the true size."""
+    folder = tmp_path / "rehearsal"
+    assert true_size.main([str(folder), "--blocks", "2", "--text-layers", "2", "--side", "64"], SMALL) == 0
+    said = capsys.readouterr().out
+    assert "GB of disk are needed" in said
+    assert "| memory that can't be taken back, at most | 0." in said
+    assert "training: memory: " in said
+    assert re.search(r"read from the disk until then \| [\d.]+ GB, [\d.]+ GB/s \|", said)
+    assert not folder.exists()
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(true_size.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(true_size, "write_folder", lambda *_: pytest.fail("it was written"))
+    assert true_size.main([str(tmp_path / "rehearsal")]) == 1
+    said = capsys.readouterr()
+    assert "59.7 GB of disk are needed, 1.0 GB are free" in said.out
+    assert "fewer --blocks" in said.err
+    assert not (tmp_path / "rehearsal").exists()
+
+
+def test_the_trace_prints_where_a_step_goes_and_what_each_gpu_takes(capsys):
+    trace.main(["--preset", "tiny", "--against", "plain", "--checkpointed", "2"])
+    said = capsys.readouterr().out
+    assert re.search(r"ours: [\d.]+ TFLOP, \d+ kernels move", said)
+    assert "| addmm |" in said
+    assert re.search(r"\| H200 \| \d+ \| \d+ \| [\d.]+ \| \d+ \| [\d.]+ \|", said)
+    trace.main(["--preset", "tiny", "--sampling"])
+    assert "norm_rope" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_traced_by_what_the_compiler_plans():
+    job = train.Job(train.PRESETS["wide"], Placement(torch.device("cpu"), torch.bfloat16), 32, 1, 0)
+    eager, compiled = trace.trace_training(job, "ours"), trace.trace_compiled(job)
+    assert compiled.flops == pytest.approx(eager.flops, rel=0.05)
+    assert 0.8 < compiled.bytes / eager.bytes < 1.05
+    names = {kernel.name for kernel in compiled.kernels}
+    assert "fused" in names
+    assert any("norm_rope" in name for name in names)

@@ -2,6 +2,9 @@
 
 import hashlib
 import random
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,14 @@ from lora_utils.errors import UserError
 from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.weights import Weights, placeholders_of
 from lora_utils.model.text_encoder import encode_text, load_text_encoder, prompt_ids
-from lora_utils.placeholder.embedding import embedding_matrix, new_placeholders, spliced_embeddings
+from lora_utils.placeholder.embedding import (
+    WordEmbeddings,
+    compare_with_words,
+    embedding_matrix,
+    measure_words,
+    new_placeholders,
+    spliced_embeddings,
+)
 from lora_utils.placeholder.tokens import (
     Placeholders,
     assign_ids,
@@ -227,3 +237,31 @@ def test_near_spellings_are_found_and_other_brackets_are_text():
 def test_a_thousand_tokens_are_read_in_a_loop(components):
     ids = tokenize(components.tokenizer, "<zwx>" * 1200, {TOKEN: 478})
     assert ids == [478] * 1200
+
+
+def test_the_nearest_word_is_found_without_a_copy_of_the_vocabulary(components):
+    """Against the formula in fp32; the bf16 product picks a word as near."""
+    encoder, tokenizer = components.text_encoder, components.tokenizer
+    words = measure_words(encoder, tokenizer)
+    matrix = embedding_matrix(encoder)[: len(tokenizer)]
+    assert torch.equal(words.norms, matrix.norm(dim=1))
+    assert words.rows == len(embedding_matrix(encoder))
+    own = matrix[7] + 0.01 * torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    cosines = (matrix @ own) / (matrix.norm(dim=1) * own.norm())
+    for dtype in (torch.float32, torch.bfloat16):
+        report = compare_with_words(own, replace(words, matrix=matrix.to(dtype)), tokenizer)
+        assert report.nearest == tokenizer.decode([int(cosines.argmax())])
+        assert report.cosine == pytest.approx(float(cosines.max()), abs=1e-5 if dtype == torch.float32 else 5e-3)
+        assert report.share_of_median == pytest.approx(float(own.norm() / matrix.norm(dim=1).median()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_line_about_the_token_takes_a_fifth_of_a_second_at_the_true_size(components):
+    matrix = torch.randn(151_665, 3584).to(torch.bfloat16)
+    words = WordEmbeddings(matrix, torch.ones(len(matrix)), 1.0, 152_064)
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        compare_with_words(torch.randn(3584), words, SimpleNamespace(decode=str))
+        taken.append(time.perf_counter() - began)
+    assert min(taken) < 0.2
