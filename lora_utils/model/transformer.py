@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_utils.errors import UserError
 from lora_utils.model import blocks, flops, flow, fsdp, modulation
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory, to_device
+from lora_utils.model.host_memory import trim_allocator
 from lora_utils.model.latents import Size
 from lora_utils.model.loading import check_complete, fill_parameters, stream_tensors
 from lora_utils.model.quantization import Quantizer
@@ -79,6 +80,7 @@ def build_transformer(
     check_complete(transformer, source)
     blocks.install_forwards(transformer)
     freeze_on_device(transformer, placement)
+    trim_allocator()  # of what quantising has left: on a CPU a sixth of the weights
     return transformer
 
 

@@ -117,7 +117,7 @@ def test_rounding_more_is_chosen_for_speed_only_where_that_is_much(monkeypatch):
 
     assert chosen() == "none"
     monkeypatch.setattr(memory_plan, "WORTH_ROUNDING", 0.99)
-    assert chosen() == "fp8"
+    assert chosen() in ("fp8", "nf4")
 
 
 def test_the_plan_says_how_long_a_step_takes_at_least():

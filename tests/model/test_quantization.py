@@ -1,6 +1,9 @@
 """Quantised bases: stored small, computed as the rounded matrices would, and still something to learn on."""
 
 import shutil
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings
 from lora_utils.model.transformer import Storage, build_transformer, load_transformer, predict_velocity
 from lora_utils.training import loop
-from tests.helpers import make_state
+from tests.helpers import ROOT, make_state
 from train import train
 
 SCHEMES = list(quantization.WEIGHT_BYTES)
@@ -163,3 +166,28 @@ def test_what_is_taught_on_the_coarsest_base_is_found_on_the_exact_one(tmp_path,
     print({name: str(score) for name, score in scores.items()})
     assert taught.kind >= 0.75, str(taught)
     assert others.all_three >= scores["other prompts, base model"].all_three - 0.05, str(others)
+
+
+HELD = """
+    import torch
+    from pathlib import Path
+    from benchmarks.train import TRUE_WIDTH, weights_of
+    from lora_utils.model import host_memory, memory_estimate
+    from lora_utils.model.device import Placement
+    from lora_utils.model.transformer import Storage, build_transformer
+
+    config, place = {{"num_layers": 3, **TRUE_WIDTH}}, Placement(torch.device("cpu"), torch.bfloat16)
+    planned = memory_estimate.transformer_bytes(memory_estimate.count_weights(config), 2, True)["{scheme}"]
+    before = host_memory.host_usage().held
+    storage = Storage("{scheme}", torch.tensor([0.5]))
+    transformer = build_transformer(config, weights_of(config, place), Path("nowhere"), place, storage)
+    print((host_memory.host_usage().held - before) / planned)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["none", "nf4", "fp8"])
+def test_on_a_cpu_the_process_holds_what_is_planned_and_nothing_that_quantising_has_left(scheme):
+    code = textwrap.dedent(HELD.format(scheme=scheme))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(1.0, abs=0.04)

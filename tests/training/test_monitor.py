@@ -4,8 +4,10 @@ import re
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.dataset import load
 from lora_utils.io import logging as io_logging
 from lora_utils.training import loop
 from lora_utils.training.batches import plan_batches
@@ -26,7 +28,7 @@ def pace_after(state, plans, seconds, monkeypatch, looked_s=0.0):
     clock = [0.0]
     monkeypatch.setattr(io_logging.time, "monotonic", lambda: clock[0])
     monitor = TrainMonitor(state, RunOptions(), [])
-    monitor.looked_s = looked_s
+    monitor.progress.began, monitor.looked_s = 0.0, looked_s
     clock[0] = seconds
     state.flops = sum(loop.batch_flops(state, each.examples[0].size, each.captions, each.is_prior) for each in plans)
     said = re.fullmatch(r"([\d.]+) s/step, ETA (.*)", monitor._pace(len(plans)))
@@ -55,10 +57,12 @@ def test_what_is_looked_at_between_steps_is_time_that_is_left_too(dataset, rando
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_first_eta_is_right_though_images_differ_in_size(seed, dataset, random_model, monkeypatch):
-    """Sizes of 64 and 256 pixels: a batch of the larger ones takes many times the other's operations."""
-    config = replace(CONFIG, resolution="64,256", seed=seed)
-    state = make_state(config, dataset, random_model)
+def test_the_first_eta_is_right_though_images_differ_in_size(seed, random_model, tmp_path, monkeypatch):
+    """Sides of 64 and 256 pixels: a batch of the larger ones takes many times the other's operations."""
+    for index, side in enumerate((64, 64, 64, 256, 256)):
+        Image.new("RGB", (side, side), (50 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    config = replace(CONFIG, resolution="64,256", default_caption="a drawing", seed=seed)
+    state = make_state(config, load(tmp_path, config), random_model)
     plans = plans_of(state, config.steps)
     costs = [loop.batch_flops(state, each.examples[0].size, each.captions, each.is_prior) for each in plans]
     assert max(costs) > 5 * min(costs)
