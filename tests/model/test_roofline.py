@@ -33,7 +33,11 @@ def step_of(job):
 
 
 CASES = [
-    {"side_px": side, "lora_targets": targets, "checkpointed": count}
+    pytest.param(
+        {"side_px": side, "lora_targets": targets, "checkpointed": count},
+        id=f"{side} {targets} {count}",
+        marks=[pytest.mark.slow] if side == 1024 else [],
+    )
     for side, targets, count in product((512, 1024), TARGETS, (0, 2, BLOCKS))
 ]
 
@@ -51,18 +55,14 @@ def traced():
     return trace_of
 
 
-def name_of(case):
-    return " ".join(map(str, case.values()))
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES)
 def test_the_time_of_a_step_is_what_is_counted(case, traced):
     job = job_of(**case)
     for card in roofline.CARDS:
         assert step_of(job).seconds(card) == pytest.approx(traced(job).seconds(card), rel=0.03), card.name
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES)
 def test_the_memory_of_a_step_is_what_is_counted(case, traced):
     """Of four blocks the first, whose input has no gradient, is a quarter; of the real sixty it is less."""
     job = job_of(**case)
