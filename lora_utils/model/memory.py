@@ -10,8 +10,8 @@ BOUNDARY_WIDTHS = 1.0  # a checkpointed block's input
 WORKING_WIDTHS = 8.0  # of one block on its way back: mostly the GELU's gradient, before and after it (8)
 SAMPLING_WIDTHS = 12.0  # of one block on its way without a backward pass, and the image itself
 # What decoding keeps at once, in images of the VAE's width: 7.03 in bf16 and 6.01 in fp32 counted on the folded VAE
-# (tests/model/test_memory.py), and room for a convolution's own workspace. Measured in bf16 on a CPU, at the true size:
-# 1.5 GB for 1024x1024 and 2.5 GB for 1328x1328, which is 7.5.
+# (tests/model/test_memory_estimate.py), and room for a convolution's own workspace. Measured in bf16 on a CPU, at the
+# true size: 1.5 GB for 1024x1024 and 2.5 GB for 1328x1328, which is 7.5.
 DECODE_WIDTHS = 7.5
 _LORA_BYTES = 4  # of a LoRA's weight, fp32
 SPARE_BYTES = 1.5e9  # the driver's, the libraries' workspaces, fragments

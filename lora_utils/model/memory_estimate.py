@@ -73,6 +73,11 @@ class MemoryEstimate:
         shared = text if self.mapped_text else text * self.processes  # files are mapped once for all processes
         return each * self.processes + shared + memory.SPARE_BYTES
 
+    def text_encoder_on_host(self, candidate: "Candidate") -> bool:
+        """Return whether the text encoder runs beside the GPU: for good, or for want of room even alone on it."""
+        alone = self.text_encoder + memory.SPARE_BYTES > self.free
+        return not candidate.text_encoder_stays and (candidate.text_encoder_on_host or alone)
+
     def shortage(self, candidate: "Candidate") -> "Shortage":
         """Return what a way to hold the model lacks."""
         stays, scheme = candidate.text_encoder_stays, candidate.scheme
@@ -82,7 +87,7 @@ class MemoryEstimate:
             # Without a token the text encoder is alone before the transformer comes.
             alone = 0.0 if stays or self.mapped_text else self.text_encoder + memory.SPARE_BYTES - self.free
             return Shortage(max(0.0, device - mapped, alone), 0.0, max(0.0, min(device, mapped)))
-        on_host = not stays and (self.text_encoder + memory.SPARE_BYTES > self.free or candidate.text_encoder_on_host)
+        on_host = self.text_encoder_on_host(candidate)
         host = self.host_needed(on_host) - self.host_free
         mapped = self.text_encoder if on_host and self.mapped_text else 0.0
         return Shortage(max(0.0, device), max(0.0, host - mapped), max(0.0, min(host, mapped)))
@@ -112,7 +117,7 @@ class ModelShapes:
     transformer: dict[str, Any]
     text_encoder: Qwen2_5_VLTextConfig
     vae_width: int
-    # In which dtypes they are stored; None where there are no weights.
+    # In which dtypes they are stored; None for one that nothing computes in.
     stored_transformer: torch.dtype | None = None
     stored_text_encoder: torch.dtype | None = None
     weights: int = 0  # of transformer and text encoder

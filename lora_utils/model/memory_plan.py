@@ -25,8 +25,6 @@ CPU_SCHEMES = ("none", "nf4")
 
 # On the careful side, for no GPU has measured them yet (`benchmarks.train --compiled` will).
 COMPILE_S = 90.0  # to compile a block, forward and backward, and again for the first, whose inputs have no gradient
-# A base that is rounded more is chosen for speed alone where a step takes less than this share of the other's time.
-WORTH_ROUNDING = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,7 @@ class MemoryPlan:
     checkpointed_blocks: int = 0  # that keep only their inputs for the backward pass
     mapped_bytes: float = 0.0  # of the weights that stay on a CPU: views of the files, which seem to be free memory
     read_again_bytes: float = 0.0  # of mapped weights, on the CPU or beside a GPU, that have no room to stay
+    predicted_s: float = 0.0  # of a step on one of the largest images, at least, by the GPU's data sheet; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +50,14 @@ class Timing:
     size: memory.StepSize  # of the largest batch
     images: int  # that the run shows, each as often as it does
 
-    def step_with(self, scheme: str, free: float) -> Step:
-        """Return the step of an image on a base stored so, when so many bytes are free for a batch's step."""
-        checkpointed = memory.blocks_to_checkpoint(self.size, free)
-        return replace(
-            self.step, checkpointed=checkpointed, quantization="none" if scheme == SHARDED else scheme, compiled=False
-        )
-
-    def candidate_step(self, candidate: Candidate, estimate: MemoryEstimate) -> Step:
-        """Return the step of an image with the model held like this."""
+    def step_with(self, candidate: Candidate, estimate: MemoryEstimate) -> Step:
+        """Return the step of an image with the model held like this, as many blocks checkpointed as must be."""
         text = estimate.text_encoder if candidate.text_encoder_stays else 0.0
         lora = 4.0 * self.size.lora_parameters
-        return self.step_with(candidate.scheme, estimate.free - estimate.transformer[candidate.scheme] - text - lora)
+        left = estimate.free - estimate.transformer[candidate.scheme] - text - lora
+        quantization = "none" if candidate.scheme == SHARDED else candidate.scheme
+        checkpointed = memory.blocks_to_checkpoint(self.size, left)
+        return replace(self.step, checkpointed=checkpointed, quantization=quantization)
 
     def compiled_gain_s(self, step: Step) -> float:
         """Return the seconds that compiled blocks would save the run."""
@@ -72,21 +67,15 @@ class Timing:
 # --- choices --------------------------------------------------------------------------------------------------------
 
 
-def choose(
-    candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: str, timing: Timing | None = None
-) -> tuple[Candidate, float]:
+def choose(candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: str) -> tuple[Candidate, float]:
     """Return the first candidate that fits with all that it maps, else the one that reads least again: how much.
 
-    A later one of those that fit as well is chosen where it is much faster. Raises UserError with the numbers of the
-    last one if none fits.
+    Raises UserError with the numbers of the last one if none fits.
     """
     shortages = [(estimate.shortage(candidate), candidate) for candidate in candidates]
     if possible := [(lack.read_again, index) for index, (lack, _) in enumerate(shortages) if lack.fits]:
-        read_again = min(possible)[0]
-        as_good = [
-            candidates[each] for again, each in sorted(possible, key=lambda pair: pair[1]) if again == read_again
-        ]
-        return (as_good[0] if timing is None else _much_faster(as_good, estimate, timing)), read_again
+        read_again, index = min(possible)
+        return candidates[index], read_again
     lack, last = shortages[-1]
     if not lack.device:
         raise UserError(_too_little_host_memory(estimate, last, lack))
@@ -96,16 +85,6 @@ def choose(
         f"{estimate.transformer[scheme] / 1e9:.3g}, {estimate.work_name} {estimate.work / 1e9:.3g}, to spare "
         f"{memory.SPARE_BYTES / 1e9:.3g}), and {estimate.free / 1e9:.3g} GB are free; {advice}."
     )
-
-
-def _much_faster(candidates: Sequence[Candidate], estimate: MemoryEstimate, timing: Timing) -> Candidate:
-    """Return the first candidate, or a later one with the text encoder where it is, if that saves much of the time."""
-    best = candidates[0]
-    for other in candidates[1:]:
-        seconds = [timing.candidate_step(each, estimate).seconds(timing.card) for each in (best, other)]
-        if other.text_encoder_stays == best.text_encoder_stays and seconds[1] < WORTH_ROUNDING * seconds[0]:
-            best = other
-    return best
 
 
 def choose_training_plan(
@@ -128,20 +107,22 @@ def choose_training_plan(
     advice = f"lower resolution or batch_size, or use {larger}"
     if asked not in ("auto", "nf4"):
         advice += ", or set quantization to auto"
-    chosen, read_again = choose(candidates, estimate, advice, timing)
+    chosen, read_again = choose(candidates, estimate, advice)
     alone = estimate.text_encoder + memory.SPARE_BYTES <= estimate.free
+    compiled, seconds = False, 0.0
+    if timing is not None:
+        step = timing.step_with(chosen, estimate)
+        compiled = chosen.scheme == "none" and timing.compiled_gain_s(step) > COMPILE_S
+        seconds = replace(step, compiled=compiled).seconds(timing.card)
     return MemoryPlan(
         quantization="none" if chosen.scheme == SHARDED else chosen.scheme,
         text_encoder_on_device=chosen.text_encoder_stays if live_text else alone or estimate.host_free is None,
-        compiled=chosen.scheme == "none" and _compiling_pays(timing, chosen, estimate),
+        compiled=compiled,
         sharded=chosen.scheme == SHARDED,
         mapped_bytes=estimate.mapped_bytes(chosen.scheme, live_text) if estimate.host_free is None else 0.0,
         read_again_bytes=read_again,
+        predicted_s=seconds,
     )
-
-
-def _compiling_pays(timing: Timing | None, chosen: Candidate, estimate: MemoryEstimate) -> bool:
-    return timing is not None and timing.compiled_gain_s(timing.candidate_step(chosen, estimate)) > COMPILE_S
 
 
 def schemes_for(asked: str, shard_base: str, several: bool) -> tuple[str, ...]:
@@ -182,9 +163,10 @@ def choose_sampling_plan(asked: str, estimate: MemoryEstimate) -> MemoryPlan:
 
 
 def _too_little_host_memory(estimate: MemoryEstimate, last: Candidate, lack: Shortage) -> str:
-    """Say what of the machine's own memory is missing."""
+    """Say what of the machine's own memory is missing. A mapped text encoder needs none that must stay."""
     assert estimate.host_free is not None
-    text = f"the text encoder {estimate.text_encoder / 1e9:.3g}, " if not last.text_encoder_stays else ""
+    held = 0.0 if estimate.mapped_text else estimate.text_encoder * estimate.processes
+    text = f"the text encoder {held / 1e9:.3g}, " if held and estimate.text_encoder_on_host(last) else ""
     return (
         f"{estimate.purpose} needs {(estimate.host_free + lack.host) / 1e9:.3g} GB of the machine's own memory ({text}"
         f"the table of modulations {estimate.table * estimate.processes / 1e9:.3g}, what passes through "
@@ -197,7 +179,7 @@ def _scheme_name(scheme: str) -> str:
     return {"none": "its own precision", SHARDED: "parts on several GPUs"}.get(scheme, scheme)
 
 
-def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate, timing: Timing | None = None) -> list[str]:
+def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> list[str]:
     """Say what a plan is, and why."""
     scheme = SHARDED if plan.sharded else plan.quantization
     lines = [
@@ -232,12 +214,8 @@ def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate, timing
         lines.append(f"quantised to {plan.quantization} {why}: its weights are rounded, LoRAs aren't")
     if not plan.text_encoder_on_device:
         lines.append("the text encoder runs on the CPU, for want of room on the GPU: slower, with the same result")
-    if timing is not None:
-        step = timing.candidate_step(Candidate(scheme, plan.text_encoder_on_device), estimate)
-        lines.append(
-            f"a step on the largest image takes at least {step.seconds(timing.card):.2g} s on this {timing.card.name}, "
-            "by its data sheet"
-        )
+    if plan.predicted_s:
+        lines.append(f"a step on the largest image takes at least {plan.predicted_s:.2g} s, by the GPU's data sheet")
     if plan.compiled:
         lines.append(
             "the blocks are compiled, which takes a minute or two, because the run is long enough to win it back"
@@ -245,7 +223,7 @@ def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate, timing
     return lines
 
 
-def log_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate, timing: Timing | None = None) -> None:
+def log_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> None:
     """Log what a plan is, and why."""
-    for line in describe_plan(plan, asked, estimate, timing):
+    for line in describe_plan(plan, asked, estimate):
         log.info(line)

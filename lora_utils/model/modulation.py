@@ -108,7 +108,7 @@ class _FromTable(nn.Module):
 
 @torch.no_grad()
 def install_table(transformer: QwenImageTransformer2DModel, timesteps: Tensor) -> "TableBuilder":
-    """Replace the modulations by a table for these timesteps, whose rows are still to be computed. -> what does it
+    """Replace the modulations by a table for these timesteps. -> the builder that is to compute its rows
 
     The transformer's time embedding must be loaded; its modulations need not. From then on every forward looks its
     timestep up. It had better be given on the CPU: reading it from the GPU would wait for all that is queued there.

@@ -214,7 +214,7 @@ def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None)
     estimate = memory_estimate.training_estimate(job.shapes, largest.step_size, count, room, job.ranks.world_size)
     timing = _timing(job, largest)
     plan = memory_plan.choose_training_plan(config.quantization, estimate, bool(config.tokens), timing, job.shard_base)
-    memory_plan.log_plan(plan, config.quantization, estimate, timing)
+    memory_plan.log_plan(plan, config.quantization, estimate)
     return plan
 
 
