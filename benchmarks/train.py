@@ -335,6 +335,42 @@ def machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} cores of a CPU, {platform.machine()}"
 
 
+def describe(
+    job: Job,
+    against: str | None,
+    steps: dict[str, Callable[[], float]],
+    taken: dict[str, float],
+    peaks: dict[str, float],
+) -> list[str]:
+    """Return a table of what each method's step took."""
+    floor = job.flops / flops.measured_peak(job.placement.device, job.placement.dtype, seconds=1.0)
+    command = "python -m benchmarks.train " + " ".join(word for word in sys.argv[1:] if word != "--record")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "peft"))
+    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(job.placement.device)}, {versions}\n"]
+    lines += ["| | s/step | TFLOP/step | floor, s | over the floor | peak memory, GB | where the time goes |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for method, step in steps.items():
+        spent = where_time_goes(step, job.placement.device)
+        cells = [
+            method,
+            f"{taken[method]:.3f}",
+            f"{job.flops / 1e12:.3g}",
+            f"{floor:.3f}",
+            f"{taken[method] / floor:.2f}x",
+        ]
+        lines.append("| " + " | ".join([*cells, f"{peaks[method] / 1e9:.2f}", spent]) + " |")
+    if against:
+        faster, smaller = taken[against] / taken["ours"], peaks["ours"] / peaks[against]
+        lines.append(f"\n{faster:.2f} times the speed of {against}, {smaller:.0%} of its memory.")
+    if card := roofline.find_card(job.placement.device):
+        predicted = job.predicted_s(card)
+        lines.append(
+            f"\nPredicted for a {card.name} by its data sheet: {predicted:.3f} s a step at least; measured "
+            f"{taken['ours'] / predicted:.2f} times that."
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="wide")
@@ -369,31 +405,7 @@ def main() -> None:
     peaks = {method: memory_of(method, arguments) for method in methods}
     steps = {method: METHODS[method](job) for method in methods}
     taken = seconds_of(steps, arguments.rounds)
-    floor = job.flops / flops.measured_peak(placement.device, placement.dtype, seconds=1.0)
-    command = "python -m benchmarks.train " + " ".join(word for word in sys.argv[1:] if word != "--record")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "peft"))
-    lines = [f"\n`{command}`, {datetime.date.today()}, {machine(placement.device)}, {versions}\n"]
-    lines += ["| | s/step | TFLOP/step | floor, s | over the floor | peak memory, GB | where the time goes |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for method in methods:
-        spent = where_time_goes(steps[method], placement.device)
-        cells = [
-            method,
-            f"{taken[method]:.3f}",
-            f"{job.flops / 1e12:.3g}",
-            f"{floor:.3f}",
-            f"{taken[method] / floor:.2f}x",
-        ]
-        lines.append("| " + " | ".join([*cells, f"{peaks[method] / 1e9:.2f}", spent]) + " |")
-    if arguments.against:
-        faster, smaller = taken[arguments.against] / taken["ours"], peaks["ours"] / peaks[arguments.against]
-        lines.append(f"\n{faster:.2f} times the speed of {arguments.against}, {smaller:.0%} of its memory.")
-    if card := roofline.find_card(placement.device):
-        predicted = job.predicted_s(card)
-        lines.append(
-            f"\nPredicted for a {card.name} by its data sheet: {predicted:.3f} s a step at least; measured "
-            f"{taken['ours'] / predicted:.2f} times that."
-        )
+    lines = describe(job, arguments.against, steps, taken, peaks)
     print("\n".join(lines))
     if arguments.record:
         with RESULTS.open("a") as file:

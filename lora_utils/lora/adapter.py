@@ -3,6 +3,7 @@
 Legend: R rank, D_in and D_out the widths of a linear layer.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 
 from lora_utils import constants
 from lora_utils.errors import UserError
-from lora_utils.lora.formats import LowRank
+from lora_utils.lora.formats import LoraFile, LowRank
 from lora_utils.model import blocks
+from lora_utils.placeholder.tokens import Placeholders
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "default"  # peft's name of the one adapter
 
@@ -110,6 +114,18 @@ def load_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[s
         with torch.no_grad():
             down.copy_(given.down)
             up.copy_(given.up)
+
+
+def start_from_weights(transformer: QwenImageTransformer2DModel, placeholders: Placeholders, lora: LoraFile) -> None:
+    """Copy a LoRA and the embeddings of its tokens into what is trained. Raises UserError for another model's."""
+    load_trainable_lora(transformer, lora.layers)
+    for token, embedding in zip(placeholders.tokens, placeholders.embeddings, strict=True):
+        if token in lora.embeddings:
+            if lora.embeddings[token].numel() != embedding.numel():
+                raise UserError(f"the embedding of {token} in init_weights is of another width than the model's.")
+            with torch.no_grad():
+                embedding.copy_(lora.embeddings[token].view(-1))
+    log.info("continuing from init_weights: %d layers, %d embeddings", len(lora.layers), len(lora.embeddings))
 
 
 @contextmanager

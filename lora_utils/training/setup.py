@@ -24,9 +24,8 @@ from lora_utils.dataset.cache import CachedExample, cache_examples, encode_capti
 from lora_utils.dataset.captions import prior_caption
 from lora_utils.dataset.examples import Dataset, listed_names
 from lora_utils.dataset.scan import check_captions
-from lora_utils.errors import UserError
 from lora_utils.io.tensor_store import TensorStore, open_tensor_store
-from lora_utils.lora.adapter import attach_trainable_lora, load_trainable_lora
+from lora_utils.lora.adapter import attach_trainable_lora, start_from_weights
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.components import Components, load_schedule, model_key
@@ -294,15 +293,3 @@ def _load_transformer(
     lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
     log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
     return transformer, lora
-
-
-def start_from_weights(transformer: QwenImageTransformer2DModel, placeholders: Placeholders, lora: LoraFile) -> None:
-    """Copy a LoRA and the embeddings of its tokens into what is trained. Raises UserError for another model's."""
-    load_trainable_lora(transformer, lora.layers)
-    for token, embedding in zip(placeholders.tokens, placeholders.embeddings, strict=True):
-        if token in lora.embeddings:
-            if lora.embeddings[token].numel() != embedding.numel():
-                raise UserError(f"the embedding of {token} in init_weights is of another width than the model's.")
-            with torch.no_grad():
-                embedding.copy_(lora.embeddings[token].view(-1))
-    log.info("continuing from init_weights: %d layers, %d embeddings", len(lora.layers), len(lora.embeddings))
