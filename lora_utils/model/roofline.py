@@ -45,7 +45,7 @@ _BYTES = 2  # of a bf16 number
 # What a block's other kernels read and write, in widths D for each token, with a LoRA of rank 32, and what they do once
 # more where it is checkpointed. Counted by `benchmarks.trace`.
 OTHER_WIDTHS = {"attention": 99.5, "attention_mlp": 155.0}
-COMPILED_WIDTHS = 92.0
+COMPILED_WIDTHS = {"attention": 91.0, "attention_mlp": 136.0}
 AGAIN_WIDTHS = {"attention": 36.5, "attention_mlp": 53.5}
 OPTIMIZER_BYTES = 40.0  # for each weight of the LoRA: clipping reads and writes its gradient, AdamW seven numbers
 
@@ -77,7 +77,7 @@ class Step:
         attention = (14 * shape.blocks + 4 * again) * tokens**2 * width / card.reached
 
         # All else, at the memory's speed.
-        others = COMPILED_WIDTHS if self.compiled else OTHER_WIDTHS[self.targets]
+        others = (COMPILED_WIDTHS if self.compiled else OTHER_WIDTHS)[self.targets]
         passes = (shape.blocks * others + again * AGAIN_WIDTHS[self.targets]) * tokens * width * _BYTES
         moved = passes + OPTIMIZER_BYTES * self.lora_parameters
         if self.quantization != "none":

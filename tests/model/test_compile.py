@@ -95,13 +95,13 @@ def timing_of(images, card=roofline.CARDS[0]):
 
 
 def test_on_a_known_gpu_a_run_is_compiled_that_is_long_enough_to_win_it_back():
-    """By its data sheet an H200 wins 2.4 ms an image, and compiling takes a minute and a half."""
+    """By its data sheet an H200 wins 2.8 ms an image, and compiling takes a minute and a half."""
 
     def compiled(asked="auto", **given):
         return memory_plan.choose_training_plan(asked, demand(141e9), live_text=False, **given).compiled
 
     assert not compiled(timing=timing_of(1000))
-    assert not compiled(timing=timing_of(30_000))
+    assert not compiled(timing=timing_of(25_000))
     assert compiled(timing=timing_of(45_000))
     assert not compiled("nf4", timing=timing_of(10**7)), "a quantised base isn't"
     assert not compiled(), "nor is a run on a GPU that isn't known"

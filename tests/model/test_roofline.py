@@ -91,6 +91,24 @@ def test_the_real_models_memory_is_planned_to_3_percent(side_px, targets):
         assert size.activation_bytes(count) == pytest.approx(counted.peak_bytes, rel=0.03), count
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", TARGETS)
+def test_compiled_blocks_take_the_time_that_is_counted(targets):
+    job = job_of(512, 60, lora_targets=targets)
+    counted = trace.trace_compiled(job)
+    for card in roofline.CARDS:
+        assert replace(step_of(job), compiled=True).seconds(card) == pytest.approx(counted.seconds(card), rel=0.03)
+
+
+def test_compiled_blocks_save_more_where_the_mlps_are_adapted_too():
+    real = train.Job(train.PRESETS["full"], BF16, 32, 1, 0).shape
+    gains = []
+    for targets in TARGETS:
+        step = roofline.Step(real, 4096, 128, targets)
+        gains.append(step.seconds(roofline.CARDS[0]) - replace(step, compiled=True).seconds(roofline.CARDS[0]))
+    assert 0.001 < gains[0] < gains[1] < 0.01
+
+
 def test_plain_is_traced_as_slower_and_larger(traced):
     """As diffusers' example trains: more kernels, more bytes, more kept."""
     job = job_of()
