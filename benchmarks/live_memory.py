@@ -36,8 +36,12 @@ class LiveMemory(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._free, key)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor as freed, one that is accounted for elsewhere."""
+        self._free(_key(tensor))
+
     def _free(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key)
+        self.live_bytes -= self._sizes.pop(key, 0)
 
 
 def _key(tensor: Tensor) -> int:

@@ -60,7 +60,8 @@ def new_run(job: train.Job) -> TrainState:
 def trace_training(job: train.Job, method: str) -> Trace:
     """Trace a training step: `ours`, `token`, ours with a token in the caption, or `plain`, peft on diffusers' blocks.
 
-    The clipping and AdamW are counted as one kernel each over the LoRA's weights, the same for all.
+    The clipping and AdamW are counted as one kernel each over the LoRA's weights, the same for all. The peak of live
+    memory is without the weights' gradients, which the memory plan counts among the optimizer's bytes.
     """
     with on_paper():
         if method == "plain":
@@ -73,6 +74,8 @@ def trace_training(job: train.Job, method: str) -> Trace:
             learned, loss_of = run.learned, lambda: loss.flow_matching_loss(run, batch).mean()
         loss_of()  # what is made once, like RoPE's table, is made
         with LiveMemory() as live, Recorder() as recorder:
+            for parameter in learned:
+                parameter.register_post_accumulate_grad_hook(lambda each: live.forget(each.grad))
             computed = loss_of()
             kept = live.live_bytes
             computed.backward()
