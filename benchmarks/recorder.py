@@ -175,7 +175,7 @@ def _(stored: Tensor, rows: int, columns: int) -> Tensor:
 def store_quantized(transformer: nn.Module, scheme: str) -> None:
     """Let the layers that a scheme quantises hold as many bytes as it takes, and make them dense as it does."""
     for name, layer in transformer.named_modules():
-        if isinstance(layer, nn.Linear) and quantization.is_quantized(name) and "lora_" not in name:
+        if isinstance(layer, nn.Linear) and quantization.is_quantized(name.removesuffix(".base_layer")):
             rows, columns = layer.weight.shape
             size = int(rows * columns * quantization.WEIGHT_BYTES[scheme])
             stored = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)

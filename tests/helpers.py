@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig, TrainFiles, TrainInputs
 from lora_utils.dataset import Dataset
+from lora_utils.lora.adapter import LoraLinear
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
 from lora_utils.model.device import default_placement
 from lora_utils.model.latents import Size
@@ -49,6 +52,18 @@ def resume_state(config: TrainConfig, dataset: Dataset, model: Path, checkpoint:
     state = make_state(config, dataset, model, plan=found.plan, **job)
     restore_checkpoint(state, found)
     return state
+
+
+def use_pefts_layers(transformer: nn.Module) -> None:
+    """Put peft's LoRA layers in place of ours, with the same parameters."""
+    own = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLinear)}
+    for name, layer in own.items():
+        transformer.set_submodule(name, layer.base_layer)
+    rank = len(next(iter(own.values())).down)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(own)), transformer)
+    for name, layer in own.items():
+        theirs = transformer.get_submodule(name)
+        theirs.lora_A["default"].weight, theirs.lora_B["default"].weight = layer.down, layer.up
 
 
 def losses(state: TrainState, count: int | None = None) -> list[float]:

@@ -1,4 +1,7 @@
-"""The trainable LoRA: attached to the transformer through peft, computed by our own arithmetic, and read out again.
+"""The trainable LoRA: layers that wrap the transformer's, what they compute, and how they are read out again.
+
+peft's layers hold the same weights and compute the same numbers (tests/model/test_blocks.py). These cast their weights
+rather than their input, keep less for the backward pass, and come without peft's quantizers and other methods.
 
 Legend: R rank, D_in and D_out the widths of a linear layer.
 """
@@ -7,14 +10,10 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_utils import constants
@@ -25,7 +24,33 @@ from lora_utils.placeholder.tokens import Placeholders
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "default"  # peft's name of the one adapter
+
+class LoraLinear(nn.Module):
+    """A linear layer with a trainable update of rank R beside it: base_layer(x) + up @ down @ x, both fp32.
+
+    The strength alpha / R is 1.
+    """
+
+    def __init__(self, base_layer: nn.Linear, rank: int, generator: torch.Generator):
+        """Start as no change: down as torch starts a linear layer (peft's default too), from `generator`, up zero."""
+        super().__init__()
+        self.base_layer = base_layer  # whatever its weights are stored as
+        device, bound = base_layer.weight.device, math.sqrt(1 / base_layer.in_features)  # kaiming_uniform, a = sqrt(5)
+        down = (torch.rand(rank, base_layer.in_features, generator=generator) * 2 - 1).mul(bound)
+        self.down = nn.Parameter(down.to(device))  # [R, D_in]
+        self.up = nn.Parameter(torch.zeros(base_layer.out_features, rank, device=device))  # [D_out, R]
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer on x [..., D_in] -> [..., D_out]. The small weights are cast to x's dtype, never x."""
+        if not self.enabled:
+            return self.base_layer(x)
+        return self.add_update(x, F.linear(x, self.down.to(x.dtype)))
+
+    def add_update(self, x: Tensor, low: Tensor) -> Tensor:
+        """Return base_layer(x) [..., D_out] + low [..., R] @ up^T, in one pass over the output."""
+        output = self.base_layer(x)
+        return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.up.to(output.dtype).T).view_as(output)
 
 
 def target_names(transformer: QwenImageTransformer2DModel, targets: str) -> list[str]:
@@ -37,64 +62,39 @@ def target_names(transformer: QwenImageTransformer2DModel, targets: str) -> list
 def attach_trainable_lora(
     transformer: QwenImageTransformer2DModel, targets: str, rank: int, generator: torch.Generator
 ) -> list[nn.Parameter]:
-    """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what is to be trained.
-
-    A starts as torch starts a linear layer (peft's default too), but from `generator`; B is zero. peft wraps the
-    layers, whatever their weights are stored as; the arithmetic is ours.
-    """
-    names = target_names(transformer, targets)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, bias="none")
-    inject_adapter_in_model(config, transformer, ADAPTER)
-    layers = _trainable_layers(transformer)
-    if set(layers) != set(names):
-        raise RuntimeError(f"peft adapted {len(layers)} layers of the {len(names)} asked for")
+    """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what is to be trained."""
     parameters = []
-    for layer in layers.values():
-        down, up = _weights(layer)
-        bound = math.sqrt(1 / down.shape[1])  # kaiming_uniform with a = sqrt(5)
-        down.data = (torch.rand(down.shape, generator=generator) * 2 - 1).mul(bound).to(down.device)
-        up.data = torch.zeros(up.shape, device=up.device)
-        # A method, not a partial: the compiler takes one layer's for another's, and compiles one block for all.
-        cast(nn.Module, layer).forward = MethodType(_forward, layer)
-        parameters += [down, up]
+    for name, layer in _layers_in_order(transformer, target_names(transformer, targets)):
+        wrapped = LoraLinear(layer, rank, generator)
+        transformer.set_submodule(name, wrapped)
+        parameters += [wrapped.down, wrapped.up]
     blocks.install_forwards(transformer)
     for block_forward in blocks.forwards_of(transformer):
         block_forward.project = _project_together
     return parameters
 
 
-def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return A [R, D_in] and B [D_out, R], fp32."""
-    down, up = (cast(nn.Linear, cast(nn.ModuleDict, part)[ADAPTER]) for part in (layer.lora_A, layer.lora_B))
-    return cast(nn.Parameter, down.weight), cast(nn.Parameter, up.weight)
+def _layers_in_order(transformer: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Linear]]:
+    """Return these linear layers in the order in which the transformer has them: that in which they are started."""
+    wanted, modules = set(names), list(transformer.named_modules())
+    found = [(name, layer) for name, layer in modules if name in wanted and isinstance(layer, nn.Linear)]
+    if len(found) < len(wanted):
+        raise RuntimeError(f"the transformer has {len(found)} of the {len(wanted)} layers to adapt")
+    return found
 
 
-def _trainable_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
-    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
-
-
-def _add_update(output: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """Return output [..., D_out] + low [..., R] @ up^T, in one pass over the output."""
-    return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.to(output.dtype).T).view_as(output)
-
-
-def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
-    """Compute a wrapped layer on x [..., D_in]. The small fp32 weights are cast to x's dtype, never x to theirs.
-
-    peft itself casts x, and scales by alpha / R in a pass of its own; here that is 1.
-    """
-    down, up = _weights(layer)
-    return _add_update(layer.base_layer(x), F.linear(x, down.to(x.dtype)), up)
+def _trainable_layers(transformer: nn.Module) -> dict[str, LoraLinear]:
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
 
 
 def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """Compute several layers on one x [..., D_in], with a single down-projection if all of them are wrapped."""
-    wrapped = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    wrapped = [layer for layer in layers if isinstance(layer, LoraLinear)]
     if len(wrapped) < len(layers):
         return blocks.project_each(layers, x)
-    downs, ups = zip(*map(_weights, wrapped), strict=True)
+    downs = [layer.down for layer in wrapped]
     lows = F.linear(x, torch.cat(downs).to(x.dtype)).split([len(down) for down in downs], dim=-1)
-    return [_add_update(layer.base_layer(x), low, up) for layer, low, up in zip(wrapped, lows, ups, strict=True)]
+    return [layer.add_update(x, low) for layer, low in zip(wrapped, lows, strict=True)]
 
 
 def load_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[str, LowRank]) -> None:
@@ -107,13 +107,12 @@ def load_trainable_lora(transformer: QwenImageTransformer2DModel, layers: dict[s
             f"{listed(unknown)}; not in the file: {listed(missing)}. Choose the lora_targets it was trained with."
         )
     for name, layer in own.items():
-        down, up = _weights(layer)
         given = layers[name].with_alpha_of_rank()
-        if given.down.shape != down.shape or given.up.shape != up.shape:
+        if given.down.shape != layer.down.shape or given.up.shape != layer.up.shape:
             raise UserError(f"layer {name!r} of init_weights is of another shape than the model's; it is another's.")
         with torch.no_grad():
-            down.copy_(given.down)
-            up.copy_(given.up)
+            layer.down.copy_(given.down)
+            layer.up.copy_(given.up)
 
 
 def start_from_weights(transformer: QwenImageTransformer2DModel, placeholders: Placeholders, lora: LoraFile) -> None:
@@ -135,13 +134,13 @@ def without_lora(transformer: QwenImageTransformer2DModel) -> Iterator[None]:
     before = [(forward.project, forward.compute, forward.checkpointed) for forward in forwards]
     try:
         for layer in layers:
-            cast(nn.Module, layer).forward = layer.base_layer.forward
+            layer.enabled = False
         for forward in forwards:
             forward.project, forward.compute, forward.checkpointed = blocks.project_each, blocks.compute_block, False
         yield
     finally:
         for layer in layers:
-            cast(nn.Module, layer).forward = MethodType(_forward, layer)
+            layer.enabled = True
         for forward, fields in zip(forwards, before, strict=True):
             forward.project, forward.compute, forward.checkpointed = fields
 
@@ -150,8 +149,8 @@ def trained_lora(transformer: QwenImageTransformer2DModel) -> dict[str, LowRank]
     """Return the weights of the trainable LoRA by module name, on the CPU."""
     found = {}
     for name, layer in _trainable_layers(transformer).items():
-        down, up = (weight.detach().cpu().clone() for weight in _weights(layer))
-        found[name] = LowRank(down, up, alpha=float(layer.lora_alpha[ADAPTER]))
+        down, up = (weight.detach().cpu().clone() for weight in (layer.down, layer.up))
+        found[name] = LowRank(down, up, alpha=float(len(down)))
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_utils import constants
 from lora_utils.errors import UserError
-from lora_utils.lora.adapter import ADAPTER, listed
+from lora_utils.lora.adapter import listed
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model import modulation
 from lora_utils.model.device import Placement
@@ -58,7 +58,7 @@ def layer_shapes(transformer: QwenImageTransformer2DModel) -> dict[str, tuple[in
     shapes = {
         name.removesuffix(".base_layer"): (module.in_features, module.out_features)
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and f".{ADAPTER}" not in name
+        if isinstance(module, nn.Linear)
     }
     for block in range(len(transformer.transformer_blocks)):
         for name in constants.MODULATION_TARGETS:

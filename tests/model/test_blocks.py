@@ -7,12 +7,12 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_utils.lora import adapter
 from lora_utils.lora.adapter import _project_together, attach_trainable_lora
 from lora_utils.model import blocks, memory
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings
 from lora_utils.model.transformer import predict_velocity
+from tests.helpers import use_pefts_layers
 
 WIDTH, TEXT_WIDTH = 128, 48
 SMALL, OBLONG, LARGE = Size(64, 64), Size(96, 64), Size(128, 128)
@@ -45,11 +45,7 @@ def attach(transformer, targets="attention_mlp", own=True):
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     if not own:
-        for module in transformer.modules():
-            if isinstance(module, adapter.LoraLayer):
-                del module.forward
-        for forward in blocks.forwards_of(transformer):
-            forward.project = blocks.project_each
+        use_pefts_layers(transformer)
     return parameters
 
 

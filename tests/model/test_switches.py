@@ -10,12 +10,11 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 
 from lora_utils.config import TrainConfig
-from lora_utils.lora import adapter
 from lora_utils.model import memory_plan, modulation
 from lora_utils.training import loop
 from lora_utils.training.recompute import change_plan
 from lora_utils.training.state import TrainState
-from tests.helpers import make_state
+from tests.helpers import make_state, use_pefts_layers
 
 CONFIG = TrainConfig(
     steps=20,
@@ -39,13 +38,6 @@ def new_run(dataset, folder, table, text_on_gpu=True) -> TrainState:
         return make_state(CONFIG, dataset, folder)
 
 
-def use_stock_layers(run: TrainState) -> None:
-    """peft's forward of each wrapped layer, in place of ours."""
-    for module in run.components.transformer.modules():
-        if isinstance(module, adapter.LoraLayer):
-            del module.forward
-
-
 def use_stock_blocks(run: TrainState) -> None:
     """diffusers' forward of each block, and its RoPE, in place of ours."""
     run.components.transformer.pos_embed = run.components.transformer.pos_embed.original
@@ -64,7 +56,7 @@ def curve(run: TrainState, change: Callable[[TrainState], None]) -> list[float]:
 @pytest.fixture(scope="module")
 def plain(dataset, tiny_model):
     def change(run):
-        use_stock_layers(run)
+        use_pefts_layers(run.components.transformer)
         use_stock_blocks(run)
 
     run = new_run(dataset, tiny_model, table=False)
