@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -222,6 +221,8 @@ def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype
 
 def write_peft_folder(folder: Path, lora: LoraFile, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write an adapter folder as `PeftModel.from_pretrained(transformer, folder)` loads it."""
+    from peft import LoraConfig  # noqa: PLC0415 (heavy, and only here)
+
     folder.mkdir()
     write_lora_file(folder / PEFT_WEIGHTS, lora, "peft", dtype)
     LoraConfig(**_config_of(lora)).save_pretrained(str(folder))

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-
 from lora_utils.config import is_finite
 from lora_utils.errors import UserError
 from lora_utils.lora.keys import foreign_name
@@ -32,7 +29,9 @@ _NESTED = re.compile(r"\([^)]*[+*}][^)]*\)[+*{]")  # a repeated group that repea
 class AdapterConfig:
     """What an adapter's config says of its layers' ranks and strengths."""
 
-    config: LoraConfig
+    rank: int
+    alpha: float
+    rslora: bool  # alpha / sqrt(rank) is the strength, not alpha / rank
     ranks: Mapping[str, float]  # by pattern
     alphas: Mapping[str, float]
     says_rank: bool
@@ -40,15 +39,14 @@ class AdapterConfig:
 
     def alpha_of(self, layer: str, rank: int) -> float:
         """Return the alpha with which alpha / rank is the layer's strength. Raises UserError for another rank."""
-        config = self.config
-        own_rank = self.ranks.get(_pattern_of(self.ranks, layer, self.source), config.r)
+        own_rank = self.ranks.get(_pattern_of(self.ranks, layer, self.source), self.rank)
         if self.says_rank and own_rank != rank:
             raise UserError(
                 f"{self.source} gives layer {layer!r} the rank {own_rank}, and its weights have {rank}: the two don't "
                 "belong together."
             )
-        alpha = self.alphas.get(_pattern_of(self.alphas, layer, self.source), config.lora_alpha)
-        return alpha * math.sqrt(rank) if config.use_rslora else alpha  # rslora: alpha / sqrt(rank) is the strength
+        alpha = self.alphas.get(_pattern_of(self.alphas, layer, self.source), self.alpha)
+        return alpha * math.sqrt(rank) if self.rslora else alpha
 
 
 def _pattern_of(patterns: Mapping[str, float], layer: str, source: str) -> str:
@@ -58,6 +56,11 @@ def _pattern_of(patterns: Mapping[str, float], layer: str, source: str) -> str:
     with all patterns, in the order of which the first match counts.
     """
     possible = [each for each in patterns if not _PLAIN.fullmatch(each) or f".{layer}".endswith(f".{each}")]
+    if not possible:
+        return layer
+
+    from peft.utils.other import get_pattern_key  # noqa: PLC0415 (heavy, and seldom needed)
+
     try:
         return get_pattern_key(possible, layer)
     except re.error as error:
@@ -116,8 +119,10 @@ def adapter_config(values: Mapping[str, Any], source: str) -> AdapterConfig:
             _check_number(number, f"{source}: {field} of {pattern[:60]!r}", whole=field == "rank_pattern")
     if not isinstance(values.get("use_rslora"), bool | None):
         raise UserError(f"{source}: use_rslora must be true or false, got {str(values['use_rslora'])[:60]!r}.")
-    config = LoraConfig(r=int(rank), lora_alpha=alpha, use_rslora=values.get("use_rslora") is True, **patterns)
-    return AdapterConfig(config, patterns["rank_pattern"], patterns["alpha_pattern"], "r" in values, source)
+    rslora, says_rank = values.get("use_rslora") is True, "r" in values
+    return AdapterConfig(
+        int(rank), alpha, rslora, patterns["rank_pattern"], patterns["alpha_pattern"], says_rank, source
+    )
 
 
 def _check_number(value: object, what: str, whole: bool = False) -> None:

@@ -1,7 +1,9 @@
 """Quantised bases: the transformer's large matrices stored in 8 or 4 bits, multiplied in the compute dtype.
 
-This module owns which layers are stored so, through diffusers' own configs and quantizers, and what such a layer
-computes. It doesn't know of LoRAs. Activations are never quantised: only the weights' rounding is lost.
+This module owns which layers are stored so, by torchao's or bitsandbytes' rounding, and what such a layer computes. It
+doesn't know of LoRAs. Activations are never quantised: only the weights' rounding is lost.
+
+Both libraries are heavy to import, so a run with an exact base never does.
 """
 
 import re
@@ -10,11 +12,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
-from diffusers import BitsAndBytesConfig, QwenImageTransformer2DModel, TorchAoConfig
-from diffusers.quantizers import DiffusersAutoQuantizer
+from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 # Bytes per weight. A byte, with a fp32 scale per row of Qwen-Image's 3072; nf4: half a byte, a byte of scale per 64
 # weights, and a fp32 scale of those scales per 256 of them (double quantisation, Dettmers et al. 2023, QLoRA).
@@ -30,45 +29,46 @@ def is_quantized(layer: str) -> bool:
     return _QUANTIZED.fullmatch(layer) is not None
 
 
-def _config(scheme: str, dtype: torch.dtype, kept: list[str]) -> TorchAoConfig | BitsAndBytesConfig:
-    if scheme == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=kept,
-        )
-    rounding = {"fp8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[scheme]
-    return TorchAoConfig(rounding(set_inductor_config=False), modules_to_not_convert=kept)
-
-
 class Quantizer:
     """It stores the weights of an empty transformer one by one, as they come from the disk."""
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, scheme: str, device: torch.device, dtype: torch.dtype):
-        linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-        kept = [name for name in linears if not is_quantized(name)]
-        config = _config(scheme, dtype, kept)
-        self.quantizer = cast(Any, DiffusersAutoQuantizer.from_config(config, pre_quantized=False))
-        self.quantizer.preprocess_model(transformer, device_map=None, keep_in_fp32_modules=[])
-        self.transformer, self.device = transformer, device
-        for name in linears:
-            if is_quantized(name):
-                layer = transformer.get_submodule(name)
-                cast(Any, layer).forward = partial(_forward, layer)
+    def __init__(self, transformer: QwenImageTransformer2DModel, scheme: str):
+        linears = {name: each for name, each in transformer.named_modules() if isinstance(each, nn.Linear)}
+        self.layers = {name: layer for name, layer in linears.items() if is_quantized(name)}
+        self.scheme = scheme
+        for layer in self.layers.values():
+            cast(Any, layer).forward = partial(_forward, layer)
 
     def store(self, name: str, tensor: Tensor) -> bool:
         """Quantise a weight and put it in its place; False, and nothing done, if it is one that stays as it is."""
-        if not self.quantizer.check_if_quantized_param(self.transformer, tensor, name, {}):
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "weight" or owner not in self.layers:
             return False
-        self.quantizer.create_quantized_param(self.transformer, tensor, name, self.device, {}, [])
+        layer = self.layers[owner]
+        layer.weight = nn.Parameter(tensor, requires_grad=False)
+        _quantize(layer, self.scheme)
         return True
+
+
+def _quantize(layer: nn.Linear, scheme: str) -> None:
+    """Put a quantised weight in a layer's place of the exact one, on the same device."""
+    if scheme == "nf4":
+        from bitsandbytes.nn import Params4bit  # noqa: PLC0415
+
+        exact, nf4 = layer.weight.data, {"quant_type": "nf4", "compress_statistics": True}
+        layer.weight = Params4bit(exact, requires_grad=False, **nf4).to(exact.device)
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
+
+        rounding = {"fp8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[scheme]
+        quantize_(layer, rounding(set_inductor_config=False))
 
 
 def dense(weight: Tensor) -> Tensor:
     """Return a stored weight [D_out, D_in] as the compute dtype's numbers."""
     if state := getattr(weight, "quant_state", None):
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415
+
         return dequantize_4bit(weight.data, state)
     return cast(Any, weight).dequantize()
 

@@ -62,7 +62,7 @@ def build_transformer(
     assert isinstance(transformer, QwenImageTransformer2DModel)
     fill = partial(fill_parameters, transformer, source=source)
     if storage.quantization != "none":
-        quantizer = Quantizer(transformer, storage.quantization, placement.device, placement.dtype)
+        quantizer = Quantizer(transformer, storage.quantization)
         fill = partial(fill, store=quantizer.store)
     if storage.timesteps is not None and not modulation.pays(len(storage.timesteps), transformer.inner_dim):
         storage = replace(storage, timesteps=None)
