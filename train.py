@@ -5,9 +5,11 @@ from typing import Any, Optional, cast
 from cog import BaseModel, Input, Path, Secret, current_scope
 
 from lora_utils.io.access import client_access
-from lora_utils.io.logging import configure_libraries, log_to_stdout, log_unexpected_errors
+from lora_utils.io.libraries import configure_libraries, import_libraries
+from lora_utils.io.logging import log_to_stdout, log_unexpected_errors
 
-configure_libraries()  # before diffusers is imported
+import_libraries()  # before anything else imports diffusers
+configure_libraries()
 
 from lora_utils.training import launch  # noqa: E402 (see above)
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lora_utils.io.logging import configure_libraries
+from lora_utils.io.libraries import configure_libraries, import_libraries
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-configure_libraries()  # all of these are commands, and each imports diffusers at its top
+import_libraries()  # all of these are commands, and each imports diffusers at its top
+configure_libraries()

@@ -12,7 +12,8 @@ from lora_utils.config import SampleInputs, TrainInputs, from_inputs
 from lora_utils.errors import UserError
 from lora_utils.io.access import OWNER
 from lora_utils.io.files import disk_errors
-from lora_utils.io.logging import configure_libraries, log_to_stdout, log_uncaught_to_stderr
+from lora_utils.io.libraries import configure_libraries, import_libraries
+from lora_utils.io.logging import log_to_stdout, log_uncaught_to_stderr
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def train(output: Path, given: dict[str, Any]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    import_libraries()
     configure_libraries()
     from lora_utils.training import launch  # noqa: PLC0415 (help and wrong options do without it)
 
@@ -55,6 +57,7 @@ def sample(output: Path, given: dict[str, Any]) -> None:
     inputs = from_inputs(SampleInputs, given)
     with disk_errors(f"the folder {output} can't be made", "name another --output."):
         output.mkdir(parents=True, exist_ok=True)
+    import_libraries()
     configure_libraries()
     from lora_utils.sampling.predictor import ModelPredictor  # noqa: PLC0415 (help and wrong options do without it)
 

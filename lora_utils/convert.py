@@ -22,7 +22,8 @@ def convert(source: Path, target: Path, layout: str, dtype: str) -> str:
     """
     import torch  # noqa: PLC0415 (help and wrong options do without)
 
-    from lora_utils.io.logging import configure_libraries, log_to_stdout  # noqa: PLC0415
+    from lora_utils.io.libraries import configure_libraries  # noqa: PLC0415
+    from lora_utils.io.logging import log_to_stdout  # noqa: PLC0415
 
     configure_libraries()
     log_to_stdout()

@@ -6,9 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 os.environ["CACHE_DIR"] = ""  # what is encoded is kept in memory, and no test finds what another has left
 
-from lora_utils.io.logging import configure_libraries, log_to_stdout
+import diffusers  # noqa: F401 (with all that it finds installed, for the stock pipelines in these tests)
 
-configure_libraries()  # before diffusers is imported, as the entry points do
+from lora_utils.io.libraries import configure_libraries
+from lora_utils.io.logging import log_to_stdout
+
+configure_libraries()  # as the entry points do
 
 import gc
 import logging

@@ -27,7 +27,7 @@ def print_report(inputs: TrainInputs) -> None:
     from lora_utils.io.archive import extracted  # noqa: PLC0415
     from lora_utils.io.download import base_model_name, download_model  # noqa: PLC0415
     from lora_utils.io.files import temporary_folder  # noqa: PLC0415
-    from lora_utils.io.logging import configure_libraries  # noqa: PLC0415
+    from lora_utils.io.libraries import configure_libraries  # noqa: PLC0415
 
     configure_libraries()
     from lora_utils.model.text_encoder import load_tokenizer  # noqa: PLC0415

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from PIL import Image
 from torch import nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -25,7 +24,7 @@ from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory
 from lora_utils.model.host_memory import free_host_bytes
-from lora_utils.model.loading import check_complete, fill_parameters, stored_weights, stream_tensors
+from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stored_weights, stream_tensors
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def _name(stored: str) -> str:
 def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2_5_VLForConditionalGeneration]:
     """Give the complete text encoder, on the device or, where that has no room, on the CPU. It is freed at the end."""
     source = folder / "text_encoder"
-    with init_empty_weights():
+    with empty_weights():
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(source))
     needed = placement.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters()) + memory.SPARE_BYTES
     if needed > free_bytes(placement.device):

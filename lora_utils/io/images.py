@@ -1,7 +1,7 @@
 """Image files in and out: upright pixels in sRGB from whatever made a file, and finished images with their settings.
 
 This module owns formats, orientation, colour and transparency. It doesn't know captions, buckets or models.
-`io.logging.configure_libraries` must have run for heic to be read.
+`io.libraries.configure_libraries` must have run for heic to be read.
 """
 
 import io

@@ -1,13 +1,8 @@
-"""What a person reads while a command runs: log lines, their pace, and the traceback of an unexpected error.
-
-This module also sets up other libraries, once, for an entry point: what they log, and what Pillow opens.
-"""
+"""What a person reads while a command runs: log lines, their pace, and the traceback of an unexpected error."""
 
 import logging
-import re
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,15 +11,6 @@ from lora_utils.errors import UserError
 
 log = logging.getLogger(__name__)
 ERROR_PREFIX = "error: "  # stands in front of what a command says was wrong
-
-# Other libraries' remarks on the base model's own files, which are right as they are: Qwen-Image's text encoder has its
-# rotary settings twice in its config, and its transformer a field that nothing reads. Each is a logger with how its
-# text begins, so that a remark on anything else is shown. docs/troubleshooting.md names them.
-_NOISE = {
-    "transformers.configuration_utils": r"Qwen2_5_VLConfig got `key=rope_scaling` in kwargs",
-    "transformers.modeling_rope_utils": r"Unrecognized keys in `rope_parameters` for .*: \{'mrope_section'\}$",
-    "diffusers.configuration_utils": r"The config attributes \{'pooled_projection_dim': \d+\} were passed",
-}
 
 
 class _Printed(logging.Handler):
@@ -35,17 +21,6 @@ class _Printed(logging.Handler):
         print(level + self.format(record), flush=True)
 
 
-class _WithoutNoise(logging.Filter):
-    """A filter that drops the records whose text begins as a pattern says."""
-
-    def __init__(self, pattern: str):
-        super().__init__()
-        self.pattern = re.compile(pattern)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self.pattern.match(record.getMessage())
-
-
 def log_to_stdout(level: int = logging.INFO) -> None:
     """Send the package's log lines of this level and above to standard output, once, however often it is called."""
     logger = logging.getLogger("lora_utils")
@@ -53,35 +28,6 @@ def log_to_stdout(level: int = logging.INFO) -> None:
     if not logger.handlers:
         logger.addHandler(_Printed())
         logger.propagate = False
-
-
-def configure_libraries() -> None:
-    """Set what other libraries log and open in this process. Call it before diffusers is imported.
-
-    diffusers speaks of kernels for other GPUs at its import, and progress bars of carriage returns are noise in a
-    server's log. Pillow learns to open heic, and refuses what is too large for `open_image`.
-    """
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # it can't merge; nothing here does
-    # Nothing here computes in place on what a sharded transformer returns, which is what this warns of.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for name, pattern in _NOISE.items():
-        logging.getLogger(name).addFilter(_WithoutNoise(pattern))
-
-    from diffusers.utils.logging import disable_progress_bar  # noqa: PLC0415 (heavy, and only here)
-    from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
-    from pillow_heif import register_heif_opener  # noqa: PLC0415
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
-
-    from lora_utils.io.images import MAX_PIXELS  # noqa: PLC0415
-
-    disable_progress_bar()
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    register_heif_opener()
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def format_duration(seconds: float) -> str:

@@ -62,7 +62,7 @@ def target_names(transformer: QwenImageTransformer2DModel, targets: str) -> list
 def attach_trainable_lora(
     transformer: QwenImageTransformer2DModel, targets: str, rank: int, generator: torch.Generator
 ) -> list[nn.Parameter]:
-    """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what is to be trained."""
+    """Wrap the target layers with fp32 LoRA weights, alpha = rank, that start as no change. -> what to train."""
     parameters = []
     for name, layer in _layers_in_order(transformer, target_names(transformer, targets)):
         wrapped = LoraLinear(layer, rank, generator)

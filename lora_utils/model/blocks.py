@@ -127,7 +127,7 @@ _KINDS = 64
 def compiled_block(backend: str = "inductor") -> Compute:
     """Return `compute_block`, compiled at its first calls in training, once for all blocks and for each kind of shape.
 
-    Raises torch._dynamo.exc.TorchDynamoException when it can't be, there or in the first backward pass.
+    Raises `compile_error()` when it can't be, there or in the first backward pass.
     """
     torch._dynamo.config.recompile_limit = max(_KINDS, torch._dynamo.config.recompile_limit)
     compiled = cast(Compute, torch.compile(compute_block, dynamic=True, backend=backend))
@@ -138,6 +138,11 @@ def compiled_block(backend: str = "inductor") -> Compute:
         return compiled(*given)
 
     return compute
+
+
+def compile_error() -> type[Exception]:
+    """Return what is raised for blocks that can't be compiled; it is part of torch's compiler, which is heavy."""
+    return torch._dynamo.exc.TorchDynamoException
 
 
 class BlockCache(Protocol):

@@ -49,7 +49,7 @@ def training_flops(shape: Shape, image_tokens: int, text_tokens: int, checkpoint
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """Measure the FLOP/s of a plain matrix product on the device: the best of several tries."""
-    rows, width = (4096, 8192) if device.type == "cuda" else (1024, 3072)
+    rows, width = (4096, 8192) if device.type == "cuda" else (1024, 1024)
     left, right = (
         torch.randn(rows, width, device=device).to(dtype),
         torch.randn(width, width, device=device).to(dtype),

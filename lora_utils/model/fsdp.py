@@ -2,8 +2,11 @@
 
 This module owns what is sharded and how a weight from the disk becomes a part. LoRA and embeddings aren't sharded: they
 are small, and every GPU has them, as without sharding. The weights stay as they are, so it is exact.
+
+torch's modules for it are heavy to import, so a run that isn't sharded never does.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,11 +14,6 @@ from typing import Any, cast
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
-from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-
-_MESH_NAME = "fsdp"  # tells peft that a layer's parts are storage alone, and its shape is that of the complete one
 
 
 def in_a_block(name: str) -> bool:
@@ -28,7 +26,10 @@ def shard(transformer: QwenImageTransformer2DModel, device: torch.device, count:
 
     What stands outside of the blocks is filled already; every process has it.
     """
-    mesh = init_device_mesh(device.type, (count,), mesh_dim_names=(_MESH_NAME,))
+    from torch.distributed import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    mesh = init_device_mesh(device.type, (count,))
     outside = {parameter for name, parameter in transformer.named_parameters() if not in_a_block(name)}
     for block in transformer.transformer_blocks:
         fully_shard(block, mesh=mesh)
@@ -37,6 +38,8 @@ def shard(transformer: QwenImageTransformer2DModel, device: torch.device, count:
 
 def store(transformer: nn.Module, name: str, tensor: Tensor) -> bool:
     """Keep this process's part of a weight; False, and nothing done, for one that isn't sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
+
     owner, _, leaf = name.rpartition(".")
     module = transformer.get_submodule(owner)
     empty = module._parameters[leaf]
@@ -49,7 +52,8 @@ def store(transformer: nn.Module, name: str, tensor: Tensor) -> bool:
 
 def is_sharded(transformer: nn.Module) -> bool:
     """Return whether the transformer is sharded."""
-    return isinstance(transformer, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # until `shard` has imported it, nothing is
+    return fsdp is not None and isinstance(transformer, fsdp.FSDPModule)
 
 
 @contextmanager

@@ -13,14 +13,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from lora_utils.errors import UserError
 from lora_utils.io.logging import format_duration
@@ -199,6 +201,13 @@ class _LoadingProgress:
 
 
 # --- filling --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Let modules be made without memory for their weights within it, and without the time that starting them takes."""
+    with init_empty_weights(), no_init_weights():
+        yield
 
 
 def fill_parameters(

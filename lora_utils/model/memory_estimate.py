@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
@@ -20,7 +19,7 @@ from lora_utils.model import flops, memory, modulation, quantization
 from lora_utils.model.device import Placement, free_bytes, local_processes
 from lora_utils.model.host_memory import free_host_bytes
 from lora_utils.model.latents import Size
-from lora_utils.model.loading import PASSING_BYTES, stored_weights
+from lora_utils.model.loading import PASSING_BYTES, empty_weights, stored_weights
 from lora_utils.model.text_encoder import read_text_config
 
 SHARDED = "sharded"  # stands beside the schemes where there are several GPUs
@@ -166,7 +165,7 @@ class WeightCounts:
 
 def count_weights(config: dict[str, Any]) -> WeightCounts:
     """Count the weights of a transformer of this config. No weight is made for it."""
-    with init_empty_weights():
+    with empty_weights():
         transformer = QwenImageTransformer2DModel.from_config(config)
     assert isinstance(transformer, nn.Module)
     quantized, modulations, others = 0, 0, 0
@@ -202,7 +201,7 @@ def table_bytes(timesteps: int, config: dict[str, Any], element_bytes: int) -> f
 
 def text_encoder_bytes(config: Qwen2_5_VLTextConfig, element_bytes: int) -> float:
     """Return what a language model of this config holds. No weight is made for it."""
-    with init_empty_weights():
+    with empty_weights():
         language_model = Qwen2_5_VLTextModel(config)
     return float(element_bytes * sum(parameter.numel() for parameter in language_model.parameters()))
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_utils import constants
 from lora_utils.errors import UserError
 from lora_utils.model.device import to_device
-from lora_utils.model.loading import check_complete, fill_parameters
+from lora_utils.model.loading import check_complete, empty_weights, fill_parameters
 
 STREAMS = ("img_mod", "txt_mod")
 _AT_ONCE = 64  # timesteps: always so many, for a product of another shape may round a row another way
@@ -182,7 +181,7 @@ def build_layers(
     They aren't part of it yet, so whatever fails leaves it as it was. Raises UserError for a weight that is missing.
     """
     layers, width = nn.Module(), transformer.inner_dim
-    with init_empty_weights():
+    with empty_weights():
         layers.transformer_blocks = nn.ModuleList(
             nn.ModuleDict({name: nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) for name in STREAMS})
             for _ in transformer.transformer_blocks

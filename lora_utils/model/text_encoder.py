@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 
 from lora_utils import constants
 from lora_utils.model.device import Placement, freeze_on_device, to_device
-from lora_utils.model.loading import check_complete, fill_parameters, stream_tensors
+from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
 from lora_utils.placeholder.embedding import embedding_matrix, spliced_embeddings
 from lora_utils.placeholder.tokens import Placeholders, tokenize
 
@@ -59,7 +58,7 @@ def read_text_config(folder: Path) -> Qwen2_5_VLTextConfig:
 def load_text_encoder(folder: Path, placement: Placement) -> Qwen2_5_VLTextModel:
     """Load the language model alone: the vision tower and the head do nothing for text, and aren't read."""
     source = folder / "text_encoder"
-    with init_empty_weights():
+    with empty_weights():
         language_model = Qwen2_5_VLTextModel(read_text_config(folder))
     weights = stream_tensors(source, placement.device, placement.dtype, _language_model_name)
     fill_parameters(language_model, weights, source)

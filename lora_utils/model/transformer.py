@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from lora_utils.model import blocks, flops, flow, fsdp, modulation
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory, to_device
 from lora_utils.model.host_memory import trim_allocator
 from lora_utils.model.latents import Size
-from lora_utils.model.loading import check_complete, fill_parameters, stream_tensors
+from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
 from lora_utils.model.quantization import Quantizer
 from lora_utils.model.text_encoder import TextEmbeddings
 
@@ -57,7 +56,7 @@ def build_transformer(
 ) -> QwenImageTransformer2DModel:
     """Build a transformer from its config and weights that are read one by one; `source` is what errors speak of."""
     # Build it empty, and decide where a weight goes.
-    with init_empty_weights():
+    with empty_weights():
         transformer = QwenImageTransformer2DModel.from_config(config)
     assert isinstance(transformer, QwenImageTransformer2DModel)
     fill = partial(fill_parameters, transformer, source=source)

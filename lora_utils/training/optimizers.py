@@ -8,15 +8,15 @@ or a rank-one estimate save nothing on a single vector.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from bitsandbytes.optim import AdamW8bit
-from diffusers.training_utils import EMAModel
-from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from lora_utils.config import TrainConfig
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 # What gradient and optimizer hold per weight of the LoRA, fp32: the gradient's 4 bytes, and two moments (adamw), two of
 # a byte each (adamw8bit), a row's and a column's mean (adafactor), or four values (prodigy compares with the start).
@@ -33,12 +33,16 @@ def _of_the_lora(config: TrainConfig, lora: list[nn.Parameter]) -> Optimizer:
     rate, decay, betas = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
     match config.optimizer:
         case "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit  # noqa: PLC0415 (heavy)
+
             return AdamW8bit(lora, lr=rate, betas=betas, weight_decay=decay)
         case "adafactor":
             # Its rate is relative to a weight's rms, which is 0 in a fresh B. A floor of 1 under that rms makes the
             # rate what it is elsewhere: the size of a step, for the update itself is clipped to an rms of 1.
             return Adafactor(lora, lr=rate, weight_decay=decay, eps=(None, 1.0))
         case "prodigy":
+            from prodigyopt import Prodigy  # noqa: PLC0415
+
             # As its authors advise for diffusion models; the guard keeps a warm-up's small rates out of the estimate.
             return Prodigy(
                 lora,
@@ -58,7 +62,7 @@ class Optimizers:
 
     lora: Optimizer
     embeddings: AdamW | None
-    average: EMAModel | None
+    average: "EMAModel | None"
     learned: list[Tensor]  # what moves: the LoRA's weights and all trained embeddings
     lora_rate: float  # as given, before the schedule
     embedding_learning_rate: float
@@ -97,7 +101,7 @@ class Optimizers:
     def rate(self) -> float:
         """The LoRA's learning rate at the last step. Prodigy's is the one that it has found."""
         group = self.lora.param_groups[0]
-        return group["lr"] * (group["d"] if isinstance(self.lora, Prodigy) else 1.0)
+        return group["lr"] * group.get("d", 1.0)  # "d" is Prodigy's own
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -165,10 +169,15 @@ def new_optimizers(
     """Return the optimizers of these weights and embeddings; embeddings that require no gradient aren't trained."""
     trained = [embedding for embedding in embeddings if embedding.requires_grad]
     learned: list[Tensor] = [*lora, *trained]
+    average = None
+    if config.ema_decay:
+        from diffusers.training_utils import EMAModel  # noqa: PLC0415 (heavy)
+
+        average = EMAModel(cast(Any, learned), decay=config.ema_decay, foreach=True)
     return Optimizers(
         _of_the_lora(config, lora),
         AdamW(trained, lr=embedding_learning_rate, weight_decay=0.0, fused=True) if trained else None,
-        EMAModel(cast(Any, learned), decay=config.ema_decay, foreach=True) if config.ema_decay else None,
+        average,
         learned,
         config.learning_rate,
         embedding_learning_rate,

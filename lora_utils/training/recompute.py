@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from lora_utils import constants
 from lora_utils.errors import UserError
@@ -90,13 +89,14 @@ def within_memory(state: TrainState, batches: Sequence[Batch], step: Callable[[]
 
     def recover(kind: type[Exception], reason: str) -> None:
         state.optimizers.zero_grad()
-        if issubclass(kind, TorchDynamoException):
+        if not issubclass(kind, torch.OutOfMemoryError):
             log.warning("the blocks can't be compiled here (%s); continuing without", reason)
             change_plan(state, compiled=False)
         else:
             checkpoint_more(state, batches)
 
-    return retry_after((torch.OutOfMemoryError, TorchDynamoException), step, recover)
+    kinds = (torch.OutOfMemoryError, blocks.compile_error()) if state.plan.compiled else (torch.OutOfMemoryError,)
+    return retry_after(kinds, step, recover)
 
 
 def checkpoint_more(state: TrainState, batches: Sequence[Batch]) -> None:

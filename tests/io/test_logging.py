@@ -6,7 +6,7 @@ import logging
 import pytest
 from diffusers import QwenImageTransformer2DModel
 
-from lora_utils.io.logging import configure_libraries
+from lora_utils.io.libraries import configure_libraries
 from lora_utils.model.text_encoder import read_text_config
 
 ROPE = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
