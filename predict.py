@@ -7,11 +7,10 @@ from cog import BasePredictor, Input, Path, Secret
 
 from lora_utils.config import SampleInputs, from_inputs
 from lora_utils.io.access import client_access
-from lora_utils.io.libraries import configure_libraries, import_libraries
-from lora_utils.io.logging import log_to_stdout, log_unexpected_errors
+from lora_utils.io.libraries import import_libraries
+from lora_utils.io.logging import logged_to_stdout
 
 import_libraries()  # before anything else imports diffusers
-configure_libraries()
 
 from lora_utils.sampling.predictor import ModelPredictor  # noqa: E402 (see above)
 
@@ -21,8 +20,7 @@ class Predictor(BasePredictor):
 
     def setup(self, weights: Optional[Path] = None) -> None:
         """Load the base model and, if COG_WEIGHTS names one, the default LoRA."""
-        log_to_stdout()
-        with log_unexpected_errors():
+        with logged_to_stdout():
             self.model = ModelPredictor(str(weights or os.environ.get("COG_WEIGHTS", "")))
 
     def predict(
@@ -55,7 +53,7 @@ class Predictor(BasePredictor):
     ) -> list[Path]:  # fmt: skip
         """Sample images."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        with log_unexpected_errors():
+        with logged_to_stdout():
             done = self.model.predict(from_inputs(SampleInputs, inputs), client_access())
         for name, value in done.metrics.items():
             self.record_metric(name, value)

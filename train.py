@@ -5,11 +5,10 @@ from typing import Any, Optional, cast
 from cog import BaseModel, Input, Path, Secret, current_scope
 
 from lora_utils.io.access import client_access
-from lora_utils.io.libraries import configure_libraries, import_libraries
-from lora_utils.io.logging import log_to_stdout, log_unexpected_errors
+from lora_utils.io.libraries import import_libraries
+from lora_utils.io.logging import logged_to_stdout
 
 import_libraries()  # before anything else imports diffusers
-configure_libraries()
 
 from lora_utils.training import launch  # noqa: E402 (see above)
 
@@ -72,8 +71,7 @@ def train(
 ) -> TrainingOutput:  # fmt: skip
     """Fine-tune a LoRA of Qwen-Image."""
     inputs = locals()
-    log_to_stdout()
-    with log_unexpected_errors():
+    with logged_to_stdout():
         done = launch.train(inputs, access=client_access())
     cast(Any, current_scope()).record_metric("training_step_count", done.steps)
     return TrainingOutput(weights=Path(done.weights))  # pyright: ignore[reportCallIssue] (cog makes the constructor)

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lora_utils.io.libraries import configure_libraries, import_libraries
+from lora_utils.io.libraries import configure_libraries
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-import_libraries()  # all of these are commands, and each imports diffusers at its top
-configure_libraries()
+configure_libraries()  # all of these are commands, and each imports diffusers at its top

@@ -17,8 +17,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import RESULTS
-
 WAITED_FOR = {
     "train": ("imported", "LoRA of rank", "step 1/", "wrote weights.zip"),
     "predict": ("imported", "loaded", "first image", "second image"),
@@ -62,8 +60,9 @@ CHILDREN = {"train": train_once, "predict": predict_twice}
 def seconds_until(process: str, folder: Path, model: Path) -> dict[str, float]:
     """What a process waits for -> seconds from its start until it says so."""
     began, seconds = time.monotonic(), {}
-    command = [sys.executable, "-m", "benchmarks.start", "--child", process, str(folder)]
-    environment = {**os.environ, "BASE_MODEL": str(model)}
+    # As a script, not as a part of this package, which imports more than the entry points do.
+    command = [sys.executable, __file__, "--child", process, str(folder)]
+    environment = {**os.environ, "BASE_MODEL": str(model), "PYTHONPATH": str(Path(__file__).parent.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
         for line in child.stdout:
@@ -92,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
+        sys.path.pop(0)  # this folder, whose train.py isn't the one that is meant
         CHILDREN[given.child[0]](Path(given.child[1]))
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers"))
@@ -99,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines += table(Path(__file__).parent.parent / "examples" / "tiny_qwen_image")
     print("\n".join(lines))
     if given.record:
+        from benchmarks import RESULTS  # noqa: PLC0415 (a child does without the package)
+
         with RESULTS.open("a") as file:
             file.write("\n".join(lines) + "\n")
 

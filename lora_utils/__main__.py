@@ -12,7 +12,7 @@ from lora_utils.config import SampleInputs, TrainInputs, from_inputs
 from lora_utils.errors import UserError
 from lora_utils.io.access import OWNER
 from lora_utils.io.files import disk_errors
-from lora_utils.io.libraries import configure_libraries, import_libraries
+from lora_utils.io.libraries import import_libraries
 from lora_utils.io.logging import log_to_stdout, log_uncaught_to_stderr
 
 
@@ -44,7 +44,6 @@ def train(output: Path, given: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     import_libraries()
-    configure_libraries()
     from lora_utils.training import launch  # noqa: PLC0415 (help and wrong options do without it)
 
     token = os.environ.get(launch.TOKEN_VARIABLE) or OWNER.hub_token(None)
@@ -58,7 +57,6 @@ def sample(output: Path, given: dict[str, Any]) -> None:
     with disk_errors(f"the folder {output} can't be made", "name another --output."):
         output.mkdir(parents=True, exist_ok=True)
     import_libraries()
-    configure_libraries()
     from lora_utils.sampling.predictor import ModelPredictor  # noqa: PLC0415 (help and wrong options do without it)
 
     model = ModelPredictor()

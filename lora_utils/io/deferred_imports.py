@@ -14,7 +14,7 @@ from functools import partial, wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 _COMPILER = "torch._dynamo"
 _APART = f"{_COMPILER}._trace_wrapped_higher_order_op"  # transformers' masks import it; it needs nothing of the package
@@ -59,7 +59,7 @@ class _DeferredPackage(ModuleType):
         """Execute the package's module, once; a second thread waits for the first, and an import within it doesn't."""
         with self.__dict__["_deferred"]:
             if self.__class__ is not ModuleType:
-                self.__class__ = ModuleType
+                cast(Any, self).__class__ = ModuleType
                 assert self.__spec__ is not None
                 assert self.__spec__.loader is not None
                 self.__spec__.loader.exec_module(self)

@@ -36,21 +36,21 @@ _NOISE = {
 
 
 def import_libraries() -> None:
-    """Import of diffusers and transformers what this package uses, and leave the rest until it is asked for.
+    """Import of diffusers and transformers what this package uses, leave the rest until it is asked for, and configure.
 
     Their modules import torch's compiler, sympy, quantizers, peft and a list of all models: two thirds of a small
-    run's seconds before its first step, and 200 MB. It does nothing where one of the two is imported already.
+    run's seconds before its first step, and 200 MB. Where one of the two is imported already, they are only configured.
     """
-    if not {"diffusers", "transformers"}.isdisjoint(sys.modules):
-        return
-    import torch  # noqa: F401, PLC0415 (the compiler is a part of it)
+    if {"diffusers", "transformers"}.isdisjoint(sys.modules):
+        import torch  # noqa: F401, PLC0415 (the compiler is a part of it)
 
-    defer_compiler()
-    with _seemingly_missing(_OPTIONAL), _one_process():
-        defer_packages(*_FACES)
-        for name in _USED:
-            importlib.import_module(name)
-    gc.freeze()  # what is imported stays: no collection needs to look at it again
+        defer_compiler()
+        with _seemingly_missing(_OPTIONAL), _one_process():
+            defer_packages(*_FACES)
+            for name in _USED:
+                importlib.import_module(name)
+        gc.freeze()  # what is imported stays: no collection needs to look at it again
+    configure_libraries()
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _one_process() -> Iterator[None]:
 
 
 def configure_libraries() -> None:
-    """Set what other libraries log and open in this process. Call it before diffusers is imported.
+    """Set what other libraries log and open in this process.
 
     diffusers speaks of kernels for other GPUs at its import, and progress bars of carriage returns are noise in a
     server's log. Pillow learns to open heic, and refuses what is too large for `open_image`.

@@ -70,8 +70,12 @@ class Progress:
 
 
 @contextmanager
-def log_unexpected_errors() -> Iterator[None]:
-    """Log the traceback of anything but a UserError: Cog's clients get the message alone, its log gets nothing."""
+def logged_to_stdout() -> Iterator[None]:
+    """Log to standard output, and there the traceback of anything but a UserError within it.
+
+    Cog gives its clients the error's message alone, and its own log nothing.
+    """
+    log_to_stdout()
     try:
         yield
     except UserError:

@@ -92,7 +92,7 @@ def _project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     wrapped = [layer for layer in layers if isinstance(layer, LoraLinear)]
     if len(wrapped) < len(layers):
         return blocks.project_each(layers, x)
-    downs = [layer.down for layer in wrapped]
+    downs: list[Tensor] = [layer.down for layer in wrapped]
     lows = F.linear(x, torch.cat(downs).to(x.dtype)).split([len(down) for down in downs], dim=-1)
     return [layer.add_update(x, low) for layer, low in zip(wrapped, lows, strict=True)]
 

@@ -142,7 +142,9 @@ def compiled_block(backend: str = "inductor") -> Compute:
 
 def compile_error() -> type[Exception]:
     """Return what is raised for blocks that can't be compiled; it is part of torch's compiler, which is heavy."""
-    return torch._dynamo.exc.TorchDynamoException
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
+
+    return TorchDynamoException
 
 
 class BlockCache(Protocol):

@@ -56,7 +56,7 @@ def _quantize(layer: nn.Linear, scheme: str) -> None:
         from bitsandbytes.nn import Params4bit  # noqa: PLC0415
 
         exact, nf4 = layer.weight.data, {"quant_type": "nf4", "compress_statistics": True}
-        layer.weight = Params4bit(exact, requires_grad=False, **nf4).to(exact.device)
+        layer.weight = cast(Any, Params4bit)(exact, requires_grad=False, **nf4).to(exact.device)
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
 
