@@ -15,7 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 WAITED_FOR = {
     "train": ("imported", "LoRA of rank", "step 1/", "wrote weights.zip"),
@@ -57,9 +60,18 @@ def predict_twice(folder: Path) -> None:
 CHILDREN = {"train": train_once, "predict": predict_twice}
 
 
-def seconds_until(process: str, folder: Path, model: Path) -> dict[str, float]:
-    """What a process waits for -> seconds from its start until it says so."""
-    began, seconds = time.monotonic(), {}
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process has taken since it started."""
+
+    seconds: float
+    cpu_seconds: float
+    held_bytes: float  # mapped files included
+
+
+def usage_until(process: str, folder: Path, model: Path) -> dict[str, Usage]:
+    """What a process waits for -> what it has taken until it says so."""
+    began, found = time.monotonic(), {}
     # As a script, not as a part of this package, which imports more than the entry points do.
     command = [sys.executable, __file__, "--child", process, str(folder)]
     environment = {**os.environ, "BASE_MODEL": str(model), "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -67,21 +79,24 @@ def seconds_until(process: str, folder: Path, model: Path) -> dict[str, float]:
         assert child.stdout is not None
         for line in child.stdout:
             for mark in WAITED_FOR[process]:
-                if line.startswith(mark):
-                    seconds.setdefault(mark, time.monotonic() - began)
+                if line.startswith(mark) and mark not in found:
+                    own = psutil.Process(child.pid)
+                    cpu = own.cpu_times()
+                    found[mark] = Usage(time.monotonic() - began, cpu.user + cpu.system, own.memory_info().rss)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
-    return seconds
+    return found
 
 
 def table(model: Path) -> list[str]:
-    lines = ["| | s since the start | s of its own |", "| --- | --- | --- |"]
+    lines = ["| | s since the start | s of its own | CPU s since the start | MB held |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         for process in CHILDREN:
             before = 0.0
-            for mark, seconds in seconds_until(process, Path(name), model).items():
-                lines.append(f"| {process}: {TOLD[mark]} | {seconds:.2f} | {seconds - before:.2f} |")
-                before = seconds
+            for mark, used in usage_until(process, Path(name), model).items():
+                cells = f"{used.seconds:.2f} | {used.seconds - before:.2f} | {used.cpu_seconds:.2f}"
+                lines.append(f"| {process}: {TOLD[mark]} | {cells} | {used.held_bytes / 1e6:.0f} |")
+                before = used.seconds
     return lines
 
 

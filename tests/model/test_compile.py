@@ -3,6 +3,7 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -20,8 +21,8 @@ from tests.model.test_memory_plan import demand, size_of
 CONFIG = TrainConfig(steps=20, rank=4, learning_rate=1e-3, batch_size=2, resolution="64,128", seed=0)
 
 
-def losses(folder, dataset, compiled, steps=20):
-    run = make_state(replace(CONFIG, steps=steps), dataset, folder)
+def losses(folder, dataset, compiled, **changed):
+    run = make_state(replace(CONFIG, **changed), dataset, folder)
     change_plan(run, compiled=compiled)
     return [report.loss for report in loop.train(run)], run
 
@@ -33,7 +34,10 @@ def test_real_rotation_is_the_complex_one():
     torch.testing.assert_close(compiled(x, table), kernels.rotate(x, table), atol=1e-6, rtol=0)
 
 
-def test_the_loss_curve_is_that_of_the_plain_blocks(dataset, random_model):
+# The second makes code, a minute of it for a CPU; the first does all that comes before.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_loss_curve_is_that_of_the_plain_blocks(backend, dataset, random_model, monkeypatch):
+    monkeypatch.setattr(blocks, "compiled_block", partial(blocks.compiled_block, backend))
     torch._dynamo.reset()
     counters.clear()
     compiled, run = losses(random_model, dataset, compiled=True)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.dataset import load
 from lora_utils.io import logging as io_logging
+from lora_utils.model import blocks
 from lora_utils.training import loop
 from lora_utils.training.batches import plan_batches
 from lora_utils.training.monitor import TrainMonitor
@@ -71,7 +73,8 @@ def test_the_first_eta_is_right_though_images_differ_in_size(seed, random_model,
     assert sum(costs[1:]) / speed / 1.5 < eta < 1.5 * sum(costs[1:]) / speed
 
 
-def test_the_compiler_is_timed_apart_from_the_probe(dataset, random_model):
+def test_the_compiler_is_timed_apart_from_the_probe(dataset, random_model, monkeypatch):
+    monkeypatch.setattr(blocks, "compiled_block", partial(blocks.compiled_block, "aot_eager"))  # seconds, not a minute
     state = make_state(CONFIG, dataset, random_model)
     plan_recompute(state)
     assert "compile" not in state.seconds
