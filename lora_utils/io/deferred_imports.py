@@ -43,7 +43,7 @@ class _DeferredPackage(ModuleType):
             raise ModuleNotFoundError(f"No module named {name!r}")
         self.__spec__, self.__loader__, self.__file__ = spec, spec.loader, spec.origin
         self.__package__, self.__path__ = name, list(spec.submodule_search_locations or [])
-        self.__dict__["_deferred"] = threading.RLock()
+        self._lock, self._executing = threading.RLock(), False
         sys.modules[name] = self
         parent, _, child = name.rpartition(".")
         if parent:
@@ -52,25 +52,36 @@ class _DeferredPackage(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # a question of inspection's, which every module answers with no
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self._execute()
+        if not self._execute():
+            raise AttributeError(f"partially executed module {self.__name__!r} has no attribute {name!r} yet")
         return getattr(sys.modules[self.__name__], name)
 
-    def _execute(self) -> None:
-        """Execute the package's module, once; a second thread waits for the first, and an import within it doesn't."""
-        with self.__dict__["_deferred"]:
-            if self.__class__ is not ModuleType:
-                cast(Any, self).__class__ = ModuleType
-                assert self.__spec__ is not None
-                assert self.__spec__.loader is not None
-                self.__spec__.loader.exec_module(self)
+    def _execute(self) -> bool:
+        """Execute the package's module, once, and become a plain one; a second thread waits for the first.
+
+        -> False within its own execution
+        """
+        with self._lock:
+            if self._executing:
+                return False
+            if type(self) is not ModuleType:
+                self._executing = True
+                try:
+                    assert self.__spec__ is not None
+                    assert self.__spec__.loader is not None
+                    self.__spec__.loader.exec_module(self)
+                    cast(Any, self).__class__ = ModuleType
+                finally:
+                    self._executing = False
+        return True
 
 
 class _DeferredCompiler(_DeferredPackage):
     """torch's compiler: its decorators mark functions for it, which works without it."""
 
     def __init__(self, name: str):
-        self.__dict__["_marks"] = []
         super().__init__(name)
+        self._marks: list[Callable[[Any], Any]] = []
 
     def allow_in_graph(self, function: Any) -> Any:
         self._marks.append(lambda compiler: compiler.allow_in_graph(function))
@@ -104,11 +115,13 @@ class _DeferredCompiler(_DeferredPackage):
     def is_compiling(self) -> bool:
         return False
 
-    def _execute(self) -> None:
-        marks = self.__dict__.pop("_marks", [])
-        super()._execute()
-        for mark in marks:
-            mark(self)
+    def _execute(self) -> bool:
+        executed, marks = super()._execute(), self._marks
+        if executed:
+            self._marks = []
+            for mark in marks:
+                mark(self)
+        return executed
 
 
 class _FinderOfParts(MetaPathFinder):
@@ -120,8 +133,8 @@ class _FinderOfParts(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not name.startswith(f"{_COMPILER}.") or name == _APART or type(self.package) is ModuleType:
             return None
-        self.package._execute()
-        imported = sys.modules.get(name)  # the package may have imported it
+        executed = self.package._execute()
+        imported = sys.modules.get(name) if executed else None  # the package may have imported it
         return None if imported is None else ModuleSpec(name, _Imported(imported))
 
 

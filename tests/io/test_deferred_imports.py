@@ -97,3 +97,16 @@ def test_a_deferred_package_has_all_that_it_has():
     """
     )
     assert lines == ["False", "FluxTransformer2DModel BertConfig", "QwenImagePipeline"]
+
+
+def test_a_second_thread_waits_until_a_package_is_executed():
+    lines = output_of(
+        FIRST
+        + """
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: torch._dynamo.config.recompile_limit, range(8)))
+    print(len(set(found)), type(torch._dynamo).__name__)
+    """
+    )
+    assert lines == ["1 module"]
