@@ -34,18 +34,20 @@ def test_real_rotation_is_the_complex_one():
     torch.testing.assert_close(compiled(x, table), kernels.rotate(x, table), atol=1e-6, rtol=0)
 
 
-# The second makes code, a minute of it for a CPU; the first does all that comes before.
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_the_loss_curve_is_that_of_the_plain_blocks(backend, dataset, random_model, monkeypatch):
+# The second makes code, a minute of it for a CPU, and has images of two sizes; the first does all that comes before.
+@pytest.mark.parametrize(
+    ("backend", "resolution"), [("aot_eager", "64"), pytest.param("inductor", "64,128", marks=pytest.mark.slow)]
+)
+def test_the_loss_curve_is_that_of_the_plain_blocks(backend, resolution, dataset, random_model, monkeypatch):
     monkeypatch.setattr(blocks, "compiled_block", partial(blocks.compiled_block, backend))
     torch._dynamo.reset()
     counters.clear()
-    compiled, run = losses(random_model, dataset, compiled=True)
+    compiled, run = losses(random_model, dataset, compiled=True, resolution=resolution)
     assert run.plan.compiled, "it didn't fall back"
     # One for the first block, whose inputs have no gradient, one for the others; a short last batch may ask for more,
     # blocks and image sizes may not.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
-    plain, _ = losses(random_model, dataset, compiled=False)
+    plain, _ = losses(random_model, dataset, compiled=False, resolution=resolution)
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
@@ -79,6 +81,7 @@ def steps_done_and_compiled(folder, dataset):
     return len(got), run.plan.compiled
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_is_resumed(dataset, random_model, monkeypatch, tmp_path):
     """In a process of its own: torch remembers for good which compilers it found."""
     monkeypatch.setenv("CXX", "no-such-compiler")
