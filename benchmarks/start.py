@@ -66,7 +66,7 @@ class Usage:
 
     seconds: float
     cpu_seconds: float
-    held_bytes: float  # mapped files included
+    resident_bytes: float  # mapped files included
 
 
 def usage_until(process: str, folder: Path, model: Path) -> dict[str, Usage]:
@@ -89,13 +89,13 @@ def usage_until(process: str, folder: Path, model: Path) -> dict[str, Usage]:
 
 
 def table(model: Path) -> list[str]:
-    lines = ["| | s since the start | s of its own | CPU s since the start | MB held |", "|---|---|---|---|---|"]
+    lines = ["| | s since the start | s of its own | CPU s since the start | MB in memory |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         for process in CHILDREN:
             before = 0.0
             for mark, used in usage_until(process, Path(name), model).items():
                 cells = f"{used.seconds:.2f} | {used.seconds - before:.2f} | {used.cpu_seconds:.2f}"
-                lines.append(f"| {process}: {TOLD[mark]} | {cells} | {used.held_bytes / 1e6:.0f} |")
+                lines.append(f"| {process}: {TOLD[mark]} | {cells} | {used.resident_bytes / 1e6:.0f} |")
                 before = used.seconds
     return lines
 

@@ -39,7 +39,8 @@ def import_libraries() -> None:
     """Import of diffusers and transformers what this package uses, leave the rest until it is asked for, and configure.
 
     Their modules import torch's compiler, sympy, quantizers, peft and a list of all models: two thirds of a small
-    run's seconds before its first step, and 200 MB. Where one of the two is imported already, they are only configured.
+    run's seconds before its first step, and 200 MB. Afterwards diffusers' own LoRA loader and quantizers don't work in
+    this process. Where diffusers or transformers is imported already, libraries are only configured.
     """
     if {"diffusers", "transformers"}.isdisjoint(sys.modules):
         import torch  # noqa: F401, PLC0415 (the compiler is a part of it)
