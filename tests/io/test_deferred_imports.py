@@ -110,3 +110,35 @@ def test_a_second_thread_waits_until_a_package_is_executed():
     """
     )
     assert lines == ["1 module"]
+
+
+TRAININGS = {
+    "bitsandbytes": "--optimizer adamw8bit --quantization nf4 --ema_decay 0.9",
+    "prodigy, floats of torchao": "--optimizer prodigy --quantization fp8 --lora_targets attention+mlp",
+    "adafactor, integers of torchao": "--optimizer adafactor --quantization int8 --autocaption",
+    "previews and a folder of a run": "--train_placeholder_token --save_every 1 --sample_prompts <zwx>",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", TRAININGS.values(), ids=TRAININGS)
+def test_what_is_imported_late_is_there_when_a_command_needs_it(options, archive, tiny_model, tmp_path):
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env={**os.environ, "BASE_MODEL": str(tiny_model)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    weights, converted = tmp_path / "weights.zip", tmp_path / "lora"
+    train = ["train", str(archive), "--steps", "2", "--rank", "2", "--resolution", "64"]
+    run_dir = ["--run_dir", str(tmp_path / "run")] if "save_every" in options else []
+    sample = ["sample", "--prompt", "a red circle", "--width", "64", "--height", "64", "--steps", "6", "--go_fast"]
+    assert run("lora_utils", *train, *options.split(), *run_dir, "--output", str(weights)) == ""
+    assert run("lora_utils.convert", str(weights), str(converted), "--to", "peft") == ""
+    assert run("lora_utils", *sample, "--replicate_weights", str(weights), "--output", str(tmp_path / "images")) == ""
