@@ -30,10 +30,11 @@ from benchmarks import RESULTS
 from benchmarks.train import DTYPES, PRESETS, SOURCE, Job, machine, seconds_of, weights_of, where_time_goes
 from lora_utils import constants
 from lora_utils.config import SampleRequest
-from lora_utils.lora.adapter import target_names
-from lora_utils.lora.formats import LoraFile, LowRank, read_lora_file, write_lora_file
+from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
 from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.lora.updates import LowRank
 from lora_utils.model import flops, flow, modulation
+from lora_utils.model.adapter_sizes import adapted_layers
 from lora_utils.model.components import Components
 from lora_utils.model.device import Placement, peak_bytes
 from lora_utils.model.loading import fill_parameters
@@ -142,7 +143,9 @@ def swap_lines(job: Job) -> list[str]:
         )
         loaded_s = time.perf_counter() - began
         layers = {}
-        for layer in target_names(transformer, "attention"):
+        for layer in [
+            name for block in adapted_layers("attention", len(transformer.transformer_blocks)) for name in block
+        ]:
             wide = job.shape.width
             layers[layer] = LowRank(torch.randn(job.rank, wide), torch.randn(wide, job.rank), float(job.rank))
         swaps = []

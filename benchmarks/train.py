@@ -38,7 +38,7 @@ from benchmarks import RESULTS
 from examples import demo
 from lora_utils import constants
 from lora_utils.config import TrainConfig
-from lora_utils.lora.adapter import attach_trainable_lora
+from lora_utils.lora.adapter import AdapterSettings, attach_adapter
 from lora_utils.model import flops, flow, quantization, roofline
 from lora_utils.model.components import Components
 from lora_utils.model.device import Placement, peak_bytes
@@ -168,7 +168,7 @@ def new_run(job: Job, table: bool = True) -> TrainState:
     stream, storage = weights_of(job.preset.config, job.placement), Storage(job.quantization, times)
     transformer = build_transformer(job.preset.config, stream, SOURCE, job.placement, storage)
     config = TrainConfig(rank=job.rank, batch_size=job.batch, lora_targets=job.lora_targets, seed=0)
-    lora = attach_trainable_lora(transformer, config.lora_targets, job.rank, torch.Generator().manual_seed(0))
+    lora = attach_adapter(transformer, AdapterSettings(config.lora_targets, job.rank), torch.Generator().manual_seed(0))
     plan = MemoryPlan(job.quantization, True, job.compiled, checkpointed_blocks=job.checkpointed)
     tokens, unused = job.preset.text_tokens, cast(Any, None)
     run = TrainState(

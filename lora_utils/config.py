@@ -9,7 +9,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeGuard, TypeVar, get_args
@@ -17,6 +17,7 @@ from typing import Any, TypeGuard, TypeVar, get_args
 from lora_utils import constants
 from lora_utils.errors import UserError, shown
 from lora_utils.presets import PRESETS, preset_for
+from lora_utils.prompts import split_prompts, split_settings
 from lora_utils.triggers import holds, holds_mark
 
 MAX_SEED = 2**32 - 1
@@ -196,9 +197,39 @@ def parse_token_names(text: str) -> str:
     return ",".join(names)
 
 
+def parse_targets(text: str) -> str:
+    """Return presets and patterns of layers without spaces. Which layers there are, the model knows."""
+    plain = re.sub(r"\s", "", text)
+    if not re.fullmatch(r"([\w.*?]|\{\d+(-\d+)?(,\d+(-\d+)?)*\}|,)+", plain):
+        raise UserError(
+            f"lora_targets takes {', '.join(constants.LORA_TARGETS)}, or patterns of layers like "
+            f"transformer_blocks.{{20-39}}.attn.*, separated by commas; got {shown(text)!r}."
+        )
+    return plain
+
+
 def parse_prompts(text: str) -> str:
-    """Return prompts that are separated by lines or '|', one a line."""
-    return "\n".join(filter(None, map(str.strip, re.split(r"[\n|]", text))))
+    """Return prompts that are separated by lines or '|', one a line. Raises UserError for settings that can't be."""
+    lines = split_prompts(text)
+    for line in lines:
+        preview_request(line, SampleRequest("", seed=0))
+    return "\n".join(lines)
+
+
+def preview_request(line: str, usual: "SampleRequest") -> "SampleRequest":
+    """Return what a line of `sample_prompts` asks for: `usual` with its prompt and settings."""
+    prompt, settings = split_settings(line)
+    declared = {item.name: item for item in fields(SampleRequest)}
+    values: dict[str, Any] = {"prompt": prompt}
+    for name, text in settings.items():
+        kind = kind_of(declared[name])
+        try:
+            values[name] = checked(declared[name], text if kind is str else kind(text))
+        except UserError as error:
+            raise UserError(f"sample_prompts: {error}") from error
+        except ValueError:
+            raise UserError(f"sample_prompts: {name} must be a number, got {shown(text)!r}.") from None
+    return replace(usual, **values)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ class TrainConfig:
         ge=1, le=20000, preset=True, group="main",
     )
     rank: int = option(
-        PRESETS["none"].rank, "Rank of the LoRA; alpha equals it. Empty: the goal's, 32 without one.",
+        PRESETS["none"].rank, "Rank of the LoRA. Empty: the goal's, 32 without one.",
         ge=1, le=256, preset=True, group="main",
     )
     learning_rate: float = option(
@@ -251,8 +282,9 @@ class TrainConfig:
         parse=parse_token_names, only_if="train_placeholder_token",
     )
     lora_targets: str = option(
-        PRESETS["none"].lora_targets, "Layers that the LoRA adapts: attention alone, or the MLPs too (2.3 times as "
-        "large). Empty: the goal's, attention without one.", choices=tuple(constants.LORA_TARGETS), preset=True,
+        PRESETS["none"].lora_targets, "Layers that the LoRA adapts: attention, attention_mlp (2.3 times as large), or "
+        "patterns like transformer_blocks.{20-39}.attn.*, separated by commas. Empty: the goal's, attention without "
+        "one.", parse=parse_targets, preset=True,
     )
     quantization: str = option(
         "auto", "How the frozen model's weights are stored. auto: exact where the GPU has room, else in 8 bits, else "
@@ -278,6 +310,25 @@ class TrainConfig:
     preservation_weight: float = option(
         0.25, "Share of the batches that hold the class (prior preservation) instead of teaching.", ge=0, le=0.9
     )
+    uncaptioned: str = option(
+        "train", "Images without any caption: train them under an empty one, skip them, or refuse the dataset.",
+        choices=("train", "skip", "refuse"),
+    )
+    caption_variants: bool = option(
+        False, "Each line of a caption is another caption of its image, of which one is taken at random each time."
+    )
+    caption_shuffle: int | None = option(
+        None, "Shuffle the tags of captions, which commas separate, each time, and keep the first so many in their "
+        "place. Empty: no shuffling.", ge=0, le=1000,
+    )
+    flip: str = option(
+        "off", "Show images mirrored half of the time. on refuses captions with left or right, insist takes them too.",
+        choices=("off", "on", "insist"),
+    )
+    prior_loss_weight: float = option(
+        1.0, "Weight of regularisation images, those in a folder called reg, beside the others. 0 leaves them out.",
+        ge=0, le=10, group="advanced",
+    )
     caption_dropout: float = option(0.05, "Share of the images that train without their caption.", ge=0, le=1)
     validation_share: float = option(
         0.0, "Share of the images held out, to measure a loss that can be compared between runs.", ge=0, le=0.5
@@ -297,6 +348,27 @@ class TrainConfig:
     placeholder_init_std: float = option(
         1e-5, "Standard deviation of the token's first embedding. Near zero means no prior.",
         ge=0, le=0.1, only_if="train_placeholder_token", group="advanced",
+    )
+    adapter: str = option(
+        "lora", "What is trained at each layer. dora adds the length of each output's weights; lokr is a Kronecker "
+        "product, of which rank is that of the larger factor.", choices=("lora", "dora", "lokr"), group="advanced",
+    )
+    lora_alpha: float | None = option(
+        None, "Strength of the adapter times its rank: alpha / rank multiplies it. Empty: rank.",
+        ge=0.001, le=10000, group="advanced",
+    )
+    timestep_sampling: str = option(
+        "resolution", "Levels of noise that are trained. resolution: as the model was, more noise for larger images; "
+        "content: about the middle; style: both ends.",
+        choices=("resolution", "logit_normal", "uniform", "content", "style"), group="advanced",
+    )
+    timestep_shift: float | None = option(
+        None, "Shift of these levels towards noise, like 3; 1 is none. Empty: the image size's, or none for "
+        "logit_normal and uniform.", ge=0.1, le=100, group="advanced",
+    )
+    loss: str = option(
+        "mse", "Error of the velocity. huber counts large errors less, as of images that don't belong.",
+        choices=("mse", "huber"), group="advanced",
     )
     ema_decay: float = option(
         0.0, "Decay of a moving average of the weights, like 0.99, that is returned in place of the last step's. "
@@ -359,13 +431,18 @@ class RunOptions:
     )
     save_every: int = option(0, "Steps from one checkpoint in run_dir to the next. 0: none.", ge=0, le=20000)
     keep_checkpoints: int = option(2, "Checkpoints that are kept; older ones are removed.", ge=1, le=1000)
+    keep_weights: int = option(
+        3, "weights.zip files that are written beside the checkpoints and kept, to compare or to use. 0: none.",
+        ge=0, le=1000,
+    )
     resume: str = option(
         "never", "auto: continue from the last checkpoint in run_dir, if there is one. The result is that of an "
         "uninterrupted run.", choices=("never", "auto"),
     )
     sample_prompts: str = option(
         "", "Prompts of previews, one a line or separated by |. They are sampled into run_dir with the token and "
-        "without it.", parse=parse_prompts,
+        "without it. A line may end in --size 768x512 --seed 5 --steps 30 --guidance 3 --scale 0.8 --negative blurry.",
+        parse=parse_prompts,
     )
     sample_every: int = option(
         0, "Steps from one set of previews to the next. 0: only before the first step and after the last.",

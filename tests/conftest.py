@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 os.environ["CACHE_DIR"] = ""  # what is encoded is kept in memory, and no test finds what another has left
+os.environ["SOURCE_DATE_EPOCH"] = "0"  # files that were written on two days are compared byte by byte
 
 import diffusers  # noqa: F401 (with all that it finds installed, for the stock pipelines in these tests)
 

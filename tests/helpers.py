@@ -1,6 +1,7 @@
 """What several tests share: a run that is set up, its losses, and what an archive holds."""
 
 import json
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch import nn
 
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig, TrainFiles, TrainInputs
 from lora_utils.dataset import Dataset
-from lora_utils.lora.adapter import LoraLinear
+from lora_utils.lora.layers import DoraLinear, LoraLinear
+from lora_utils.lora.updates import tensors_of
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
 from lora_utils.model.device import default_placement
 from lora_utils.model.latents import Size
@@ -56,14 +58,19 @@ def resume_state(config: TrainConfig, dataset: Dataset, model: Path, checkpoint:
 
 def use_pefts_layers(transformer: nn.Module) -> None:
     """Put peft's LoRA layers in place of ours, with the same parameters."""
-    own = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLinear)}
+    own = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLinear | DoraLinear)}
     for name, layer in own.items():
         transformer.set_submodule(name, layer.base_layer)
-    rank = len(next(iter(own.values())).down)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(own)), transformer)
+    first = next(iter(own.values()))
+    config = LoraConfig(
+        r=len(first.down), lora_alpha=first.alpha, target_modules=list(own), use_dora=isinstance(first, DoraLinear)
+    )
+    inject_adapter_in_model(config, transformer)
     for name, layer in own.items():
         theirs = transformer.get_submodule(name)
         theirs.lora_A["default"].weight, theirs.lora_B["default"].weight = layer.down, layer.up
+        if isinstance(layer, DoraLinear):
+            theirs.lora_magnitude_vector["default"].weight = layer.magnitude
 
 
 def losses(state: TrainState, count: int | None = None) -> list[float]:
@@ -80,8 +87,9 @@ def same_result(one: TrainState, other: TrainState) -> bool:
     """Return whether two runs have learned the same, bit for bit."""
     a, b = final_lora(one), final_lora(other)
     layers = all(
-        torch.equal(a.layers[name].up, b.layers[name].up) and torch.equal(a.layers[name].down, b.layers[name].down)
+        torch.equal(mine, other)
         for name in a.layers
+        for mine, other in zip(tensors_of(a.layers[name]), tensors_of(b.layers[name]), strict=True)
     )
     return layers and all(torch.equal(a.embeddings[token], b.embeddings[token]) for token in a.embeddings)
 
@@ -110,6 +118,13 @@ def lora_of(weights: Path) -> tuple[bytes, dict[str, Any]]:
     with zipfile.ZipFile(weights) as packed:
         meta = json.loads(packed.read(META_MEMBER))
         return packed.read(LORA_MEMBER), {name: value for name, value in meta.items() if name != "created"}
+
+
+def without_thumbnail(lora: bytes) -> tuple[dict[str, str], bytes]:
+    """Return a LoRA file's header but for its thumbnail, which previews leave there, and all of its tensors' bytes."""
+    (length,) = struct.unpack("<Q", lora[:8])
+    header = json.loads(lora[8 : 8 + length])["__metadata__"]
+    return {name: value for name, value in header.items() if name != "modelspec.thumbnail"}, lora[8 + length :]
 
 
 def job_of(request: SampleRequest, size: Size, **options: Any) -> SamplingJob:

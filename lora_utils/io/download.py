@@ -36,6 +36,12 @@ def base_model_name() -> str:
     return os.environ.get("BASE_MODEL") or constants.DEFAULT_BASE_MODEL
 
 
+def base_model_label() -> str:
+    """Return the base model as files that leave the machine call it: the repository, or the folder's name alone."""
+    name = base_model_name()
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 def _component_patterns(parts: Sequence[str]) -> list[str]:
     """Return which of a repository's files these components are loaded from; it may hold images and other formats."""
     return [MODEL_INDEX, *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors", "txt"))]

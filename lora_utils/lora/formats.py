@@ -25,7 +25,10 @@ from lora_utils.constants import PEFT_CONFIG, PEFT_WEIGHTS
 from lora_utils.errors import UserError
 from lora_utils.io.files import atomic_path
 from lora_utils.lora.keys import foreign_layers, other_method, parse_key
-from lora_utils.lora.strength import HEADER_KEY, AdapterConfig, adapter_config, header_config, other_base
+from lora_utils.lora.metadata import kept_metadata, sort_header
+from lora_utils.lora.parts import LayerParts, parts_of, read_parts
+from lora_utils.lora.strength import HEADER_KEY, adapter_config, header_config, other_base
+from lora_utils.lora.updates import Decomposed, LowRank, Update
 
 log = logging.getLogger(__name__)
 
@@ -40,54 +43,45 @@ class Layout:
     key: str
     down: str
     up: str
+    magnitude: str = ""  # of a DoRA; empty: its readers know none
     flat: bool = False  # the module's dots are underscores
-    alpha: bool = False  # has alpha keys; without them it is the rank
+    alpha: bool = False  # a LoRA has alpha keys; without them it is the rank
     takes_embeddings: bool = False  # its readers take a token's embedding in the same file
+    takes_lycoris: bool = False  # and LoKr, LoHa and differences, as LyCORIS calls their parts
 
 
+_AB, _DOWN_UP = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")
+_LYCORIS: dict[str, Any] = {"magnitude": ".dora_scale", "takes_lycoris": True}
+_PEFTS = ".lora_magnitude_vector"
 LAYOUTS = {
-    "diffusers": Layout("transformer.{}", ".lora_A.weight", ".lora_B.weight", takes_embeddings=True),
-    "comfyui": Layout("diffusion_model.{}", ".lora_A.weight", ".lora_B.weight"),  # ai-toolkit's and fal's too
-    "kohya": Layout("lora_unet_{}", ".lora_down.weight", ".lora_up.weight", flat=True, alpha=True),  # musubi's too
+    # ComfyUI reads this one too, but for a DoRA's magnitudes.
+    "diffusers": Layout("transformer.{}", *_AB, _PEFTS, takes_embeddings=True, takes_lycoris=True),
+    "comfyui": Layout("diffusion_model.{}", *_AB, **_LYCORIS),  # ai-toolkit's and fal's too
+    "kohya": Layout("lora_unet_{}", *_DOWN_UP, flat=True, alpha=True, **_LYCORIS),  # musubi's too
     "diffsynth": Layout("{}", ".lora_A.default.weight", ".lora_B.default.weight"),
-    "peft": Layout(_PEFT_PREFIX + "{}", ".lora_A.weight", ".lora_B.weight"),  # in a folder with its config
-    "lycoris": Layout("lycoris_{}", ".lora_down.weight", ".lora_up.weight", flat=True, alpha=True),
+    "peft": Layout(_PEFT_PREFIX + "{}", *_AB, _PEFTS),  # in a folder with its config
+    "lycoris": Layout("lycoris_{}", *_DOWN_UP, flat=True, alpha=True, **_LYCORIS),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """The update of one linear layer, up @ down times alpha / R."""
-
-    down: Tensor  # [R, D_in]
-    up: Tensor  # [D_out, R]
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """The rank, R."""
-        return self.down.shape[0]
-
-    def with_alpha_of_rank(self) -> "LowRank":
-        """Return the same update with alpha = rank, which is what a file without alphas means."""
-        if self.alpha == self.rank:
-            return self
-        return LowRank(self.down, self.up.float() * (self.alpha / self.rank), float(self.rank))
-
-    def does_nothing(self) -> bool:
-        """Return whether the update is zero."""
-        return self.alpha == 0 or not self.up.any() or not self.down.any()
-
-
-@dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA: `layers` by dotted module name of the transformer, `embeddings` [1, D] fp32 by placeholder token."""
+    """A LoRA: `layers` by dotted module name of the transformer, `embeddings` [1, D] fp32 by placeholder token.
 
-    layers: dict[str, LowRank]
+    `layers` holds any method's updates of weights, `biases` the changes of biases [D_out].
+    """
+
+    layers: dict[str, Update]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     sha256: str = ""  # of the file it was read from
     metadata: Mapping[str, str] = field(default_factory=dict)  # of its header
     alphas_in_keys: bool = False  # each layer's alpha stands in a key of its own, as kohya's tools write it
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers of which it changes the weight or the bias."""
+        return list(dict.fromkeys([*self.layers, *self.biases]))
 
 
 def file_sha256(path: Path) -> str:
@@ -114,11 +108,16 @@ def read_lora_file(path: Path, name: str | None = None, config: Mapping[str, Any
     strengths = header_config(metadata, name)
     if strengths is None and config is not None:
         strengths = adapter_config(config, f"{name}: its {PEFT_CONFIG}")
-    layers = {layer: _layer(layer, keys, tensors, strengths, name) for layer, keys in parts.items()}
+    read = {
+        layer: read_parts(LayerParts(layer, {part: tensors[key] for part, key in keys.items()}, name), strengths)
+        for layer, keys in parts.items()
+    }
+    layers = {layer: found.update for layer, found in read.items() if found.update is not None}
+    biases = {layer: found.bias for layer, found in read.items() if found.bias is not None}
     alphas_in_keys = all("alpha" in keys for keys in parts.values())
     if strengths is None and not alphas_in_keys and any(_is_pefts(key) for key in tensors):
         log.warning("%s says nothing of its alpha, which is taken to be its rank; add its %s", name, PEFT_CONFIG)
-    return LoraFile(layers, embeddings, file_sha256(path), metadata, alphas_in_keys)
+    return LoraFile(layers, embeddings, file_sha256(path), metadata, alphas_in_keys, biases)
 
 
 def _read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -159,40 +158,6 @@ def _sorted_by_layer(keys: list[str], name: str) -> dict[str, dict[str, str]]:
     return parts
 
 
-def _layer(
-    layer: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor], config: AdapterConfig | None, name: str
-) -> LowRank:
-    """Return a layer's update. Raises UserError for half a pair, wrong shapes and numbers that can't be."""
-    # The pair.
-    if not {"down", "up"} <= set(keys):
-        raise UserError(f"{name}: layer {layer!r} lacks {' and '.join(sorted({'down', 'up'} - set(keys)))}.")
-    down, up = tensors[keys["down"]], tensors[keys["up"]]
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise UserError(f"{name}: layer {layer!r} has the shapes {shapes}, expected [R, D_in] and [D_out, R].")
-    for part in (down, up):
-        if not part.is_floating_point():
-            raise UserError(f"{name}: layer {layer!r} is stored as {part.dtype}; store it in bf16, fp16 or fp32.")
-        if not part.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinity in {layer!r}; its training has failed.")
-
-    # Its alpha, from its own key or the config, which must agree where there are both.
-    rank = down.shape[0]
-    configured = config.alpha_of(layer, rank) if config else None
-    if "alpha" not in keys:
-        return LowRank(down, up, float(rank if configured is None else configured))
-    given = tensors[keys["alpha"]]
-    if given.numel() != 1 or given.is_complex() or not given.float().isfinite().all():
-        shown = given.flatten()[:4].tolist()
-        raise UserError(f"{name}: the alpha of layer {layer!r} must be one finite number, got {shown}.")
-    alpha = float(given.flatten()[0])
-    if configured is not None and configured != alpha:
-        raise UserError(
-            f"{name}: layer {layer!r} has the alpha {alpha:g}, and its config says {configured:g}; remove one."
-        )
-    return LowRank(down, up, alpha)
-
-
 def _is_pefts(key: str) -> bool:
     """Return whether a key is as peft writes it: peft keeps the alpha in another file."""
     found = parse_key(key)
@@ -209,14 +174,15 @@ def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype
     embedding is written without: see `write_embeddings`. Raises UserError for a number that the dtype can't hold.
     """
     names = LAYOUTS[layout]
-    tensors = _tensors(lora, names, dtype)
+    tensors = _tensors(lora, layout, dtype)
     if names.takes_embeddings:
         tensors |= _embedding_tensors(lora)
-    if layout == "diffusers":
-        header = json.dumps({f"transformer.{key}": value for key, value in _config_of(lora).items()})
-        save_file(tensors, path, {HEADER_KEY: header})  # one entry: safetensors writes several in random order
-    else:
-        save_file(tensors, path)
+    header = kept_metadata(lora.metadata)
+    if layout == "diffusers" and only_low_rank(lora):
+        config = {f"transformer.{key}": value for key, value in _config_of(lora).items()}
+        header[HEADER_KEY] = json.dumps(config)
+    save_file(tensors, path, header or None)
+    sort_header(path)
 
 
 def write_peft_folder(folder: Path, lora: LoraFile, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -234,18 +200,47 @@ def write_embeddings(path: Path, lora: LoraFile) -> None:
         save_file(_embedding_tensors(lora), partial)
 
 
-def _tensors(lora: LoraFile, names: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for module, given in lora.layers.items():
-        layer, key = given.with_alpha_of_rank(), names.key.format(module.replace(".", "_") if names.flat else module)
-        for ending, part in ((names.down, layer.down), (names.up, layer.up)):
-            tensors[key + ending] = part.to(dtype).contiguous()
-            if not tensors[key + ending].isfinite().all() and part.isfinite().all():
-                most = float(part.abs().max())
+def _tensors(lora: LoraFile, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    names, tensors = LAYOUTS[layout], {}
+    for module in lora.names:
+        parts = parts_of(lora.layers[module]) if module in lora.layers else {}
+        if module in lora.biases:
+            parts["bias"] = lora.biases[module]
+        key = names.key.format(module.replace(".", "_") if names.flat else module)
+        for part, tensor in parts.items():
+            ending = _ending(names, part)
+            if not ending:
+                raise UserError(f"the layout {layout} has no place for {part} of layer {module!r}; choose lycoris.")
+            # A magnitude moves by less than 16 bits tell apart.
+            kept = tensor.float() if part in ("alpha", "magnitude") else tensor.to(dtype)
+            if not kept.isfinite().all() and tensor.isfinite().all():
+                most = float(tensor.abs().max())
                 raise UserError(f"layer {module!r} holds {most:.3g}, which {dtype} can't; convert to bf16 or fp32.")
-        if names.alpha:
-            tensors[f"{key}.alpha"] = torch.tensor(layer.alpha)
+            if part == "magnitude" and names.magnitude == _PEFTS:
+                if kept.shape[1] != 1:
+                    raise UserError(
+                        f"layer {module!r} has a magnitude per input, which the layout {layout} has no place for; "
+                        "choose lycoris."
+                    )
+                kept = kept[:, 0]
+            tensors[key + ending] = kept.contiguous()
+        if names.alpha and "down" in parts:
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(parts["down"])))
     return tensors
+
+
+def _ending(names: Layout, part: str) -> str:
+    """Return what a layout adds to a module's key for a part; empty for one that its readers don't know."""
+    if part in ("down", "up", "magnitude"):
+        return {"down": names.down, "up": names.up, "magnitude": names.magnitude}[part]
+    return f".{'diff_b' if part == 'bias' else part}" if names.takes_lycoris else ""
+
+
+def only_low_rank(lora: LoraFile) -> bool:
+    """Return whether a file holds LoRAs alone, or DoRAs alone, which peft's config can describe."""
+    decomposed = {isinstance(layer, Decomposed) for layer in lora.layers.values()}
+    changes = [layer.change if isinstance(layer, Decomposed) else layer for layer in lora.layers.values()]
+    return len(decomposed) == 1 and not lora.biases and all(isinstance(change, LowRank) for change in changes)
 
 
 def _embedding_tensors(lora: LoraFile) -> dict[str, Tensor]:
@@ -256,10 +251,13 @@ def _embedding_tensors(lora: LoraFile) -> dict[str, Tensor]:
 
 
 def _config_of(lora: LoraFile) -> dict[str, Any]:
-    """Return the fields of peft's config that a file with alpha = rank has."""
-    ranks = {module: layer.rank for module, layer in lora.layers.items()}
+    """Return the fields of peft's config that a file of LoRAs or DoRAs with alpha = rank has."""
+    changes = {name: layer.change if isinstance(layer, Decomposed) else layer for name, layer in lora.layers.items()}
+    ranks = {module: change.rank for module, change in changes.items() if isinstance(change, LowRank)}
     rank = max(ranks.values())
-    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted(lora.layers), "bias": "none"}
+    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks), "bias": "none"}
+    if any(isinstance(layer, Decomposed) for layer in lora.layers.values()):
+        config["use_dora"] = True
     if others := {module: own for module, own in ranks.items() if own != rank}:
         config |= {"rank_pattern": others, "alpha_pattern": others}
     return config

@@ -1,4 +1,4 @@
-"""Finished LoRAs, applied through forward hooks.
+"""Finished adapters of any method, applied through forward hooks.
 
 This module owns the proof that every layer of a file was applied. A finished LoRA changes no module and no weight:
 taking the hooks away leaves the base bit for bit as it was, where fusing and unfusing in bf16 would not.
@@ -9,48 +9,74 @@ Legend: R rank, D_in and D_out the widths of a linear layer.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from lora_utils import constants
 from lora_utils.errors import UserError
-from lora_utils.lora.adapter import listed
+from lora_utils.lora.adapter import listed, without_wrapper
 from lora_utils.lora.formats import LoraFile
+from lora_utils.lora.updates import Decomposed, Update, with_tensors
 from lora_utils.model import modulation
 from lora_utils.model.device import Placement
+from lora_utils.model.quantization import dense
 
 
-def move_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, placement: Placement) -> LoraFile:
-    """Check that every layer of the file is one of the transformer's, and move it there in the compute dtype.
+def check_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel) -> None:
+    """Check that every layer of the file is one of the transformer's, and fits it.
 
     Raises UserError that says what matched and what didn't: a LoRA that applies in part isn't the one that was trained.
     """
     # Every layer has its counterpart.
     shapes = layer_shapes(transformer)
-    unknown = [name for name in lora.layers if name not in shapes]
+    unknown = [name for name in lora.names if name not in shapes]
     if unknown:
-        matched = [name for name in lora.layers if name in shapes]
+        matched = [name for name in lora.names if name in shapes]
         raise UserError(
-            f"this LoRA doesn't fit the model: {len(matched)} of its {len(lora.layers)} layers match "
+            f"this LoRA doesn't fit the model: {len(matched)} of its {len(lora.names)} layers match "
             f"({listed(matched)}), {len(unknown)} don't exist here ({listed(unknown)}). Is it another model's?"
         )
 
-    # Each fits it, and is moved.
-    layers = {}
+    # Each fits it.
     for name, layer in lora.layers.items():
-        wanted, got = shapes[name], (layer.down.shape[1], layer.up.shape[0])
+        wanted, got = shapes[name], (layer.shape[1], layer.shape[0])
         if wanted != got:
             raise UserError(
                 f"this LoRA doesn't fit the model: {name!r} takes and gives {wanted} values, the LoRA's {got}."
             )
-        layers[name] = replace(
-            layer,
-            down=layer.down.to(placement.device, placement.dtype),
-            up=layer.up.to(placement.device, placement.dtype),
-        )
-    return replace(lora, layers=layers)
+    for name, bias in lora.biases.items():
+        if shapes[name][1] != len(bias):
+            raise UserError(
+                f"this LoRA doesn't fit the model: {name!r} gives {shapes[name][1]} values, the LoRA's {len(bias)}."
+            )
+
+
+def move_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, placement: Placement) -> LoraFile:
+    """Move a LoRA that `check_lora` has checked to the device, in the compute dtype.
+
+    A DoRA's gain follows from the weights that it changes, in fp32: what of them the modulation table stands for must
+    have been loaded.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(placement.device, placement.dtype)
+
+    layers: dict[str, Update] = {}
+    for name, layer in lora.layers.items():
+        layers[name] = with_tensors(layer, moved)
+        if isinstance(layer, Decomposed):
+            exact = with_tensors(layer, lambda tensor: tensor.to(placement.device, torch.float32))
+            gain = exact.on_model(_weight(transformer, name)).gain
+            layers[name] = replace(with_tensors(layer, moved), gain=gain)
+    return replace(lora, layers=layers, biases={name: moved(bias) for name, bias in lora.biases.items()})
+
+
+def _weight(transformer: QwenImageTransformer2DModel, name: str) -> Tensor:
+    """Return a layer's weight [D_out, D_in], however it is stored."""
+    return dense(without_wrapper(transformer.get_submodule(name)).weight)
 
 
 def layer_shapes(transformer: QwenImageTransformer2DModel) -> dict[str, tuple[int, int]]:
@@ -68,20 +94,29 @@ def layer_shapes(transformer: QwenImageTransformer2DModel) -> dict[str, tuple[in
 
 def adapts_the_table(lora: LoraFile) -> bool:
     """Return whether a LoRA adapts a layer that the modulation table follows from."""
-    return any(map(modulation.table_depends_on, lora.layers))
+    return any(map(modulation.table_depends_on, lora.names))
 
 
 @dataclass(frozen=True, slots=True)
-class _AddUpdate:
-    """A forward hook: strength * up @ down @ input is added to the layer's output in place, in no pass of its own."""
+class _AddUpdates:
+    """A forward hook on a linear layer: what all LoRAs change of it is added to its output, in place."""
 
-    down: Tensor  # [R, D_in]
-    up: Tensor  # [D_out, R]
-    strength: float  # scale * alpha / R
+    updates: Sequence[tuple[Update, float]]  # each with its scale
+    biases: Sequence[tuple[Tensor, float]]  # [D_out]
 
-    def __call__(self, _layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        low = F.linear(arguments[0], self.down).flatten(0, -2)  # [..., R]
-        output.view(-1, output.shape[-1]).addmm_(low, self.up.T, alpha=self.strength)
+    def __call__(self, layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add to output [..., D_out] for the input [..., D_in]."""
+        x, base, own = arguments[0], output, without_wrapper(layer)
+        if any(isinstance(update, Decomposed) for update, _ in self.updates):  # these change what W alone gives
+            base = output.clone() if own.bias is None else output - own.bias
+        for update, scale in self.updates:
+            if isinstance(update, Decomposed):
+                per_input = update.magnitude.shape[1] != 1
+                update.add_to(output, x, scale, base, dense(own.weight) if per_input else None)
+            else:
+                update.add_to(output, x, scale)
+        for bias, scale in self.biases:
+            output.add_(bias, alpha=scale)
         return output
 
 
@@ -94,11 +129,10 @@ def applied_loras(transformer: QwenImageTransformer2DModel, loras: Sequence[tupl
     with ExitStack() as stack:
         if any(scale != 0 and adapts_the_table(lora) for lora, scale in loras):
             stack.enter_context(modulation.without_table(transformer))
-        for lora, scale in loras:
-            if scale == 0:
-                continue
-            for name, layer in lora.layers.items():
-                update = _AddUpdate(layer.down, layer.up, scale * layer.alpha / layer.rank)
-                handle = transformer.get_submodule(name).register_forward_hook(update)
-                stack.callback(handle.remove)
+        used = [(lora, scale) for lora, scale in loras if scale != 0]
+        for name in dict.fromkeys(name for lora, _ in used for name in lora.names):
+            updates = [(lora.layers[name], scale) for lora, scale in used if name in lora.layers]
+            biases = [(lora.biases[name], scale) for lora, scale in used if name in lora.biases]
+            handle = transformer.get_submodule(name).register_forward_hook(_AddUpdates(updates, biases))
+            stack.callback(handle.remove)
         yield

@@ -21,20 +21,26 @@ _FLAT_OUTSIDE = {name.replace(".", "_"): name for name in constants.OUTER_TARGET
 _FLAT_BLOCK = re.compile(r"transformer_blocks_(\d+)_(\w+)")
 _FLAT_WRAPPERS = re.compile(r"((base_model_model|model|diffusion_model|transformer|_orig_mod|module)_(?!blocks_))+")
 
-# peft's lora_A and lora_B with an adapter's name of any kind behind, kohya's lora_down and lora_up, and diffusers' old
-# lora.down and lora.up.
-_PART = re.compile(r"(?P<layer>.+)\.lora[_.](?P<which>A|B|down|up)(?P<adapter>(\.[^.]+)*?)(\.weight)?")
-_PARTS = {"A": "down", "down": "down", "B": "up", "up": "up"}
+# What a key may end in. peft puts an adapter's name of any kind behind a part.
+_ADAPTER = r"(?P<adapter>(\.[^.]+)*?)"
+_PARTS = [
+    re.compile(rf"(?P<layer>.+)\.{part}")
+    for part in (
+        r"(?P<part>alpha|diff|diff_b)(?P<adapter>)",
+        rf"lora_(?P<part>B{_ADAPTER}\.bias|up\.bias)",
+        rf"lora[_.](?P<part>A|B|down|up){_ADAPTER}(\.weight)?",  # peft's, kohya's, and diffusers' old lora.down
+        rf"(?P<part>lokr_w[12](_[ab])?|hada_w[12]_[ab]){_ADAPTER}(\.weight)?",  # LyCORIS's, and peft's too
+        rf"(?P<part>dora_scale|lora_magnitude_vector|magnitude){_ADAPTER}(\.weight)?",  # LyCORIS, peft, ai-toolkit
+    )
+]
+_OUR_NAMES = {"A": "down", "B": "up", "diff_b": "bias", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude"}
 
-# Marks of other methods. They are whole endings: `.diff` isn't in `.diffusion_model.`.
+# Marks of methods that aren't read. They are whole endings.
 _METHODS = {
-    r"(dora_scale|lora_magnitude_vector(\..+)?|magnitude(\..+)?)": "DoRA",
-    r"lokr_(w[12](_[ab])?|t2)": "LoKr",
-    r"hada_[wt][12](_[ab])?": "LoHa",
     r"(oft_\w+|oft_[\w.]+|boft_[\w.]+)": "OFT",
-    r"(diff|diff_b|set_weight|[wb]_norm|reshape_weight)": "full-weight difference",
-    r"lora_mid\.weight": "Tucker LoCon",
-    r"lora_[AB](\.[^.]+)*\.bias|lora_(down|up)\.bias": "LoRA bias",
+    r"(set_weight|[wb]_norm|reshape_weight)": "normalisation or replaced",
+    r"(lora_mid\.weight|lokr_t2|hada_t[12])": "Tucker",
+    r"(lora_A(\.[^.]+)*\.bias|lora_down\.bias)": "LoRA bias",
     r".*(weight_scale(_inv)?|scale_weight|scale_input|input_scale|comfy_quant|scaled_fp8|absmax|quant_map)": "scaled",
 }
 _METHOD = {re.compile(rf"(.+\.)?{ending}"): method for ending, method in _METHODS.items()}
@@ -67,7 +73,10 @@ _FOREIGN_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class LoraKey:
-    """What a key stands for: a part (down, up or alpha) of a layer, by its dotted name in the transformer."""
+    """What a key stands for: a part of a layer's update, by the layer's dotted name in the transformer.
+
+    A part is down, up, alpha, magnitude, diff, bias, up_bias, lokr_w1 to lokr_w2_b or hada_w1_a to hada_w2_b.
+    """
 
     layer: str
     part: str
@@ -79,12 +88,17 @@ def parse_key(key: str) -> LoraKey | None:
 
     A dotted name that Qwen-Image hasn't is returned as it is: whether the model has it, the model knows.
     """
-    if key.endswith(".alpha"):
-        layer = _layer_name(key.removesuffix(".alpha"))
-        return LoraKey(layer, "alpha") if layer else None
-    found = _PART.fullmatch(key)
+    found = next(filter(None, (part.fullmatch(key) for part in _PARTS)), None)
     layer = _layer_name(found["layer"]) if found else None
-    return LoraKey(layer, _PARTS[found["which"]], found["adapter"].strip(".")) if found and layer else None
+    if found is None or layer is None:
+        return None
+    part = "up_bias" if found["part"].endswith(".bias") else _OUR_NAMES.get(found["part"], found["part"])
+    return LoraKey(layer, part, (found["adapter"] or "").strip("."))
+
+
+def without_wrappers(name: str) -> str:
+    """Return the model's own name of a tensor, without what tools put in front or wrap around."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _layer_name(name: str) -> str | None:
@@ -107,7 +121,7 @@ def _dotted(flat: str) -> str | None:
 
 
 def other_method(key: str) -> str | None:
-    """Return which method other than plain LoRA a key is of, if it is."""
+    """Return which method that isn't read a key is of, if it is."""
     return next((method for ending, method in _METHOD.items() if ending.fullmatch(key)), None)
 
 

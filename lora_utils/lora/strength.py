@@ -20,6 +20,7 @@ _PREFIX = "transformer."  # in front of each field there
 _NAMED_BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model", "base_model_name")
 # Ways to start that change the base model's weights too: what was trained is no change of the base as it is.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}  # by peft's names
 _PLAIN = re.compile(r"[\w.]+")
 _MAX_PATTERN = 300  # characters
 _NESTED = re.compile(r"\([^)]*[+*}][^)]*\)[+*{]")  # a repeated group that repeats: it may take for ever to match
@@ -36,17 +37,26 @@ class AdapterConfig:
     alphas: Mapping[str, float]
     says_rank: bool
     source: str  # what errors call it
+    method: str = "LoRA"
+    decomposed: bool = False  # whether it is a DoRA
 
-    def alpha_of(self, layer: str, rank: int) -> float:
-        """Return the alpha with which alpha / rank is the layer's strength. Raises UserError for another rank."""
-        own_rank = self.ranks.get(_pattern_of(self.ranks, layer, self.source), self.rank)
-        if self.says_rank and own_rank != rank:
+    def rank_of(self, layer: str) -> float:
+        """Return the rank that it gives a layer."""
+        return self.ranks.get(_pattern_of(self.ranks, layer, self.source), self.rank)
+
+    def alpha_of(self, layer: str, rank: int | None) -> float:
+        """Return the alpha with which alpha / rank is the layer's strength. Raises UserError for another rank.
+
+        `rank` is that of the layer's weights, None where they tell none.
+        """
+        own_rank = self.rank_of(layer)
+        if self.says_rank and rank is not None and own_rank != rank:
             raise UserError(
                 f"{self.source} gives layer {layer!r} the rank {own_rank}, and its weights have {rank}: the two don't "
                 "belong together."
             )
         alpha = self.alphas.get(_pattern_of(self.alphas, layer, self.source), self.alpha)
-        return alpha * math.sqrt(rank) if self.rslora else alpha
+        return alpha * math.sqrt(own_rank if rank is None else rank) if self.rslora else alpha
 
 
 def _pattern_of(patterns: Mapping[str, float], layer: str, source: str) -> str:
@@ -93,11 +103,11 @@ def parse_config(text: str, source: str) -> dict[str, Any]:
 
 def adapter_config(values: Mapping[str, Any], source: str) -> AdapterConfig:
     """Return an adapter's config. Raises UserError for another method, or a value that can't be."""
-    # Nothing but a plain LoRA is read.
-    method = values.get("peft_type") or "LORA"
-    method = "DoRA" if values.get("use_dora") else method
-    if method != "LORA":
-        raise UserError(f"{source} is of a {str(method)[:40]} adapter, which isn't supported; use a plain LoRA.")
+    # The method.
+    named = values.get("peft_type") or "LORA"
+    if not isinstance(named, str) or named not in _METHODS:
+        raise UserError(f"{source} is of a {str(named)[:40]} adapter, which isn't supported; use a LoRA, LoHa or LoKr.")
+    method = _METHODS[named]
     start = str(values.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
         raise UserError(f"{source} starts from {start}, which changes the base model too; save it as a plain LoRA.")
@@ -105,9 +115,10 @@ def adapter_config(values: Mapping[str, Any], source: str) -> AdapterConfig:
         raise UserError(f"{source} repeats layers of the base model, which isn't supported; use a plain LoRA.")
 
     # Its numbers.
-    rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
+    name_of_alpha = "lora_alpha" if method == "LoRA" else "alpha"
+    rank, alpha = values.get("r", 8), values.get(name_of_alpha, 8)
     _check_number(rank, f"{source}: r", whole=True)
-    _check_number(alpha, f"{source}: lora_alpha")
+    _check_number(alpha, f"{source}: {name_of_alpha}")
     patterns = {}
     for field in ("rank_pattern", "alpha_pattern"):
         patterns[field] = values.get(field) or {}
@@ -121,7 +132,15 @@ def adapter_config(values: Mapping[str, Any], source: str) -> AdapterConfig:
         raise UserError(f"{source}: use_rslora must be true or false, got {str(values['use_rslora'])[:60]!r}.")
     rslora, says_rank = values.get("use_rslora") is True, "r" in values
     return AdapterConfig(
-        int(rank), alpha, rslora, patterns["rank_pattern"], patterns["alpha_pattern"], says_rank, source
+        int(rank),
+        alpha,
+        rslora,
+        patterns["rank_pattern"],
+        patterns["alpha_pattern"],
+        says_rank,
+        source,
+        method,
+        decomposed=bool(values.get("use_dora")),
     )
 
 

@@ -10,11 +10,12 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
@@ -23,8 +24,11 @@ from lora_utils.errors import UserError
 from lora_utils.io.download import base_model_name
 from lora_utils.io.files import disk_errors
 from lora_utils.lora.formats import LoraFile, file_sha256, read_lora_file, write_lora_file
-from lora_utils.lora.hooks import adapts_the_table, move_lora
+from lora_utils.lora.hooks import adapts_the_table, check_lora, move_lora
 from lora_utils.lora.keys import foreign_name
+from lora_utils.lora.metadata import Described, describe_training
+from lora_utils.lora.ranks import cut_rank, rank_of, share_lost
+from lora_utils.lora.updates import LowRank, does_nothing, tensors_of
 from lora_utils.lora.weights_zip import Meta, extract_weights, write_weights_zip
 from lora_utils.model import modulation
 from lora_utils.model.components import Components
@@ -64,9 +68,10 @@ def read_weights(path: Path, name: str | None = None) -> tuple[LoraFile, Meta | 
     with tempfile.TemporaryDirectory() as folder:
         found = extract_weights(path, Path(folder))
         lora = read_lora_file(found.lora_path, name, found.adapter_config)
-    if not lora.embeddings and all(layer.does_nothing() for layer in lora.layers.values()):
+    changes = [*map(does_nothing, lora.layers.values()), *(not bias.any() for bias in lora.biases.values())]
+    if not lora.embeddings and all(changes):
         raise UserError(
-            f"{name} is zero in all of its {len(lora.layers)} layers: it would generate what the base model does."
+            f"{name} is zero in all of its {len(lora.names)} layers: it would generate what the base model does."
         )
     if found.meta is not None and found.meta.base_model:
         _check_base_model(found.meta.base_model, name)
@@ -92,14 +97,19 @@ def load_weights(path: Path, components: Components, name: str | None = None) ->
     lora, meta = read_weights(path, name)
     width = embedding_matrix(components.need_text_encoder()).shape[1]
     _check_embeddings(lora, meta, width, name)
+    check_lora(lora, components.transformer)
+    table = modulation.table_of(components.transformer)
+    had_layers = table is not None and table.layers is not None
+    load_what_they_adapt([lora], components)
     try:
         moved = move_lora(lora, components.transformer, components.placement)
     except torch.OutOfMemoryError:
         moved = None
     if moved is None:  # outside of the handler, whose traceback holds what was moved
+        if table is not None and not had_layers:
+            table.layers = None
         release_memory()
         raise UserError(f"{name} doesn't fit into the memory that is free; use a LoRA of a smaller rank.")
-    load_what_they_adapt([moved], components)
     return Weights(moved, meta, name)
 
 
@@ -157,8 +167,9 @@ def placeholders_of(loaded: Sequence[Weights], components: Components) -> Placeh
 
 
 def lora_bytes(weights: Weights) -> int:
-    """Return what a LoRA's matrices hold on the device."""
-    return sum(part.nbytes for layer in weights.lora.layers.values() for part in (layer.down, layer.up))
+    """Return what a LoRA's tensors hold on the device."""
+    held = [part for layer in weights.lora.layers.values() for part in tensors_of(layer)]
+    return sum(part.nbytes for part in [*held, *weights.lora.biases.values()])
 
 
 # What Qwen-Image-Lightning's files are known by (lightx2v/Qwen-Image-Lightning): rank 64 and an alpha of 8 in a key of
@@ -174,22 +185,27 @@ def is_lightning(lora: LoraFile) -> bool:
     """
     if any(_LIGHTNING_TITLE.search(value) for value in lora.metadata.values()):
         return True
-    kinds = {(layer.rank, layer.alpha) for layer in lora.layers.values()}
+    kinds = {(layer.rank, layer.alpha) for layer in lora.layers.values() if isinstance(layer, LowRank)}
     layers = {name.split(".", 2)[-1] for name in lora.layers}
     known = lora.alphas_in_keys and kinds == {(LIGHTNING_RANK, LIGHTNING_ALPHA)}
     return known and layers == set(constants.LORA_TARGETS["attention_mlp"])
 
 
 def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
-    """Read a LoRA of any layout to continue learning from, before a model is loaded.
+    """Read an adapter of any layout to continue learning from, before a model is loaded.
 
-    Raises UserError where its rank or tokens aren't the run's, with what to set.
+    A LoRA of a larger rank than the run's is cut to it, and how much of it is lost is logged. Raises UserError for one
+    that changes biases, and where its tokens aren't the run's, with what to set.
     """
     lora, _ = read_weights(path)
-    if others := sorted({layer.rank for layer in lora.layers.values()} - {config.rank}):
-        raise UserError(
-            f"init_weights {path.name} is of rank {others[-1]}, and rank is {config.rank}; set rank={others[-1]}."
-        )
+    if lora.biases:
+        raise UserError(f"init_weights {path.name} changes biases, which aren't trained; give one without.")
+    cut = {name: cut_rank(update, config.rank) for name, update in lora.layers.items()}
+    if lost := share_lost(lora.layers, cut):
+        log.warning("init_weights %s: cut to rank %d, which loses %.1f %% of it", path.name, config.rank, 100 * lost)
+    elif any(rank_of(update) not in (None, config.rank) for update in lora.layers.values()):
+        log.info("init_weights %s: of a smaller rank; what rank %d adds starts anew", path.name, config.rank)
+    lora = replace(lora, layers=cut)
     if unused := [token for token in lora.embeddings if token not in config.tokens]:
         raise UserError(
             f"init_weights {path.name} has learned {', '.join(unused)}; set train_placeholder_token and name them in "
@@ -227,7 +243,7 @@ class LoraCache:
             "%s %s: a LoRA of %d layers%s, %.0f MB, in %.3f s, sha256 %s",
             how,
             weights.name,
-            len(weights.lora.layers),
+            len(weights.lora.names),
             tokens,
             lora_bytes(weights) / 1e6,
             time.monotonic() - began,
@@ -254,6 +270,9 @@ class TrainingFacts:
     steps: int
     final_loss: float | None
     placeholders: list[dict[str, Any]]  # what `describe_embeddings` says of each; empty without a token
+    captions: Sequence[str] = ()
+    title: str = ""  # empty: what the run teaches
+    thumbnail: Image.Image | None = None
 
 
 def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: TrainingFacts) -> None:
@@ -269,7 +288,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
         placeholder_token_id=_one_or_all([described["token_id"] for described in facts.placeholders]),
         placeholder=_one_or_all(facts.placeholders),
         rank=config.rank,
-        lora_alpha=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_targets=config.lora_targets,
         training_steps=facts.steps,
         learning_rate=config.learning_rate,
@@ -283,6 +302,16 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
+    described = Described(
+        facts.base_model,
+        facts.captions,
+        facts.num_images,
+        facts.steps,
+        facts.final_loss,
+        facts.title or ", ".join(config.triggers) or "Qwen-Image LoRA",
+        facts.thumbnail,
+    )
+
     # Write both beside the target, then rename: there is a complete archive or none.
     remedy = "free some room. If save_every kept checkpoints, resume=auto writes it from the last one."
     with (
@@ -290,7 +319,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
         tempfile.TemporaryDirectory(dir=target.parent) as folder,
     ):
         lora_path = Path(folder) / "lora_weights.safetensors"
-        write_lora_file(lora_path, lora)
+        write_lora_file(lora_path, replace(lora, metadata=describe_training(config, described)))
         write_weights_zip(target, lora_path, meta)
 
 

@@ -40,7 +40,7 @@ class Meta:
         None  # the trained embedding: token, key, norms, sha256, ...
     )
     rank: int | None = None
-    lora_alpha: int | None = None
+    lora_alpha: int | float | None = None
     lora_targets: str | None = None
     training_steps: int | None = None
     learning_rate: float | None = None

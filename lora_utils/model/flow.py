@@ -49,9 +49,23 @@ def shift_sigma(sigma: Tensor, mu: float) -> Tensor:
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
-def sample_sigmas(batch: int, mu: float, generator: torch.Generator) -> Tensor:
-    """Sample [B] sigmas in (0, 1): logit-normal, then shifted as the resolution is, as in sampling."""
-    return shift_sigma(torch.sigmoid(torch.randn(batch, generator=generator)), mu)
+BELL_STD = 0.5  # of the logit, half of the logit-normal's: nine tenths then lie in sigma 0.31 to 0.69
+
+
+def sample_sigmas(batch: int, mu: float, generator: torch.Generator, distribution: str = "logit_normal") -> Tensor:
+    """Sample [B] sigmas in (0, 1) from a distribution, and shift them by exp(mu).
+
+    logit_normal is that of Esser et al. 2024 (section 3.1); bell a narrower one, which is about the middle; tails the
+    arcsine distribution, which is about both ends; uniform is what it says.
+    """
+    if distribution == "uniform":
+        sigma = torch.rand(batch, generator=generator)
+    elif distribution == "tails":
+        sigma = torch.sin(torch.rand(batch, generator=generator) * (math.pi / 2)).square()
+    else:
+        spread = BELL_STD if distribution == "bell" else 1.0
+        sigma = torch.sigmoid(torch.randn(batch, generator=generator) * spread)
+    return shift_sigma(sigma, mu)
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -1,11 +1,24 @@
 """Memory by arithmetic: what a step keeps for its backward pass, and how many blocks must be checkpointed to fit."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-# What a block keeps per token, in widths D: the inputs of its two norms, of q/k/v's and of the output layer's LoRA, q
-# and k before their norms, attention's q, k, v and output (10), and the GELU's input (4), less what two of them share.
-# Counted on these blocks (tests/model/test_blocks.py); diffusers' own keep 20.3 and 25.6 under bf16 autocast.
-KEPT_WIDTHS = {"attention": 13.1, "attention_mlp": 18.1}
+# What a block keeps per token, in widths D, counted on these blocks (tests/model/test_blocks.py): the inputs of its two
+# norms, q and k before their norms, attention's q, k, v and output, and the GELU's input (4), less what two of them
+# share. diffusers' own keep 20.3 with LoRAs on attention, and 25.6 with more on the MLPs, under bf16 autocast.
+FROZEN_WIDTHS = 12.1
+# What an adapter adds, by the layers of both streams that share it: their input, and for DoRA and LoKr their output
+# once more. The output layer's input is attention's output, which is kept anyway.
+_QKV, _OUT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"), ("to_out.0", "to_add_out")
+_INPUT_WIDTHS = {_QKV: 1.0, _OUT: 0.0, ("net.0.proj",): 1.0, ("net.2",): 4.0}
+_OUTPUT_WIDTHS = {
+    ("to_q", "add_q_proj"): 1.0,
+    ("to_k", "add_k_proj"): 1.0,
+    ("to_v", "add_v_proj"): 1.0,
+    _OUT: 1.0,
+    ("net.0.proj",): 4.0,
+    ("net.2",): 1.0,
+}
 BOUNDARY_WIDTHS = 1.0  # a checkpointed block's input
 WORKING_WIDTHS = 8.0  # of one block on its way back: mostly the GELU's gradient, before and after it (8)
 SAMPLING_WIDTHS = 12.0  # of one block on its way without a backward pass, and the image itself
@@ -17,23 +30,40 @@ _LORA_BYTES = 4  # of a LoRA's weight, fp32
 SPARE_BYTES = 1.5e9  # the driver's, the libraries' workspaces, fragments
 
 
+def kept_widths(layers: Iterable[str], adapter: str) -> float:
+    """Return what a block keeps per token, in widths D, with an adapter on these of its layers, by their names in it.
+
+    A layer of one stream counts for both: text is short beside an image.
+    """
+    names = list(layers)
+
+    def added(widths: Mapping[tuple[str, ...], float]) -> float:
+        return sum(width for ends, width in widths.items() if any(name.endswith(ends) for name in names))
+
+    return FROZEN_WIDTHS + added(_INPUT_WIDTHS) + (0.0 if adapter == "lora" else added(_OUTPUT_WIDTHS))
+
+
 @dataclass(frozen=True, slots=True)
 class StepSize:
     """What the memory of a step follows from."""
 
-    blocks: int
     width: int
     tokens: int  # text and image of the largest batch
-    targets: str
+    kept: tuple[float, ...]  # by block, what `kept_widths` says
     element_bytes: int
     lora_parameters: int
     bytes_per_weight: float = 12.0  # of the LoRA, what gradient and optimizer hold: AdamW's
 
+    @property
+    def blocks(self) -> int:
+        """The number of transformer blocks."""
+        return len(self.kept)
+
     def activation_bytes(self, checkpointed: int) -> float:
         """Return what is kept for the backward pass while `checkpointed` blocks keep only their input."""
         token_bytes = self.tokens * self.width * self.element_bytes
-        kept = (self.blocks - checkpointed) * KEPT_WIDTHS[self.targets] + checkpointed * BOUNDARY_WIDTHS
-        working = WORKING_WIDTHS + (KEPT_WIDTHS[self.targets] if checkpointed == self.blocks else 0.0)
+        kept = sum(self.kept[checkpointed:]) + checkpointed * BOUNDARY_WIDTHS
+        working = WORKING_WIDTHS + (max(self.kept) if checkpointed == self.blocks else 0.0)
         return token_bytes * (kept + working) + self._cast_bytes(checkpointed)
 
     def _cast_bytes(self, checkpointed: int) -> float:

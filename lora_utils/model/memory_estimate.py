@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.model import flops, memory, modulation, quantization
+from lora_utils.model.adapter_sizes import adapted_layers, count_adapter_weights, layer_in_block
 from lora_utils.model.device import Placement, free_bytes, local_processes
 from lora_utils.model.host_memory import free_host_bytes
 from lora_utils.model.latents import Size
@@ -220,16 +221,13 @@ def step_size(
     """Return what the memory of a step on `tokens` tokens, image and text, of the largest batch follows from.
 
     `transformer` is its config. `optimizer_bytes` is what gradient and optimizer hold of a LoRA's weight, AdamW's 12.
+    Raises UserError for `lora_targets` that this model hasn't.
     """
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    # A LoRA's matrices are R x D_in and D_out x R: the attention's layers are D x D, the MLPs' D x 4 D.
-    widths = {
-        layer: 5 if layer in constants.MLP_TARGETS else 2 for layer in constants.LORA_TARGETS[config.lora_targets]
-    }
-    lora = transformer["num_layers"] * config.rank * width * sum(widths.values())
-    return memory.StepSize(
-        transformer["num_layers"], width, tokens, config.lora_targets, element_bytes, lora, optimizer_bytes
-    )
+    layers = adapted_layers(config.lora_targets, transformer["num_layers"])
+    kept = tuple(memory.kept_widths(map(layer_in_block, names), config.adapter) for names in layers)
+    weights = count_adapter_weights(config.adapter, config.rank, layers, width)
+    return memory.StepSize(width, tokens, kept, element_bytes, weights, optimizer_bytes)
 
 
 @dataclass(frozen=True, slots=True)

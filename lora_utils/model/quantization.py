@@ -65,12 +65,19 @@ def _quantize(layer: nn.Linear, scheme: str) -> None:
 
 
 def dense(weight: Tensor) -> Tensor:
-    """Return a stored weight [D_out, D_in] as the compute dtype's numbers."""
+    """Return a stored weight [D_out, D_in] as the compute dtype's numbers; a sharded one from all processes."""
+    if gather := getattr(weight, "full_tensor", None):
+        return gather()
     if state := getattr(weight, "quant_state", None):
         from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415
 
         return dequantize_4bit(weight.data, state)
-    return cast(Any, weight).dequantize()
+    return weight if is_exact(weight) else cast(Any, weight).dequantize()
+
+
+def is_exact(weight: Tensor) -> bool:
+    """Return whether a weight is stored as plain numbers of the compute dtype."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 class _FrozenLinear(torch.autograd.Function):

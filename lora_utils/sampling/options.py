@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from lora_utils import constants
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
-from lora_utils.io.images import load_pixels, mask_problem, open_image, open_mask
+from lora_utils.io.images import load_pixels, mask_problem, open_crop, open_image, open_mask
 from lora_utils.lora.weights import Weights, is_lightning
 from lora_utils.model import flow
 from lora_utils.model.components import Components
@@ -22,7 +24,20 @@ log = logging.getLogger(__name__)
 
 LIGHTNING_STEPS = 8  # the most that a Lightning LoRA was distilled for
 REUSE_THRESHOLD = 0.1  # by which the first block may move: docs/benchmarks.md has what it costs and wins
+FEATHER_OF_SIDE = 256  # an image's shorter side by the blur of a mask's edge: 4 pixels at 1024
 REPAINTED_SHARE = 0.02  # of a latent's pixels under the mask's white from which on it is generated again
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPixels:
+    """What a mask keeps of an image: its pixels themselves, for the VAE gives none back as it was."""
+
+    original: Image.Image  # RGB
+    shares: Image.Image  # L, of what is generated; 0 where the mask is black
+
+    def paste_into(self, generated: Image.Image) -> Image.Image:
+        """Return the generated image with the kept pixels in it, bit for bit."""
+        return Image.composite(generated, self.original, self.shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +46,7 @@ class InitImage:
 
     clean: Tensor  # latents [1, N, C] fp32
     repaint: Tensor | None = None  # [1, N, C] bool: what is generated again, the rest stays; None: all of it
+    kept: KeptPixels | None = None  # with a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +79,18 @@ def load_init_image(
     if opened_mask is None:
         return size, InitImage(clean)
     touched = mask_shares(opened_mask, size) > REPAINTED_SHARE  # [N, 4], a token's four latents
-    return size, InitImage(clean, touched.repeat(1, constants.LATENT_CHANNELS).unsqueeze(0))  # [1, N, C]
+    fitted = ImageOps.fit(opened_mask, size.pixels, Image.Resampling.BOX)  # cropped as the image is
+    kept = KeptPixels(open_crop(image, size.pixels), feathered(fitted))
+    return size, InitImage(clean, touched.repeat(1, constants.LATENT_CHANNELS).unsqueeze(0), kept)  # [1, N, C]
+
+
+def feathered(mask: Image.Image) -> Image.Image:
+    """Return a mask whose white fades at its edges, inwards: what is black stays black."""
+    radius = max(1.0, min(mask.size) / FEATHER_OF_SIDE)
+    blurred = np.asarray(mask.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    # At a straight edge blurred is a half, and so is the share; a thin line keeps more of its white than at 2 b - 1.
+    shares = np.clip(2 * blurred - 0.5, 0, 1) * np.asarray(mask, np.float32)
+    return Image.fromarray(shares.round().astype(np.uint8))
 
 
 def choose_options(

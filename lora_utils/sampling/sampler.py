@@ -153,6 +153,9 @@ def _sample_group(
     for index, own in zip(group, latents.split(1), strict=True):
         denoised = time.monotonic()
         image = decode_images(components.need_vae(), own, job.size)[0]
+        start = job.options.init_image
+        if start is not None and start.kept is not None:
+            image = start.kept.paste_into(image)
         images.append(GeneratedImage(image, request.seed_of(index), share_s, time.monotonic() - denoised))
     return images
 

@@ -21,13 +21,14 @@ from lora_utils import constants
 from lora_utils.config import SampleRequest, TrainConfig
 from lora_utils.dataset.autocaption import write_captions
 from lora_utils.dataset.cache import CachedExample, cache_examples, encode_captions, find_captions
-from lora_utils.dataset.captions import prior_caption
+from lora_utils.dataset.captions import caption_choices, prior_caption
 from lora_utils.dataset.examples import Dataset, listed_names
 from lora_utils.dataset.scan import check_captions
 from lora_utils.io.tensor_store import TensorStore, open_tensor_store
-from lora_utils.lora.adapter import attach_trainable_lora, start_from_weights
+from lora_utils.lora.adapter import AdapterSettings, attach_adapter, start_from_weights
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
+from lora_utils.model.adapter_sizes import adapted_layers, nearest_preset
 from lora_utils.model.components import Components, load_schedule, model_key
 from lora_utils.model.device import Placement, release_memory, reset_peak
 from lora_utils.model.memory_estimate import ModelShapes
@@ -37,7 +38,14 @@ from lora_utils.model.transformer import Storage, load_transformer
 from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words, new_placeholders
 from lora_utils.placeholder.tokens import Placeholders, no_placeholders, placeholders_without_embeddings
 from lora_utils.training import distributed
-from lora_utils.training.batches import BatchStream, LargestBatch, generator_for, other_timesteps, run_timesteps
+from lora_utils.training.batches import (
+    BatchStream,
+    LargestBatch,
+    generator_for,
+    other_timesteps,
+    run_timesteps,
+    shown_captions,
+)
 from lora_utils.training.distributed import SINGLE_PROCESS, Ranks
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
 from lora_utils.training.state import TrainData, TrainState
@@ -97,17 +105,18 @@ def setup(job: TrainJob) -> TrainState:
     learned, held_out = _split_dataset(job, tokenizer)
     if job.config.autocaption:
         seconds["describe"] = clock.lap()
-    prior = prior_captions(learned.captions, job.config)
-    text_tokens = _text_tokens(job.config, [*learned.captions, *prior.values()], tokenizer)
+    shown = shown_captions(job.config, learned.examples, job.ranks.world_size)
+    prior = prior_captions(shown, job.config)
+    text_tokens = _text_tokens(job.config, [*shown, *prior.values()], tokenizer)
 
     # The plan.
     timesteps = _timesteps(job, learned, schedule)
-    largest = largest_batch(job, learned, text_tokens)
+    largest = largest_batch(job, learned, text_tokens, shown)
     plan = job.plan or _choose_plan(job, largest, timesteps)
 
     # Texts and latents.
     store, planning_s = open_tensor_store(), clock.lap()
-    encoded = _encode_texts(job, plan, tokenizer, store, [*learned.captions, *prior.values(), *held_out.captions])
+    encoded = _encode_texts(job, plan, tokenizer, store, [*shown, *prior.values(), *held_out.captions])
     cached = _encode_images(job, [learned, held_out], store)
     log.info("%d images and %d captions are ready", len(cached), len(encoded.texts) - 1)
     examples, encoding_s = cached[: len(learned.examples)], clock.lap()
@@ -124,7 +133,9 @@ def setup(job: TrainJob) -> TrainState:
         ranks=job.ranks,
         base_model=model_key(job.model_folder),
         init_weights=job.init_weights.sha256 if job.init_weights else "",
-        data=TrainData(examples, cached[len(learned.examples) :], learned.captions, prior, encoded.texts, text_tokens),
+        data=TrainData(
+            examples, cached[len(learned.examples) :], list(learned.taught.values()), prior, encoded.texts, text_tokens
+        ),
         largest=largest,
         components=Components(
             tokenizer, schedule, encoded.text_encoder, None, transformer, job.placement, job.model_folder
@@ -156,6 +167,8 @@ def _split_dataset(job: TrainJob, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, D
         dataset = dataset.with_captions(dict(zip(dataset.captions_by_image, captions, strict=True)))
         dataset = check_captions(dataset, config, tokenizer)
     learned, held_out = dataset.split(config.validation_share)
+    first = {path: caption_choices(caption, config)[0] for path, caption in held_out.captions_by_image.items()}
+    held_out = held_out.with_captions(first)  # it is measured under one caption alone
     if held_out.examples:
         names = listed_names([path.name for path in held_out.captions_by_image])
         log.info("held out to measure on: %d images, %s", held_out.num_images, names)
@@ -178,7 +191,9 @@ def _text_tokens(config: TrainConfig, captions: Sequence[str], tokenizer: Qwen2T
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
-def largest_batch(job: TrainJob, learned: Dataset, text_tokens: Mapping[str, int]) -> LargestBatch:
+def largest_batch(
+    job: TrainJob, learned: Dataset, text_tokens: Mapping[str, int], shown: Sequence[str]
+) -> LargestBatch:
     """Return the batch that needs most memory: the largest size, with the longest caption that is shown."""
     shapes, size = job.shapes, max((example.size for example in learned.examples), key=lambda size: size.tokens)
     longest = max(text_tokens.values())
@@ -189,7 +204,7 @@ def largest_batch(job: TrainJob, learned: Dataset, text_tokens: Mapping[str, int
         job.placement.dtype.itemsize,
         bytes_per_weight(job.config),
     )
-    caption = max(learned.captions, key=lambda caption: text_tokens[caption])
+    caption = max(shown, key=lambda caption: text_tokens[caption])
     return LargestBatch(size, caption, longest, step)
 
 
@@ -223,7 +238,8 @@ def _timing(job: TrainJob, largest: LargestBatch) -> memory_plan.Timing | None:
     if card is None:
         return None
     tokens, size = (largest.size.tokens, largest.text_tokens), largest.step_size
-    step = roofline.Step(job.shapes.of_flops, *tokens, config.lora_targets, size.lora_parameters)
+    targets = nearest_preset(adapted_layers(config.lora_targets, job.shapes.blocks))
+    step = roofline.Step(job.shapes.of_flops, *tokens, targets, size.lora_parameters)
     images = config.steps * config.gradient_accumulation * config.batch_size
     return memory_plan.Timing(card, step, size, images)
 
@@ -290,6 +306,8 @@ def _load_transformer(
     config = job.config
     storage = Storage(plan.quantization, timesteps, job.ranks.world_size if plan.sharded else 1)
     transformer = load_transformer(job.model_folder, job.placement, storage)
-    lora = attach_trainable_lora(transformer, config.lora_targets, config.rank, generator_for(config.seed, "lora"))
-    log.info("LoRA of rank %d: %.1f million weights", config.rank, sum(p.numel() for p in lora) / 1e6)
+    settings = AdapterSettings(config.lora_targets, config.rank, config.adapter, config.lora_alpha)
+    lora = attach_adapter(transformer, settings, generator_for(config.seed, "lora"))
+    name = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}[config.adapter]
+    log.info("%s of rank %d: %.1f million weights", name, config.rank, sum(p.numel() for p in lora) / 1e6)
     return transformer, lora

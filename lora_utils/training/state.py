@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.cache import CachedExample
 from lora_utils.errors import UserError
-from lora_utils.lora.adapter import trained_lora
+from lora_utils.lora.adapter import trained_layers
 from lora_utils.lora.formats import LoraFile
+from lora_utils.lora.updates import does_nothing, tensors_of
 from lora_utils.model.components import Components
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.placeholder.embedding import WordEmbeddings, describe_embeddings, embedding_sha256
@@ -118,11 +119,11 @@ def current_lora(state: TrainState) -> LoraFile:
             token: embedding.detach().float().cpu().clone().view(1, -1)
             for token, embedding in zip(state.placeholders.tokens, state.placeholders.embeddings, strict=True)
         }
-        return LoraFile(trained_lora(state.components.transformer), embeddings)
+        return LoraFile(trained_layers(state.components.transformer), embeddings)
 
 
 def _is_finite(lora: LoraFile) -> bool:
-    parts = [part for layer in lora.layers.values() for part in (layer.down, layer.up)]
+    parts = [part for layer in lora.layers.values() for part in tensors_of(layer)]
     return all(bool(part.isfinite().all()) for part in (*parts, *lora.embeddings.values()))
 
 
@@ -153,7 +154,7 @@ def final_lora(state: TrainState) -> LoraFile:
         state.step, lora = state.sound.step, state.sound.lora
     for token in unmoved_tokens(state, lora):
         log.warning("%s has learned nothing: its embedding is as it began", token)
-    if all(layer.does_nothing() for layer in lora.layers.values()):
+    if all(map(does_nothing, lora.layers.values())):
         log.warning("the LoRA has learned nothing: all of its layers are zero")
     return lora
 

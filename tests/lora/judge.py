@@ -43,21 +43,38 @@ def truth(transformer: QwenImageTransformer2DModel) -> Tensor:
     )[0]
 
 
-def merged(folder: Path, deltas: Mapping[str, Tensor], base: Components | None = None) -> Tensor:
+def merged(
+    folder: Path,
+    deltas: Mapping[str, Tensor],
+    base: Components | None = None,
+    biases: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """The stock transformer's velocity with these deltas merged; its weights those that a quantised `base` stores."""
     transformer = stock(folder)
     for name, module in transformer.named_modules():
         if base is not None and isinstance(module, torch.nn.Linear) and is_quantized(name):
-            module.weight.copy_(dense(base.transformer.get_submodule(name).weight).float())
+            module.weight.copy_(stored_weight(base, folder, name))
     for name, delta in deltas.items():
         transformer.get_submodule(name).weight.add_(delta)
+    for name, delta in (biases or {}).items():
+        transformer.get_submodule(name).bias.add_(delta)
     return truth(transformer)
 
 
+def stored_weight(base: Components, folder: Path, name: str) -> Tensor:
+    """The weight of a layer as a base stores it, in fp32; of one that a table replaces, the file's."""
+    if is_quantized(name):
+        return dense(base.transformer.get_submodule(name).weight).float()
+    return stock(folder).get_submodule(name).weight
+
+
 @torch.inference_mode()
-def ours(components: Components, lora: LoraFile | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def ours(components: Components, *loras: LoraFile | tuple[LoraFile, float], scale: float = 1.0) -> Tensor:
+    """Our velocity with these LoRAs, at `scale` or each at its own."""
     states, latents = given()
-    with applied_loras(components.transformer, [(lora, 1.0)] if lora else []):
+    dtype = components.placement.dtype
+    scaled = [each if isinstance(each, tuple) else (each, scale) for each in loras]
+    with applied_loras(components.transformer, scaled):
         text = TextEmbeddings(states.to(dtype), None)
         level = torch.full((1,), SIGMA)
         return predict_velocity(components.transformer, latents.to(dtype), level, text, SIZE).float()

@@ -3,7 +3,6 @@
 import json
 import time
 import zipfile
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from safetensors.torch import save_file
 from lora_utils import constants
 from lora_utils.errors import UserError
 from lora_utils.io import access, download
-from lora_utils.lora.formats import LAYOUTS, LoraFile, LowRank, read_lora_file, write_lora_file
+from lora_utils.lora.formats import LAYOUTS, LoraFile, read_lora_file, write_lora_file
 from lora_utils.lora.strength import HEADER_KEY
+from lora_utils.lora.updates import LowRank, with_tensors
 from lora_utils.lora.weights import load_weights
 from lora_utils.model import modulation, transformer
 from lora_utils.model.components import load_components
@@ -262,13 +262,13 @@ def test_beside_the_modulation_table_a_lora_is_what_it_is_without(layer, random_
     save_file(judge.tensors(lora), tmp_path / "l.safetensors")
     bf16 = Placement(torch.device("cpu"), torch.bfloat16)
     tabled = load_components(random_model, bf16)
-    before = judge.ours(tabled, None, torch.bfloat16)
-    got = judge.ours(tabled, load_weights(tmp_path / "l.safetensors", tabled).lora, torch.bfloat16)
-    assert torch.equal(judge.ours(tabled, None, torch.bfloat16), before)
+    before = judge.ours(tabled)
+    got = judge.ours(tabled, load_weights(tmp_path / "l.safetensors", tabled).lora)
+    assert torch.equal(judge.ours(tabled), before)
     monkeypatch.undo()
     monkeypatch.setenv("BASE_MODEL", str(random_model))
     plain = load_components(random_model, bf16)
-    assert torch.equal(got, judge.ours(plain, load_weights(tmp_path / "l.safetensors", plain).lora, torch.bfloat16))
+    assert torch.equal(got, judge.ours(plain, load_weights(tmp_path / "l.safetensors", plain).lora))
 
     fp32 = Placement(torch.device("cpu"), torch.float32)
     exact = load_components(random_model, fp32)
@@ -311,7 +311,7 @@ def test_whatever_fails_while_weights_are_loaded_the_base_is_the_same_bit_for_bi
 ):
     """At every tensor: on its way from the disk, and on its way to the device."""
     components = load_components(random_model, Placement(torch.device("cpu"), torch.bfloat16))
-    before = judge.ours(components, None, torch.bfloat16)
+    before = judge.ours(components)
     lora = judge.pairs(random_model, ["transformer_blocks.0.img_mod.1", *ATTENTION])
     save_file(judge.tensors(lora), tmp_path / "l.safetensors")
     modulations = 2 * 2 * 2  # two blocks, two streams, weight and bias
@@ -320,23 +320,23 @@ def test_whatever_fails_while_weights_are_loaded_the_base_is_the_same_bit_for_bi
             patch.setattr(transformer, "stream_tensors", failing_at(count, error))
             with pytest.raises((UserError, OSError), match=r"don't fit into|the disk is gone"):
                 load_weights(tmp_path / "l.safetensors", components)
-        assert torch.equal(judge.ours(components, None, torch.bfloat16), before), count
+        assert torch.equal(judge.ours(components), before), count
     for count in range(len(lora)):
         calls = iter(range(10**6))
 
-        def moved(layer, *_args, limit=count, calls=calls, **changes):
+        def moved(update, change, limit=count, calls=calls):
             if next(calls) == limit:
                 raise error
-            return replace(layer, **changes)
+            return with_tensors(update, change)
 
         with monkeypatch.context() as patch:
-            patch.setattr("lora_utils.lora.hooks.replace", moved)
+            patch.setattr("lora_utils.lora.hooks.with_tensors", moved)
             with pytest.raises((UserError, OSError), match=r"doesn't fit into|the disk is gone"):
                 load_weights(tmp_path / "l.safetensors", components)
-        assert torch.equal(judge.ours(components, None, torch.bfloat16), before), count
+        assert torch.equal(judge.ours(components), before), count
     loaded = load_weights(tmp_path / "l.safetensors", components).lora
-    assert not torch.equal(judge.ours(components, loaded, torch.bfloat16), before)
-    assert torch.equal(judge.ours(components, None, torch.bfloat16), before)
+    assert not torch.equal(judge.ours(components, loaded), before)
+    assert torch.equal(judge.ours(components), before)
 
 
 @pytest.mark.usefixtures("always_a_table")

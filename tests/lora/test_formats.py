@@ -12,9 +12,10 @@ from torch import nn
 from lora_utils import constants
 from lora_utils.convert import main
 from lora_utils.errors import UserError
-from lora_utils.lora.adapter import attach_trainable_lora, trained_lora
-from lora_utils.lora.formats import HEADER_KEY, LAYOUTS, LoraFile, LowRank, read_lora_file, write_lora_file
-from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.lora.adapter import AdapterSettings, attach_adapter, trained_layers
+from lora_utils.lora.formats import HEADER_KEY, LAYOUTS, LoraFile, read_lora_file, write_lora_file
+from lora_utils.lora.hooks import applied_loras, check_lora, move_lora
+from lora_utils.lora.updates import LowRank
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings
 from lora_utils.model.transformer import load_transformer, predict_velocity
@@ -136,9 +137,10 @@ def test_alphas_of_the_header_are_honoured(lora, tmp_path):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("transformer.transformer_blocks.0.attn.to_q.dora_scale", "DoRA"),
-        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr"),
-        ("transformer_blocks.0.attn.to_q.diff_b", "full-weight difference"),
+        ("transformer.transformer_blocks.0.attn.to_q.dora_scale", "has a magnitude of the shape"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "holds weights of LoKr and LoRA"),
+        ("transformer_blocks.0.attn.to_q.diff_b", "has a bias of the shape"),
+        ("transformer_blocks.0.attn.to_q.w_norm", "normalisation or replaced"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "made for another model"),
         ("some.weight", "belongs to no LoRA"),
     ],
@@ -251,21 +253,21 @@ def test_stock_diffusers_loads_all_of_our_file(lora, components, inputs, random_
 def test_a_lora_that_fits_only_in_part_is_refused_with_the_count(lora, components):
     stray = {**lora.layers, "transformer_blocks.59.attn.to_q": lora.layers[NAMES[0]]}
     with pytest.raises(UserError, match=r"24 of its 25 layers match .*, 1 don't exist here \(.*\.59\.attn\.to_q\)"):
-        move_lora(LoraFile(stray), components.transformer, components.placement)
+        check_lora(LoraFile(stray), components.transformer)
     wide = {NAMES[0]: LowRank(torch.zeros(2, 3072), torch.zeros(3072, 2), 2.0)}
     with pytest.raises(UserError, match="takes and gives"):
-        move_lora(LoraFile(wide), components.transformer, components.placement)
+        check_lora(LoraFile(wide), components.transformer)
 
 
 def test_a_trainable_lora_covers_its_targets_and_starts_as_no_change(random_model, components, inputs):
     transformer = load_transformer(random_model, components.placement)
     before = predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
-    parameters = attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(0))
+    parameters = attach_adapter(transformer, AdapterSettings("attention_mlp", 4), torch.Generator().manual_seed(0))
     assert len(parameters) == 2 * 12 * 2
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     assert {id(p) for p in transformer.parameters() if p.requires_grad} == {id(p) for p in parameters}
     after = predict_velocity(transformer, inputs[1], torch.full((1,), 0.5), inputs[0], Size(64, 64))
     assert torch.equal(before, after)
-    lora = trained_lora(transformer)
+    lora = trained_layers(transformer)
     assert {(layer.rank, layer.alpha) for layer in lora.values()} == {(4, 4.0)}
     assert all(isinstance(components.transformer.get_submodule(name), nn.Linear) for name in lora)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from lora_utils.config import TrainConfig
 from lora_utils.convert import main
 from lora_utils.errors import UserError
-from lora_utils.lora.formats import LoraFile, LowRank, write_lora_file
+from lora_utils.lora.formats import LoraFile, write_lora_file
 from lora_utils.lora.strength import HEADER_KEY
+from lora_utils.lora.updates import LowRank
 from lora_utils.lora.weights import load_weights, read_init_weights, read_weights
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER, Meta
 from tests.lora import judge
@@ -62,17 +63,52 @@ REFUSED = {
     ),
     "nothing": ({"bundle_emb.<zwx>.lora.qwen25_7b": torch.ones(1, 128)}, None, "holds no LoRA layers"),
     # methods
-    "DoRA": ({**PAIR, f"transformer.{QUERY}.lora_magnitude_vector": torch.ones(128)}, None, "holds DoRA weights"),
-    "ai-toolkit's DoRA": ({**PAIR, f"diffusion_model.{QUERY}.magnitude": torch.ones(128)}, None, "holds DoRA weights"),
-    "DoRA of an adapter": ({**PAIR, f"{QUERY}.lora_magnitude_vector.default.weight": torch.ones(9)}, None, "DoRA"),
-    "LoKr": ({"lycoris_img_in.lokr_w1": torch.ones(4, 4)}, None, "holds LoKr weights"),
-    "LoHa": ({"lycoris_transformer_blocks_0_attn_to_q.hada_w1_a": torch.ones(4, 4)}, None, "holds LoHa weights"),
+    "a DoRA of another width": (
+        {**PAIR, f"{QUERY}.lora_magnitude_vector.default.weight": torch.ones(9)},
+        None,
+        "has a magnitude of the shape (9,), expected [D_out, 1] or [1, D_in]",
+    ),
+    "a magnitude alone": ({f"diffusion_model.{QUERY}.dora_scale": torch.ones(128, 1)}, None, "lacks down and up"),
+    "a magnitude of a difference": (
+        {f"{QUERY}.diff": torch.ones(128, 128), f"{QUERY}.dora_scale": torch.ones(128, 1)},
+        None,
+        "holds magnitude without what it belongs to",
+    ),
+    "half a LoKr": ({"lycoris_img_in.lokr_w1": torch.ones(4, 4)}, None, "lacks lokr_w2"),
+    "a LoKr twice": (
+        {f"{QUERY}.{part}": torch.ones(8, 8) for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2")},
+        None,
+        "holds lokr_w1 twice, whole and as a product",
+    ),
+    "a LoKr that is no product": (
+        {f"{QUERY}.{part}": torch.ones(8, 4) for part in ("lokr_w1", "lokr_w2_a", "lokr_w2_b")},
+        None,
+        "which have no product",
+    ),
+    "half a LoHa": (
+        {"lycoris_transformer_blocks_0_attn_to_q.hada_w1_a": torch.ones(4, 4)},
+        None,
+        "lacks hada_w1_b and hada_w2_a and hada_w2_b",
+    ),
+    "a LoHa of two sizes": (
+        {f"{QUERY}.hada_w{n}_{half}": torch.ones(4 * n if half == "a" else 4, 4) for n in (1, 2) for half in "ab"},
+        None,
+        "has two low-rank matrices of other sizes",
+    ),
+    "two methods": (
+        {**PAIR, f"{QUERY}.lokr_w1": torch.ones(4, 4), f"{QUERY}.lokr_w2": torch.ones(32, 32)},
+        None,
+        "holds weights of LoKr and LoRA",
+    ),
+    "a Tucker LoKr": ({"lycoris_img_in.lokr_t2": torch.ones(4, 4)}, None, "holds Tucker weights"),
     "OFT": ({f"{QUERY}.oft_blocks": torch.ones(4, 4)}, None, "holds OFT weights"),
-    "a difference": ({f"diffusion_model.{QUERY}.diff": torch.ones(4, 4)}, None, "holds full-weight difference weights"),
-    "a bias": ({**PAIR, f"transformer.{QUERY}.lora_B.bias": torch.ones(128)}, None, "holds LoRA bias weights"),
+    "a difference of another shape": ({f"diffusion_model.{QUERY}.diff": torch.ones(4)}, None, "expected a matrix"),
+    "a bias of another width": ({**PAIR, f"transformer.{QUERY}.lora_B.bias": torch.ones(9)}, None, "expected [D_out]"),
+    "a bias of A": ({**PAIR, f"transformer.{QUERY}.lora_A.bias": torch.ones(4)}, None, "holds LoRA bias weights"),
     "scaled fp8": ({**PAIR, f"transformer.{QUERY}.lora_A.weight_scale": torch.ones(1)}, None, "holds scaled weights"),
-    "a config of DoRA": (PAIR, config(r=4, lora_alpha=4, use_dora=True), "is of a DoRA adapter"),
-    "a config of LoHa": (PAIR, config(peft_type="LOHA"), "is of a LOHA adapter"),
+    "a config of DoRA": (PAIR, config(r=4, lora_alpha=4, use_dora=True), "lacks the magnitude of a DoRA"),
+    "a config of LoHa": (PAIR, config(peft_type="LOHA"), "holds LoRA weights, and l.safetensors: the header's"),
+    "a config of OFT": (PAIR, config(peft_type="OFT"), "is of a OFT adapter"),
     "PiSSA": (PAIR, config(r=4, init_lora_weights="pissa_niter_16"), "which changes the base model too"),
     # configs that can't be
     "another rank": (PAIR, config(r=8, lora_alpha=8), "gives layer 'transformer_blocks.0.attn.to_q' the rank 8"),

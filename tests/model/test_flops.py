@@ -6,7 +6,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_utils.lora.adapter import attach_trainable_lora
+from lora_utils.lora.adapter import AdapterSettings, attach_adapter
 from lora_utils.model import blocks, flops
 from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import TextEmbeddings
@@ -21,7 +21,7 @@ def counted(checkpointed):
     transformer = QwenImageTransformer2DModel(
         num_layers=3, attention_head_dim=32, num_attention_heads=8, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
     ).requires_grad_(False)
-    for parameter in attach_trainable_lora(transformer, "attention", 1, torch.Generator().manual_seed(0)):
+    for parameter in attach_adapter(transformer, AdapterSettings("attention", 1), torch.Generator().manual_seed(0)):
         torch.nn.init.ones_(parameter)
     blocks.set_checkpointed(transformer, checkpointed)
     latents, text = torch.randn(1, SIZE.tokens, 64), TextEmbeddings(torch.randn(1, TEXT_TOKENS, 128), None)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
 from lora_utils.model import memory
@@ -16,7 +17,8 @@ from lora_utils.training.recompute import plan_recompute
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(steps=6, rank=4, learning_rate=1e-3, batch_size=3, resolution="64", seed=0)
-QWEN = memory.StepSize(60, 3072, 4096 + 128, "attention", 2, 94_000_000)  # 1024x1024, batch 1, rank 32
+KEPT = memory.kept_widths(constants.LORA_TARGETS["attention"], "lora")
+QWEN = memory.StepSize(3072, 4096 + 128, (KEPT,) * 60, 2, 94_000_000)  # 1024x1024, batch 1, rank 32
 
 
 def test_without_recomputing_the_real_model_needs_what_the_table_in_the_readme_says():
@@ -83,11 +85,11 @@ def test_out_of_memory_within_a_step_redoes_all_its_micro_batches(dataset, rando
         run = make_state(config, dataset, random_model)
         loss_of, calls = flow_matching_loss, []
 
-        def failing(run, batch, along, loss_of=loss_of, calls=calls, fails_at=fails_at):
-            calls.append(batch)
+        def failing(*given, loss_of=loss_of, calls=calls, fails_at=fails_at):
+            calls.append(given)
             if len(calls) == fails_at:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return loss_of(run, batch, along)
+            return loss_of(*given)
 
         with monkeypatch.context() as patch:
             patch.setattr(loss, "flow_matching_loss", failing)

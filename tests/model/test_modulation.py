@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lora_utils.config import SampleRequest, TrainConfig
-from lora_utils.lora.formats import LoraFile, LowRank, write_lora_file
+from lora_utils.lora.formats import LoraFile, write_lora_file
 from lora_utils.lora.hooks import applied_loras
+from lora_utils.lora.updates import LowRank
 from lora_utils.lora.weights import load_weights
 from lora_utils.model import flow, modulation
 from lora_utils.model.components import load_components

@@ -15,9 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.train import weights_of
 from examples import demo, evaluate
 from lora_utils.config import TrainConfig
-from lora_utils.lora.adapter import attach_trainable_lora
-from lora_utils.lora.formats import LoraFile, LowRank
+from lora_utils.lora.adapter import AdapterSettings, attach_adapter
+from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.lora.updates import LowRank
 from lora_utils.model import memory_estimate, quantization
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.latents import Size
@@ -52,7 +53,7 @@ def dense_twin(folder, quantized):
 
 def attach(transformer):
     """A LoRA that does something."""
-    parameters = attach_trainable_lora(transformer, "attention_mlp", 4, torch.Generator().manual_seed(1))
+    parameters = attach_adapter(transformer, AdapterSettings("attention_mlp", 4), torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.1)
