@@ -9,7 +9,7 @@ import argparse
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Taught:
     images: list[Image.Image]
     captions: list[str]
     masks: list[Image.Image]
+    regularisation: list[tuple[Image.Image, str]] = field(default_factory=list)  # images of the class, with captions
 
 
 def images_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught:
@@ -75,6 +76,10 @@ def write(archive: Path, taught: Taught) -> None:
                 with packed.open(name, "w") as file:
                     image.save(file, "png")
             packed.writestr(f"{index:02d}.txt", caption)
+        for index, (image, caption) in enumerate(taught.regularisation):
+            with packed.open(f"reg/{index:02d}.png", "w") as file:
+                image.save(file, "png")
+            packed.writestr(f"reg/{index:02d}.txt", caption)
 
 
 def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile, Placeholders]:
@@ -127,14 +132,27 @@ def squares(count: int) -> list[evaluate.Asked]:
     return asked
 
 
+def images_of_the_class(count: int, seed: int) -> list[tuple[Image.Image, str]]:
+    """Plain squares in all colours, as one has them of a class, each with a caption that says what it shows."""
+    rng, found = np.random.default_rng(1000 + seed), []
+    for index in range(count):
+        colour, ground = list(shapes.COLOURS)[index % 6], list(shapes.BACKGROUNDS)[index % 5]
+        prompt = shapes.Prompt(CLASS, colour=colour, background=ground)
+        found.append((shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng))), str(rng.choice(prompt.wordings()))))
+    return found
+
+
 def classes(components: Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
-    told = shapes.Prompt(f"{TOKEN} {CLASS}")
-    lora, placeholders = train(images_of(told, seed), seed, given)
-    taught = evaluate.object_prompts(told, PROMPTS)
+    told, inputs = shapes.Prompt(f"{TOKEN} {CLASS}"), dict(given)
+    taught = replace(
+        images_of(told, seed), regularisation=images_of_the_class(inputs.pop("images of the class", 0), seed)
+    )
+    lora, placeholders = train(taught, seed, inputs)
+    houses = evaluate.object_prompts(told, PROMPTS)
     others = [item for item in evaluate.held_out_prompts(2 * PROMPTS) if item.prompt.noun != CLASS][:PROMPTS]
     measured = {}
     for name, asked, kind in (
-        ("<zwx> square is a house", taught, KIND),
+        ("<zwx> square is a house", houses, KIND),
         ("square is a square", squares(PROMPTS), None),
         ("other shapes", others, None),
     ):
@@ -149,6 +167,9 @@ MEASURED = {
     "masks, mask_floor 0": (masks, {"mask_from": "file", "mask_floor": 0.0}),
     "no class_word": (classes, {}),
     "class_word, preservation_weight 0.25": (classes, {"class_word": CLASS}),
+    "24 regularisation images": (classes, {"images of the class": 24}),
+    "24 regularisation images, prior_loss_weight 0.5": (classes, {"images of the class": 24, "prior_loss_weight": 0.5}),
+    "24 regularisation images, twice the steps": (classes, {"images of the class": 24, "steps": 1200}),
     "no class_word, twice the steps": (classes, {"steps": 1200}),
     "class_word, preservation_weight 0.25, twice the steps": (classes, {"class_word": CLASS, "steps": 1200}),
 }

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -49,6 +49,17 @@ class CachedExample:
     image_name: str
     key: str = ""  # of the image's content and all else that its latents follow from
     repeats: int = 1  # how often an epoch shows it
+    mirror: Tensors | None = None  # the same of the mirrored image, where that may be shown
+    regularisation: bool = False  # it shows the class, not what is taught
+
+    @property
+    def flip(self) -> bool:
+        """Whether it may be shown mirrored."""
+        return self.mirror is not None
+
+    def turned(self, mirrored: bool) -> "CachedExample":
+        """Return it, or its mirrored image."""
+        return replace(self, tensors=self.mirror, mirror=None) if mirrored and self.mirror is not None else self
 
     @property
     def latents(self) -> Tensor:
@@ -68,9 +79,10 @@ def cache_examples(
     examples: Sequence[Example], folder: Path, placement: Placement, store: TensorStore
 ) -> list[CachedExample]:
     """Return each example's latents. The VAE is loaded only if some of them are new, and is freed at the end."""
-    keys = _example_keys(examples, folder / "vae", placement)
+    turned = [replace(example, mirrored=True) for example in examples if example.flip]
+    keys = _example_keys([*examples, *turned], folder / "vae", placement)
     found = {key: store.get(key) for key in dict.fromkeys(keys)}
-    new = {key: example for key, example in zip(keys, examples, strict=True) if found[key] is None}
+    new = {key: example for key, example in zip(keys, [*examples, *turned], strict=True) if found[key] is None}
     if new:
         vae, progress = load_vae(folder, placement), Progress(len(new), _LOG_EVERY_S)
         for count, (key, tensors) in enumerate(_encoded(vae, new), start=1):
@@ -81,11 +93,24 @@ def cache_examples(
         release_memory()
     if len(new) < len(found):
         log.info("%d of %d encoded images were in the cache", len(found) - len(new), len(found))
-    return [
-        CachedExample(tensors, example.caption, example.size, example.image_path.name, key, example.repeats)
-        for key, example in zip(keys, examples, strict=True)
-        if (tensors := found[key]) is not None
-    ]
+    mirrors = iter(keys[len(examples) :])
+    cached = []
+    for key, example in zip(keys, examples, strict=False):
+        tensors, mirror = found[key], found[next(mirrors)] if example.flip else None
+        assert tensors is not None
+        cached.append(
+            CachedExample(
+                tensors,
+                example.caption,
+                example.size,
+                example.image_path.name,
+                key,
+                example.repeats,
+                mirror,
+                example.regularisation,
+            )
+        )
+    return cached
 
 
 def _example_keys(examples: Sequence[Example], vae: Path, placement: Placement) -> list[str]:
@@ -104,6 +129,7 @@ def _example_keys(examples: Sequence[Example], vae: Path, placement: Placement) 
             files=digests[example.image_path, example.mask_path],
             size=str(example.size),
             masked=example.masked,
+            **({"mirrored": True} if example.mirrored else {}),  # the others' keys stay what they were
         )
         for example in examples
     ]

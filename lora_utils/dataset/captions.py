@@ -7,12 +7,14 @@ import csv
 import io
 import itertools
 import json
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import Qwen2Tokenizer
 
 from lora_utils import constants
@@ -28,6 +30,7 @@ _TABLE_ENDINGS = (".jsonl", ".csv", ".tsv", ".json", ".parquet")  # of tables by
 _OLD_ENCODINGS = ("gb18030", "shift_jis", "euc_kr", "big5", "cp1251", "cp1252", "cp866")
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 64 * 1024 * 1024
+_SIDES = re.compile(r"\b(left|right|leftmost|rightmost|links?|rechts?|gauche|droite|izquierda|derecha)\b|左|右", re.I)
 _NAME_COLUMNS = ("file_name", "filename", "file", "image")  # the hub's imagefolder calls it the first
 _TEXT_COLUMNS = ("text", "caption", "prompt")
 
@@ -223,6 +226,11 @@ def _column(row: object, columns: Sequence[str]) -> str | None:
 # --- triggers -------------------------------------------------------------------------------------------------------
 
 
+def sided_words(captions: Iterable[str]) -> list[str]:
+    """Return the captions that speak of left or right, which a mirrored image turns round."""
+    return [caption for caption in captions if _SIDES.search(caption)]
+
+
 def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
     """Return the caption with `[trigger]` replaced, and with the trigger word in front where it lacks it."""
     caption = expand_trigger(caption, trigger_word, tokens)
@@ -231,9 +239,48 @@ def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:
     return caption
 
 
+def taught_caption(text: str, config: TrainConfig) -> str:
+    """Return the caption of an image that teaches: each of its lines, where these are captions, with the trigger."""
+    choices = caption_choices(text, config)
+    return "\n".join(with_trigger(each, config.trigger_word, config.tokens) for each in choices)
+
+
+def regularisation_caption(caption: str, class_of_folder: str, config: TrainConfig) -> str:
+    """Return the caption of a regularisation image: its own, what its folder is called, or the class word's.
+
+    It is empty where there is none of them. Raises UserError for one that names what is taught.
+    """
+    of_class = prior_caption(config.default_caption, config) or config.class_word if config.class_word else ""
+    found = caption or class_of_folder or of_class
+    if any(holds(found, trigger) for trigger in config.triggers):
+        raise UserError(f"the caption of a regularisation image names what is taught: {found[:60]!r}; name the class.")
+    return found
+
+
 def prior_caption(caption: str, config: TrainConfig) -> str:
     """Return the caption with the class word in place of what is taught; as it is where it names nothing of it."""
     return replace_words(caption, config.triggers, config.class_word) if config.class_word else caption
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def caption_choices(caption: str, config: TrainConfig) -> list[str]:
+    """Return the captions that an image may be shown under, before tags are shuffled: one, or its lines."""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()] if config.caption_variants else []
+    return lines or [caption]
+
+
+def shown_caption(caption: str, config: TrainConfig, generator: torch.Generator) -> str:
+    """Return the caption that an image is shown under this time: one of its lines, its tags shuffled, as asked for."""
+    choices = caption_choices(caption, config)
+    chosen = choices[int(torch.randint(len(choices), (1,), generator=generator))] if len(choices) > 1 else choices[0]
+    if config.caption_shuffle is None:
+        return chosen
+    tags = [tag.strip() for tag in chosen.split(",")]
+    kept, moved = tags[: config.caption_shuffle], tags[config.caption_shuffle :]
+    order = torch.randperm(len(moved), generator=generator).tolist()
+    return ", ".join([*kept, *(moved[index] for index in order)])
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Other trainers' conventions: what the names of folders and files mean there, and what becomes of them here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MAX_REPEATS = 1000
@@ -20,35 +20,26 @@ def folder_repeats(folder: Path, path: Path) -> int:
     return 1
 
 
+def folder_class(folder: Path, path: Path) -> str:
+    """Return `woman` of an image in a folder like `1_woman`, which is its caption in kohya's tools; else nothing."""
+    for part in reversed(path.relative_to(folder).parts[:-1]):
+        if _REPEATS.fullmatch(part):
+            return part.partition("_")[2].replace("_", " ").strip()
+    return ""
+
+
 def is_regularisation(folder: Path, path: Path) -> bool:
     """Return whether an image stands in a folder of regularisation images."""
     return any(_REGULARISATION.fullmatch(part.casefold()) for part in path.relative_to(folder).parts[:-1])
 
 
-def without_regularisation(folder: Path, images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the images to learn from, and those that were meant as regularisation.
-
-    Where all of them stand in such a folder, they are what there is to learn from.
-    """
-    sorted_out = {path: is_regularisation(folder, path) for path in images}
-    if all(sorted_out.values()):
-        return list(images), []
-    return [path for path, apart in sorted_out.items() if not apart], [path for path in images if sorted_out[path]]
-
-
-def convention_notes(folder: Path, images: Sequence[Path], regularisation: Sequence[Path]) -> list[str]:
-    """Say what became of other trainers' folders."""
+def convention_notes(folder: Path, images: Sequence[Path], counts: Mapping[Path, int]) -> list[str]:
+    """Say what became of other trainers' folders; `counts` is how often an epoch shows each image."""
     notes = []
-    if regularisation:
-        where = sorted({str(path.parent.relative_to(folder)) for path in regularisation})
-        notes.append(
-            f"left out: {len(regularisation)} regularisation images in {', '.join(where[:3])}; class_word does what "
-            "they are for"
-        )
-    elif images and all(is_regularisation(folder, path) for path in images):
+    if images and all(is_regularisation(folder, path) for path in images):
         notes.append("warning: all images stand in a folder for regularisation images, and are learned as the subject")
-    repeats = {str(path.parent.relative_to(folder)): folder_repeats(folder, path) for path in images}
+    repeats = {str(path.parent.relative_to(folder)): count for path, count in counts.items()}
     repeated = [f"{name} {count} times" for name, count in sorted(repeats.items()) if count > 1]
     if repeated:
-        notes.append(f"repeats by the folders' names: {', '.join(repeated[:5])} an epoch; the names aren't captions")
+        notes.append(f"repeats of folders: {', '.join(repeated[:5])} an epoch; their names aren't captions")
     return notes

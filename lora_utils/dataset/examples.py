@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lora_utils.errors import UserError
@@ -26,6 +26,9 @@ class Example:
     mask_path: Path | None = None
     masked: bool = False  # by that file, or else by its own alpha
     repeats: int = 1  # how often an epoch shows it
+    flip: bool = False  # it may be shown mirrored
+    mirrored: bool = False  # it is
+    regularisation: bool = False  # it shows the class, not what is taught
 
     def crop(self) -> Image.Image:
         """Return the image as it fills the bucket. Raises UserError for a file that can't be read any more."""
@@ -33,7 +36,8 @@ class Example:
 
     def pixels(self) -> Tensor:
         """Return the same as a tensor [3, H, W], fp32 in -1 to 1."""
-        return load_pixels(self.image_path, self.size.pixels)
+        pixels = load_pixels(self.image_path, self.size.pixels)
+        return pixels.flip(-1) if self.mirrored else pixels
 
     def shares(self) -> Tensor | None:
         """Return what share of each latent is to be learned, [N, 4] in 0 to 1; None where all of the image is."""
@@ -42,7 +46,7 @@ class Example:
         mask = open_mask(self.mask_path) if self.mask_path else open_alpha(self.image_path)
         if mask is None:
             raise UserError(f"image {self.image_path.name} has no alpha.")
-        return mask_shares(mask, self.size)
+        return mask_shares(ImageOps.mirror(mask) if self.mirrored else mask, self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,11 @@ class Dataset:
         """The caption of each image."""
         return {example.image_path: example.caption for example in self.examples}
 
+    @property
+    def taught(self) -> dict[Path, str]:
+        """The caption of each image that shows what is taught."""
+        return {example.image_path: example.caption for example in self.examples if not example.regularisation}
+
     def with_captions(self, captions: Mapping[Path, str]) -> "Dataset":
         """Return the dataset with these captions in place of its own; no image is without one then."""
         examples = [replace(e, caption=captions.get(e.image_path, e.caption)) for e in self.examples]
@@ -78,9 +87,10 @@ class Dataset:
         """Split into images to learn from and a share held out to measure on: the same ones for the same names.
 
         The images held out are measured in their smallest size, which is enough to compare by and costs least. There
-        is at least one image of each kind, unless the share is 0. Raises UserError for a single image.
+        is at least one image of each kind, unless the share is 0. Regularisation images are never held out. Raises
+        UserError for a single image.
         """
-        images = list(self.captions_by_image)
+        images = list(self.taught)
         if share and len(images) == 1:
             raise UserError("validation_share holds images out, and there is only one; set it to 0, or add some.")
         count = min(len(images) - 1, max(1, round(share * len(images)))) if share else 0
@@ -92,7 +102,8 @@ class Dataset:
             if wanted:
                 smallest = {e.image_path: e.size for e in sorted(own, key=lambda e: e.size.tokens, reverse=True)}
                 own = [replace(e, repeats=1) for e in own if e.size == smallest[e.image_path]]
-            parts.append(replace(self, examples=own, num_images=len({example.image_path for example in own})))
+            count = len({example.image_path for example in own if not example.regularisation})
+            parts.append(replace(self, examples=own, num_images=count))
         return parts[0], parts[1]
 
 

@@ -4,12 +4,17 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image, ImageEnhance
+
 from lora_utils import constants
 from lora_utils.config import PLACEHOLDER_PATTERN, TrainConfig
+from lora_utils.dataset.buckets import cropped_share
 from lora_utils.dataset.examples import Dataset, listed_names
+from lora_utils.io.images import open_image
 from lora_utils.triggers import holds
 
 IMAGES_SHOWN, SIZES_SHOWN = 20, 24
+LEAST_CROP_SHOWN = 0.005  # of an image; less than that nobody sees
 
 
 def describe_dataset(dataset: Dataset, config: TrainConfig) -> list[str]:
@@ -27,6 +32,40 @@ def describe_dataset(dataset: Dataset, config: TrainConfig) -> list[str]:
     if dataset.left_out:
         lines.append(f"  left out, neither image nor caption: {listed_names(dataset.left_out)}")
     return lines
+
+
+def bucket_counts(dataset: Dataset) -> dict[str, int]:
+    """Return how many images each bucket has, from the smallest size on."""
+    counts = Counter(example.size for example in dataset.examples)
+    return {str(size): counts[size] for size in sorted(counts)}
+
+
+def worst_crops(dataset: Dataset, count: int = 6) -> list[tuple[str, Image.Image]]:
+    """Return the images that lose most to their bucket, small, with what they lose darkened; each with its name."""
+    lost = {}
+    for example in dataset.examples:
+        share = cropped_share(*dataset.sizes_px[example.image_path], example.size)
+        if share >= LEAST_CROP_SHOWN and share > lost.get(example.image_path, (0.0, None))[0]:
+            lost[example.image_path] = (share, example.size)
+    worst = sorted(lost.items(), key=lambda item: (-item[1][0], item[0]))[:count]
+    return [
+        (
+            f"{path.relative_to(dataset.folder)}: {share:.1%} at {size}",
+            _with_lost_dark(path, size.width_px / size.height_px),
+        )
+        for path, (share, size) in worst
+    ]
+
+
+def _with_lost_dark(path: Path, aspect: float) -> Image.Image:
+    """Return an image of at most 220 pixels a side, darkened where a centred crop of this aspect ratio cuts it."""
+    image = open_image(path)
+    image.thumbnail((220, 220))
+    width, height = min(image.width, round(image.height * aspect)), min(image.height, round(image.width / aspect))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    shown = ImageEnhance.Brightness(image).enhance(0.35)
+    shown.paste(image.crop((left, top, left + width, top + height)), (left, top))
+    return shown
 
 
 def _first_line(dataset: Dataset, config: TrainConfig) -> str:

@@ -8,17 +8,40 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from transformers import Qwen2Tokenizer
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.buckets import MOST_CROPPED, assign_buckets, cropped_share
-from lora_utils.dataset.captions import caption_problems, count_tokens, missing_tokens, read_captions, with_trigger
-from lora_utils.dataset.conventions import convention_notes, folder_repeats, without_regularisation
-from lora_utils.dataset.duplicates import near_duplicates
-from lora_utils.dataset.examples import Dataset, Example, listed_names
+from lora_utils.dataset.buckets import assign_buckets
+from lora_utils.dataset.captions import (
+    caption_choices,
+    caption_problems,
+    count_tokens,
+    missing_tokens,
+    read_captions,
+    regularisation_caption,
+    taught_caption,
+)
+from lora_utils.dataset.conventions import convention_notes, folder_class
+from lora_utils.dataset.examples import Dataset, Example
+from lora_utils.dataset.folder_settings import DatasetSettings, FolderSettings, read_folder_settings
 from lora_utils.dataset.masks import Masks, match_masks
+from lora_utils.dataset.remarks import (
+    ImageFacts,
+    cropped_notes,
+    duplicate_notes,
+    mask_notes,
+    mask_problems,
+    regularisation_notes,
+    settings_note,
+    sided_problems,
+    skipped_notes,
+    small_note,
+    trigger_note,
+    uncaptioned_problems,
+)
 from lora_utils.errors import UserError
 from lora_utils.io.archive import is_litter
 from lora_utils.io.images import (
@@ -30,6 +53,7 @@ from lora_utils.io.images import (
     open_mask,
     thumbnail,
 )
+from lora_utils.model.latents import Size
 
 PROBLEMS_SHOWN = 20
 
@@ -61,8 +85,11 @@ def with_caption_problems(dataset: Dataset, config: TrainConfig, tokenizer: Qwen
     """
     to_come = dataset.uncaptioned if config.autocaption else frozenset()
     final = {path: caption for path, caption in dataset.captions_by_image.items() if path not in to_come}
-    counts = count_tokens(final.values(), config.tokens, tokenizer)
-    problems = [*dataset.problems, *caption_problems(final, counts)]
+    choices = {path: caption_choices(caption, config) for path, caption in final.items()}
+    counts = count_tokens(chain(*choices.values()), config.tokens, tokenizer)
+    longest = {path: max(own, key=lambda caption: counts[caption]) for path, own in choices.items()}
+    counts |= {final[path]: counts[caption] for path, caption in longest.items()}  # an image's are those of its longest
+    problems = [*dataset.problems, *caption_problems(longest, counts)]
     if not to_come and dataset.examples:
         try:
             learned, _ = dataset.split(config.validation_share)
@@ -93,40 +120,40 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _ImageFacts:
-    """What an image turned out to be: its size and looks, whether it has a mask, or what is wrong with it."""
-
-    width_px: int = 0
-    height_px: int = 0
-    hash: bytes = b""
-    thumbnail: bytes = b""
-    masked: bool = False
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class _Files:
     """Which of a folder's files is what."""
 
     images: list[Path]
     masks: Masks
-    regularisation: list[Path]
+    regularisation: list[Path]  # of the images; left out where they aren't wanted
     own: list[Path]  # all but what archivers left
+    settings: DatasetSettings
 
     @property
     def known(self) -> set[Path]:
         """The images of any use."""
-        return {*self.images, *self.masks.files.values(), *self.masks.orphans, *self.regularisation}
+        return {
+            *self.images,
+            *self.masks.files.values(),
+            *self.masks.orphans,
+            *self.regularisation,
+            *self.settings.files,
+        }
 
 
-def _sort_files(folder: Path) -> _Files:
+def _sort_files(folder: Path, config: TrainConfig) -> _Files:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     own = [path for path in files if not is_litter(PurePosixPath(path.relative_to(folder)))]
     readable = [path for path in own if path.suffix.lower() in IMAGE_ENDINGS]
-    taught, regularisation = without_regularisation(folder, readable)
-    masks = match_masks(folder, taught)
+    settings = read_folder_settings(folder, own)
+    regularisation = [path for path in readable if settings.of(path).regularisation]
+    if len(regularisation) == len(readable):  # they are what there is to learn from
+        regularisation = []
+    used = readable if config.prior_loss_weight else [path for path in readable if path not in set(regularisation)]
+    masks = match_masks(folder, used)
     apart = {*masks.files.values(), *masks.orphans}
-    return _Files([path for path in taught if path not in apart], masks, regularisation, own)
+    images = [path for path in used if path not in apart]
+    return _Files(images, masks, [path for path in regularisation if path not in apart], own, settings)
 
 
 def scan(folder: Path, config: TrainConfig) -> Dataset:
@@ -135,60 +162,129 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     Raises UserError for a folder without images.
     """
     # Which file is what.
-    files = _sort_files(folder)
-    images, masks = files.images, files.masks
-    found = read_captions(folder, images, files.own)
+    files = _sort_files(folder, config)
+    found = read_captions(folder, files.images, [path for path in files.own if path not in files.settings.files])
+    chosen, masks = _choose_images(files, found.texts, config), files.masks
+    images, regularisation, settings = chosen.images, chosen.regularisation, chosen.settings
     known = found.files | files.known
     left_out = [str(path.relative_to(folder)) for path in files.own if path not in known]
-    if not images:
+    if not set(images) - regularisation:
         listed = ", ".join(left_out[:5]) or "nothing"
         raise UserError(f"the dataset holds no images ({', '.join(IMAGE_ENDINGS)}); it holds {listed}.")
 
     # What each image is, and what is wrong.
-    used = masks.files if config.mask_from == "file" else {}
+    maskable = {path for path in images if settings[path].mask is not False}
+    used = {path: mask for path, mask in masks.files.items() if config.mask_from == "file" and path in maskable}
+    by_alpha = maskable if config.mask_from == "alpha" else set[Path]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders leave the interpreter free
-        jobs = [pool.submit(_inspect, path, used.get(path), config.mask_from == "alpha") for path in images]
+        jobs = [pool.submit(_inspect, path, used.get(path), path in by_alpha) for path in images]
         facts = {path: job.result() for path, job in zip(images, jobs, strict=True)}
-    problems = found.problems + [one.problem for one in facts.values() if one.problem]
-    problems += _mask_problems(folder, masks, facts, config.mask_from)
-    captions, texts = {}, {path: found.texts.get(path, config.default_caption) for path in images}
-    for path, text in texts.items():
-        try:
-            captions[path] = with_trigger(text, config.trigger_word, config.tokens)
-        except UserError as error:
-            problems.append(f"{path.relative_to(folder)}: {error}")
+    captions, caption_errors = _captions(folder, chosen, found.texts, config)
+    problems = files.settings.problems + found.problems + [one.problem for one in facts.values() if one.problem]
+    problems += mask_problems(folder, masks, facts, config.mask_from) + caption_errors
+    problems += uncaptioned_problems(folder, chosen.silent, config)
 
     # The examples of what is sound, each in its buckets.
     sound = {path: one for path, one in facts.items() if not one.problem and path in captions}
     sizes_px = {path: (one.width_px, one.height_px) for path, one in sound.items()}
-    repeats = {path: folder_repeats(folder, path) for path in sound}
-    fewest = math.gcd(*repeats.values()) or 1  # what all have in common changes nothing
+    repeats = {path: settings[path].repeats or 1 for path in sound}
+    fewest = math.gcd(*(count for path, count in repeats.items() if path not in regularisation)) or 1
+    shares = {path: repeats[path] if path in regularisation else repeats[path] // fewest for path in sound}
+    buckets = _buckets_by_resolution(sizes_px, {path: settings[path].resolution or config.resolution for path in sound})
     examples = [
-        Example(path, captions[path], size, used.get(path), sound[path].masked, repeats[path] // fewest)
-        for path, sizes in assign_buckets(sizes_px, config.resolutions_px).items()
-        for size in sizes
+        Example(
+            path,
+            captions[path],
+            size,
+            used.get(path),
+            sound[path].masked,
+            shares[path],
+            flip=config.flip != "off" if settings[path].flip is None else bool(settings[path].flip),
+            regularisation=path in regularisation,
+        )
+        for path in sound
+        for size in buckets[path]
     ]
     problems += _masks_cropped_away(folder, examples)
+    if config.flip != "insist":
+        problems += sided_problems(folder, examples)
 
     # What is worth a remark.
-    notes = _trigger_note(config.trigger_word, list(texts.values())) + _mask_notes(masks, sound, config.mask_from)
-    notes += convention_notes(folder, images, files.regularisation) + found.notes
-    notes += _cropped_notes(folder, examples, sizes_px) + _small_note(folder, examples, sound)
-    notes += _duplicate_notes(folder, sound)
-    uncaptioned = frozenset(texts) - frozenset(found.texts)
-    return Dataset(examples, len(sound), left_out, notes, problems, uncaptioned, folder, sizes_px)
+    taught = [path for path in sound if path not in regularisation]
+    texts = [found.texts.get(path, config.default_caption) for path in taught]
+    notes = trigger_note(config.trigger_word, texts) + mask_notes(masks, sound, config.mask_from)
+    notes += regularisation_notes(folder, files.regularisation, regularisation, config)
+    notes += convention_notes(folder, images, repeats) + found.notes + settings_note(folder, files.settings)
+    notes += skipped_notes(chosen.silent, config) + cropped_notes(folder, examples, sizes_px)
+    notes += small_note(folder, examples, sound) + duplicate_notes(folder, sound)
+    uncaptioned = frozenset(images) - frozenset(found.texts) - regularisation
+    return Dataset(examples, len(taught), left_out, notes, problems, uncaptioned, folder, sizes_px)
 
 
-def _inspect(path: Path, mask_path: Path | None, by_alpha: bool) -> _ImageFacts:
+@dataclass(frozen=True, slots=True)
+class _ChosenImages:
+    """The images that are used, which of them are regularisation, and the others that have no caption of any kind."""
+
+    images: list[Path]
+    regularisation: frozenset[Path]
+    silent: list[Path]
+    settings: Mapping[Path, FolderSettings]
+
+
+def _choose_images(files: _Files, texts: Mapping[Path, str], config: TrainConfig) -> _ChosenImages:
+    """Leave out regularisation images that nothing says the content of and, if that is asked for, others too."""
+    apart, folder = set(files.regularisation), files.settings.folder
+    settings = {path: files.settings.of(path) for path in files.images}
+    mute = {path for path in apart if not (texts.get(path) or folder_class(folder, path) or config.class_word)}
+    silent = [
+        path
+        for path in files.images
+        if path not in apart and path not in texts and not config.default_caption and not config.autocaption
+    ]
+    left_out = mute | (set(silent) if config.uncaptioned == "skip" else set())
+    images = [path for path in files.images if path not in left_out]
+    return _ChosenImages(images, frozenset(path for path in images if path in apart), silent, settings)
+
+
+def _captions(
+    folder: Path, chosen: _ChosenImages, texts: Mapping[Path, str], config: TrainConfig
+) -> tuple[dict[Path, str], list[str]]:
+    """Return the caption of each image with its trigger, and what is wrong with those that have none."""
+    captions, problems = {}, []
+    for path in chosen.images:
+        own, settings = texts.get(path, ""), chosen.settings[path]
+        try:
+            if path in chosen.regularisation:
+                captions[path] = regularisation_caption(own, folder_class(folder, path), config)
+            else:
+                prefix = settings.caption_prefix or ""
+                captions[path] = taught_caption(prefix + (own or config.default_caption), config)
+        except UserError as error:
+            problems.append(f"{path.relative_to(folder)}: {error}")
+    return captions, problems
+
+
+def _buckets_by_resolution(
+    sizes_px: Mapping[Path, tuple[int, int]], resolutions: Mapping[Path, str]
+) -> dict[Path, list[Size]]:
+    """Return the buckets of each image; those of a folder with resolutions of its own are chosen among themselves."""
+    found: dict[Path, list[Size]] = {}
+    for wanted in dict.fromkeys(resolutions.values()):
+        own = {path: size for path, size in sizes_px.items() if resolutions[path] == wanted}
+        found |= assign_buckets(own, tuple(int(side) for side in wanted.split(",")))
+    return found
+
+
+def _inspect(path: Path, mask_path: Path | None, by_alpha: bool) -> ImageFacts:
     """Decode an image and its mask to the end: one that is cut short shows only there."""
     try:
         image = open_image(path)
         mask = open_mask(mask_path) if mask_path else open_alpha(path) if by_alpha else None
         problem = mask_problem(mask, (mask_path or path).name, image.size) if mask else ""
     except UserError as error:
-        return _ImageFacts(problem=str(error))
+        return ImageFacts(problem=str(error))
     width, height = image.size
-    return _ImageFacts(width, height, difference_hash(image), thumbnail(image), mask is not None, problem)
+    return ImageFacts(width, height, difference_hash(image), thumbnail(image), mask is not None, problem)
 
 
 def _masks_cropped_away(folder: Path, examples: Sequence[Example]) -> list[str]:
@@ -205,70 +301,3 @@ def _masks_cropped_away(folder: Path, examples: Sequence[Example]) -> list[str]:
 
 
 # --- what is said of it ---------------------------------------------------------------------------------------------
-
-
-def _mask_problems(folder: Path, masks: Masks, facts: Mapping[Path, _ImageFacts], mask_from: str) -> list[str]:
-    if mask_from == "none":
-        return []
-    problems = []
-    if mask_from == "file":
-        problems = [
-            f"{path.relative_to(folder)} is the mask of no image; name it NAME.mask.png for NAME.jpg."
-            for path in masks.orphans
-        ]
-    if not problems and not any(one.masked or one.problem for one in facts.values()):
-        what = "has a NAME.mask.png beside it" if mask_from == "file" else "is transparent anywhere"
-        problems.append(f"mask_from is {mask_from}, and none of the {len(facts)} images {what}; set it to none.")
-    return problems
-
-
-def _mask_notes(masks: Masks, facts: Mapping[Path, _ImageFacts], mask_from: str) -> list[str]:
-    if mask_from == "none":
-        unused = len(masks.files) + len(masks.orphans)
-        notes = [f"{unused} masks aren't used; set mask_from to file to use them"] if unused else []
-        return notes + _doubtful_note(masks)
-    masked = sum(one.masked for one in facts.values())
-    others = f", {len(facts) - masked} without one are learned everywhere" if masked < len(facts) else ""
-    return [f"{masked} images have a mask{others}", *_doubtful_note(masks)]
-
-
-def _doubtful_note(masks: Masks) -> list[str]:
-    names = listed_names([path.name for path in masks.doubtful])
-    return [f"warning: learned as images, though their names are masks': {names}"] if masks.doubtful else []
-
-
-def _cropped_notes(folder: Path, examples: Sequence[Example], sizes_px: Mapping[Path, tuple[int, int]]) -> list[str]:
-    """Say how much of which images falls away: those that lose most, and warn where it is more than a bucket should."""
-    shares: dict[Path, float] = {}
-    for example in examples:
-        share = cropped_share(*sizes_px[example.image_path], example.size)
-        shares[example.image_path] = max(share, shares.get(example.image_path, 0.0))
-    lose = sorted((path for path in shares if shares[path] >= 0.005), key=lambda path: -shares[path])
-    if not lose:
-        return []
-    named = [f"{path.relative_to(folder)} {shares[path]:.1%}" for path in lose]
-    much = "warning: " if shares[lose[0]] > MOST_CROPPED else ""
-    return [f"{much}cropped at the sides to fit a bucket: {listed_names(named)}"]
-
-
-def _trigger_note(trigger_word: str, texts: Sequence[str]) -> list[str]:
-    lacking = sum(with_trigger(text, trigger_word, ()) != text for text in texts) if trigger_word else 0
-    return [f"{lacking} captions were given the trigger word {trigger_word!r}"] if lacking else []
-
-
-def _small_note(folder: Path, examples: Sequence[Example], facts: Mapping[Path, _ImageFacts]) -> list[str]:
-    small = [
-        str(example.image_path.relative_to(folder))
-        for example in examples
-        if example.size.width_px > facts[example.image_path].width_px
-        or example.size.height_px > facts[example.image_path].height_px
-    ]
-    return [f"too small for the smallest bucket, and enlarged: {listed_names(small)}"] if small else []
-
-
-def _duplicate_notes(folder: Path, facts: Mapping[Path, _ImageFacts]) -> list[str]:
-    names = [str(path.relative_to(folder)) for path in facts]
-    found = near_duplicates([one.hash for one in facts.values()], [one.thumbnail for one in facts.values()])
-    groups = [[names[index] for index in group] for group in found]
-    shown = [f"look the same, and count as often: {listed_names(group)}" for group in groups[:5]]
-    return shown + ([f"and {len(groups) - 5} more groups that look the same"] if len(groups) > 5 else [])

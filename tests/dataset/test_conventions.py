@@ -18,25 +18,6 @@ from lora_utils.io.images import open_image, open_mask
 from lora_utils.training.batches import bucket_batches
 
 CONFIG = TrainConfig(resolution="64", steps=40, seed=0, default_caption="x")
-COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "teal")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A dataset's folder with these files: names with images in colours of their own, or with texts or bytes."""
-
-    def write(*images, **texts):
-        for index, name in enumerate(images):
-            path = tmp_path / "set" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), COLOURS[index]).save(path, "JPEG" if "j" in path.suffix.lower() else "PNG")
-        for name, content in texts.items():
-            path = tmp_path / "set" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return tmp_path / "set"
-
-    return write
 
 
 def report(folder, config=CONFIG):
@@ -58,7 +39,7 @@ def test_a_folder_with_a_number_repeats_its_images(folder):
         for e in batch
     ]
     assert sorted(shown) == ["a.png", "a.png", "a.png", "b.png", "c.png"]
-    assert "repeats by the folders' names: 3_cat 3 times an epoch; the names aren't captions" in report(found.folder)
+    assert "repeats of folders: 3_cat 3 times an epoch; their names aren't captions" in report(found.folder)
 
 
 def test_what_all_folders_repeat_changes_nothing(folder):
@@ -67,10 +48,21 @@ def test_what_all_folders_repeat_changes_nothing(folder):
 
 
 @pytest.mark.parametrize("where", ["reg", "reg/1_woman", "regularization", "reg_images", "class_images", "Reg"])
-def test_regularisation_images_are_left_out_and_said(where, folder):
+def test_regularisation_images_are_used_if_their_caption_is_known_and_said_if_they_are_not(where, folder):
     found = folder("img/1_ohwx/a.png", f"{where}/b.png")
-    assert names(load(found, CONFIG)) == {"img/1_ohwx/a.png"}
-    assert f"left out: 1 regularisation images in {where}; class_word does what they are for" in report(found)
+    named = where == "reg/1_woman"
+    loaded = load(found, CONFIG)
+    assert loaded.num_images == 1
+    assert {e.image_path.name: e.caption for e in loaded.examples if e.regularisation} == (
+        {"b.png": "woman"} if named else {}
+    )
+    said = (
+        "1 regularisation images in reg/1_woman: an epoch shows as many"
+        if named
+        else f"left out: 1 regularisation images in {where}, for they have no caption"
+    )
+    assert said in report(found)
+    assert "for prior_loss_weight is 0" in report(found, replace(CONFIG, prior_loss_weight=0))
 
 
 def test_a_dataset_that_is_all_regularisation_is_learned_with_a_warning(folder):
