@@ -13,19 +13,21 @@ _LABEL_PX, _MARGIN_PX, _LEAST_SIDE_PX = 14, 8, 256
 
 
 def draw_sheet(labels: Sequence[Sequence[str]], images: Sequence[Sequence[Image.Image]], title: str) -> Image.Image:
-    """Return rows of square images of one size under their labels; small ones are enlarged without smoothing."""
-    font = ImageFont.load_default(_LABEL_PX)
-    side = images[0][0].width * max(1, -(-_LEAST_SIDE_PX // images[0][0].width))
+    """Return rows of images under their labels; small ones are all enlarged alike, without smoothing."""
+    font, shown = ImageFont.load_default(_LABEL_PX), [image for row in images for image in row]
+    width, height = max(image.width for image in shown), max(image.height for image in shown)
+    times = max(1, -(-_LEAST_SIDE_PX // width))
     line, columns = _LABEL_PX + 6, max(map(len, images))
-    cell_width, cell_height = side + _MARGIN_PX, side + line + _MARGIN_PX
+    cell_width, cell_height = times * width + _MARGIN_PX, times * height + line + _MARGIN_PX
     canvas = Image.new("RGB", (columns * cell_width + _MARGIN_PX, len(images) * cell_height + line), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((_MARGIN_PX, 2), title, "black", font)
     for index, (row_labels, row_images) in enumerate(zip(labels, images, strict=True)):
         for column, (label, image) in enumerate(zip(row_labels, row_images, strict=True)):
             left, top = _MARGIN_PX + column * cell_width, line + index * cell_height
-            pen.text((left, top), _shortened(label, pen, font, side), "black", font)
-            canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top + line))
+            pen.text((left, top), _shortened(label, pen, font, times * width), "black", font)
+            enlarged = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left, top + line))
     return canvas
 
 
