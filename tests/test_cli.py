@@ -49,7 +49,7 @@ def test_a_default_is_shown_unless_the_sentence_says_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     told = help_of("train", capsys)
     assert "Denoising steps of a preview. [1 to 100, default 20]" in told
-    assert "Rank of the LoRA; alpha equals it. Empty: the goal's, 32 without one. [1 to 256]" in told
+    assert "Rank of the LoRA. Empty: the goal's, 32 without one. [1 to 256]" in told
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_default_is_shown_unless_the_sentence_says_it(capsys, monkeypatch):
         TrainConfig(
             seed=5, train_placeholder_token=True, placeholder_token="<a>,<b>", ema_decay=0.5, optimizer="prodigy"
         ),
-        RunOptions("run", 3, sample_prompts="a = b\n--c", hub_repo="me/it", hub_private=False),
+        RunOptions("run", 3, sample_prompts="a = b\n- c -- d", hub_repo="me/it", hub_private=False),
     ],
 )
 def test_settings_written_as_options_are_read_as_the_same(settings):

@@ -10,7 +10,15 @@ import pytest
 from tests.helpers import ROOT
 
 LIBRARY = ROOT / "lora_utils"
-ROOT_FILES = {"errors", "constants", "config", "conflicts", "presets", "triggers"}  # every folder may import them
+ROOT_FILES = {
+    "errors",
+    "constants",
+    "config",
+    "conflicts",
+    "presets",
+    "prompts",
+    "triggers",
+}  # every folder may import them
 MAY_IMPORT = {
     "io": set(),
     "placeholder": set(),

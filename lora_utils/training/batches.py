@@ -9,8 +9,8 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_utils import constants
 from lora_utils.config import SampleRequest, TrainConfig
 from lora_utils.dataset.cache import CachedExample
+from lora_utils.dataset.captions import caption_choices, shown_caption
 from lora_utils.model import flow, memory
 from lora_utils.model.latents import Size, image_size
 
@@ -45,6 +46,7 @@ class Batch:
     names: tuple[str, ...]  # of the images
     weights: Tensor | None = None  # of the loss, [B, N, C]; None where all count alike
     is_prior: bool = False  # it holds the class: the target is what the base model predicts for these captions
+    image_weights: Tensor | None = None  # of each image's loss, [B]; None where all count alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,16 @@ class Shown(Protocol):
         """How often an epoch shows it."""
         ...
 
+    @property
+    def flip(self) -> bool:
+        """Whether it may be shown mirrored."""
+        ...
+
+    @property
+    def regularisation(self) -> bool:
+        """Whether it shows the class, not what is taught."""
+        ...
+
 
 _Shown = TypeVar("_Shown", bound=Shown)
 
@@ -82,18 +94,37 @@ _Shown = TypeVar("_Shown", bound=Shown)
 def bucket_batches(examples: Sequence[_Shown], batch_size: int, seed: int) -> Iterator[list[_Shown]]:
     """Yield endless batches, each of one bucket. An epoch shows every example `repeats` times.
 
-    A bucket's last batch may be short.
+    Of regularisation images it shows as many as of the others, in turns. A bucket's last batch may be short.
     """
     rng = random.Random(seed)
-    repeated = [example for example in examples for _ in range(example.repeats)]
-    by_size = [list(group) for _, group in groupby(sorted(repeated, key=lambda e: e.size), key=lambda e: e.size)]
+    repeated = [example for example in examples if not example.regularisation for _ in range(example.repeats)]
+    regularisation = _in_turns([e for e in examples if e.regularisation for _ in range(e.repeats)], seed)
+    by_size = _by_size(repeated)
     while True:
         epoch = []
-        for group in by_size:
+        for group in _by_size([*repeated, *islice(regularisation, len(repeated))]) if regularisation else by_size:
             rng.shuffle(group)
             epoch += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
         rng.shuffle(epoch)
         yield from epoch
+
+
+def _by_size(examples: Sequence[_Shown]) -> list[list[_Shown]]:
+    return [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
+
+
+def _in_turns(examples: list[_Shown], seed: int) -> Iterator[_Shown] | None:
+    """Return an endless iterator that shows each example once before any a second time; None without examples."""
+    if not examples:
+        return None
+    rng = random.Random(f"{seed} regularisation")
+
+    def turns() -> Iterator[_Shown]:
+        while True:
+            rng.shuffle(examples)
+            yield from examples
+
+    return turns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +134,7 @@ class BatchPlan(Generic[_Shown]):
     examples: list[_Shown]
     captions: tuple[str, ...]
     is_prior: bool  # it holds the class
+    mirrored: tuple[bool, ...] = ()
 
 
 def holds_class(index: int, share: float) -> bool:
@@ -118,19 +150,34 @@ def plan_batches(
 ) -> Iterator[BatchPlan[_Shown]]:
     """Yield the endless plans of a run's batches, as its seed has them.
 
-    With prior captions, one for each caption, a share of the batches (`preservation_weight`) holds the class. They do
-    so for every caption: one that names nothing of what is taught is held as it is.
+    With prior captions, one for each caption that is shown, a share of the batches (`preservation_weight`) holds the
+    class. They do so for every caption: one that names nothing of what is taught is held as it is.
     """
     dropout, share = generator_for(config.seed, "dropout"), config.preservation_weight if prior_captions else 0.0
+    chosen, sides = generator_for(config.seed, "caption"), generator_for(config.seed, "flip")
     for index, batch in enumerate(bucket_batches(examples, config.batch_size, config.seed)):
         dropped = torch.rand(len(batch), generator=dropout) < config.caption_dropout
         is_prior = holds_class(index, share)
+        texts = [shown_caption(each.caption, config, chosen) for each in batch]
         captions = (
-            [prior_captions[each.caption] for each in batch]
+            [prior_captions[text] for text in texts]
             if is_prior
-            else [constants.EMPTY_PROMPT if drop else e.caption for drop, e in zip(dropped, batch, strict=True)]
+            else [constants.EMPTY_PROMPT if drop else text for drop, text in zip(dropped, texts, strict=True)]
         )
-        yield BatchPlan(batch, tuple(captions), is_prior)
+        mirrored = (torch.rand(len(batch), generator=sides) < 0.5).tolist()
+        yield BatchPlan(
+            batch, tuple(captions), is_prior, tuple(m and e.flip for m, e in zip(mirrored, batch, strict=True))
+        )
+
+
+def shown_captions(config: TrainConfig, examples: Sequence[Shown], processes: int = 1) -> list[str]:
+    """Return all captions that the run will show, made beforehand as the stream will; the images' own come first."""
+    captions = [choice for example in examples for choice in caption_choices(example.caption, config)]
+    if config.caption_shuffle is not None:
+        count = config.steps * config.gradient_accumulation * processes
+        plans = plan_batches(replace(config, caption_dropout=0.0), examples, {})
+        captions += [caption for plan in islice(plans, count) for caption in plan.captions]
+    return list(dict.fromkeys(captions))
 
 
 def first_shown(
@@ -170,11 +217,12 @@ class BatchStream:
 
     def __next__(self) -> Batch:
         plan = next(self.plans)
-        examples, config = plan.examples, self.config
+        config = self.config
+        examples = [each.turned(mirrored) for each, mirrored in zip(plan.examples, plan.mirrored, strict=True)]
         self.count += 1
         clean = torch.stack([example.latents for example in examples])  # [B, N, C]
         noise = torch.randn(clean.shape, generator=self.generators["noise"])
-        sigma = flow.sample_sigmas(len(examples), self.schedule.mu(clean.shape[1]), self.generators["sigma"])  # [B]
+        sigma = step_sigmas(config, self.schedule, examples, self.generators["sigma"])  # [B]
         return Batch(
             flow.add_noise(clean, noise, sigma),
             flow.velocity_target(clean, noise),
@@ -184,6 +232,7 @@ class BatchStream:
             tuple(example.image_name for example in examples),
             None if plan.is_prior else loss_weights(examples, config.mask_floor),
             plan.is_prior,
+            image_weights(examples, config.prior_loss_weight),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -198,6 +247,13 @@ class BatchStream:
         self.count = int(state["drawn"])
         for purpose, generator in self.generators.items():
             generator.set_state(state[purpose])
+
+
+def image_weights(examples: Sequence[Shown], of_regularisation: float) -> Tensor | None:
+    """Return what each image's loss is multiplied by, [B]; None where all count alike."""
+    if not any(example.regularisation for example in examples):
+        return None
+    return torch.tensor([of_regularisation if example.regularisation else 1.0 for example in examples])
 
 
 def loss_weights(examples: Sequence[CachedExample], floor: float) -> Tensor | None:
@@ -215,6 +271,26 @@ def loss_weights(examples: Sequence[CachedExample], floor: float) -> Tensor | No
 
 # --- timesteps ------------------------------------------------------------------------------------------------------
 
+# What `timestep_sampling` samples from, and whether it is shifted as sampling shifts an image of that size.
+_DISTRIBUTIONS = {
+    "resolution": ("logit_normal", True),
+    "logit_normal": ("logit_normal", False),
+    "uniform": ("uniform", False),
+    "content": ("bell", True),
+    "style": ("tails", True),
+}
+
+
+def step_sigmas(
+    config: TrainConfig, schedule: flow.Schedule, batch: Sequence[Shown], generator: torch.Generator
+) -> Tensor:
+    """Sample the levels of noise [B] of a batch of images of one size."""
+    distribution, as_sampling = _DISTRIBUTIONS[config.timestep_sampling]
+    mu = schedule.mu(batch[0].size.tokens) if as_sampling else 0.0
+    if config.timestep_shift is not None:
+        mu = math.log(config.timestep_shift)
+    return flow.sample_sigmas(len(batch), mu, generator, distribution)
+
 
 def run_timesteps(
     config: TrainConfig, examples: Sequence[Shown], schedule: flow.Schedule, dtype: torch.dtype, processes: int = 1
@@ -224,7 +300,7 @@ def run_timesteps(
     sigmas = []
     for _ in range(config.steps * config.gradient_accumulation * processes):
         batch = next(batches)
-        sigmas.append(flow.sample_sigmas(len(batch), schedule.mu(batch[0].size.tokens), generator))
+        sigmas.append(step_sigmas(config, schedule, batch, generator))
     return flow.model_time(torch.cat(sigmas), dtype).unique()
 
 

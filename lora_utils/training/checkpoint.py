@@ -7,6 +7,7 @@ it keeps the memory plan that it began with; only what the caller asked for is c
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,11 +22,28 @@ from torch import Tensor
 
 from lora_utils.errors import UserError
 from lora_utils.io.files import disk_errors
+from lora_utils.model import modulation
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.memory_plan import MemoryPlan
+from lora_utils.training.batches import run_timesteps
 from lora_utils.training.state import StepLoss, TrainState
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2  # the first one had no plan and no losses
+# Inputs that came after a format's first checkpoints, by what a run was before there were any.
+NEW_SETTINGS = {
+    "adapter": "lora",
+    "lora_alpha": None,
+    "timestep_sampling": "resolution",
+    "timestep_shift": None,
+    "loss": "mse",
+    "uncaptioned": "train",
+    "caption_variants": False,
+    "caption_shuffle": None,
+    "flip": "off",
+    "prior_loss_weight": 1.0,
+}
 _PREFIX, _PARTIAL = "step-", ".partial"
 _STATE_FILE, _SETTINGS_FILE = "state.safetensors", "settings.json"
 _SHOWN = 16  # digits of a hash, enough to tell two apart
@@ -208,9 +226,12 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     """Make a run, set up with the checkpoint's plan, the one that was saved.
 
-    Raises UserError for a checkpoint of other settings or data.
+    It may have more steps than it had then. Raises UserError for a checkpoint of other settings or data.
     """
-    ours, theirs = _settings(state), checkpoint.settings
+    ours, theirs = _settings(state), {**NEW_SETTINGS, **checkpoint.settings}
+    if ours["steps"] > theirs["steps"]:
+        _log_longer(state, theirs["steps"])
+        theirs["steps"] = ours["steps"]
     other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:
         listed = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other)
@@ -230,6 +251,27 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     state.step = state.resumed_at = checkpoint.step
     state.plan, state.recent_losses = checkpoint.plan, list(checkpoint.recent_losses)
     state.validated_at, state.previewed_at = checkpoint.validated_at, checkpoint.previewed_at
+
+
+def _log_longer(state: TrainState, before: int) -> None:
+    """Say that a run goes on for more steps, and whether the result is that of a run that had them from the start."""
+    config = state.config
+    log.info("lengthened from %d to %d steps", before, config.steps)
+    if config.lr_scheduler != "constant":
+        log.warning(
+            "lr_scheduler %s goes on along the new length: the result isn't that of a run of %d steps from the start",
+            config.lr_scheduler,
+            config.steps,
+        )
+    components, examples = state.components, state.data.examples
+
+    def has_table(steps: int) -> bool:
+        longer, dtype = replace(config, steps=steps), components.placement.dtype
+        shown = run_timesteps(longer, examples, components.schedule, dtype, state.ranks.world_size)
+        return modulation.pays(len(shown), components.transformer.inner_dim)
+
+    if has_table(before) and not has_table(config.steps):
+        log.warning("the steps from here on have no modulation table any more: the result differs by its rounding")
 
 
 def _same(ours: object, theirs: object) -> bool:

@@ -33,8 +33,22 @@ def batch_text(state: TrainState, captions: Sequence[str]) -> TextEmbeddings:
     return pad_embeddings([states[caption] for caption in captions])
 
 
-def flow_matching_loss(state: TrainState, batch: Batch, needs_base: bool = False) -> Tensor:
-    """Return the losses [B]: the mean squared error of the velocity, weighted by the masks, in fp32.
+HUBER_C = 0.1  # kohya-ss/sd-scripts' default
+
+
+def velocity_errors(velocity: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Return each number's error [B, N, C]: its square, or for huber what grows like it and from c on linearly.
+
+    That is 2 c (sqrt(e^2 + c^2) - c), the pseudo-Huber loss: near 0 it is e^2 too.
+    """
+    error = velocity - target
+    if loss == "mse":
+        return error.square()
+    return 2 * HUBER_C * ((error.square() + HUBER_C**2).sqrt() - HUBER_C)
+
+
+def flow_matching_loss(state: TrainState, batch: Batch, needs_base: bool = False, loss: str = "mse") -> Tensor:
+    """Return the losses [B]: the mean error of the velocity as `loss` has it, weighted by the masks, in fp32.
 
     On a batch that holds the class, the target is the velocity that the base model predicts for the same noise; the
     caller says by `needs_base` that the base model has to run.
@@ -48,7 +62,7 @@ def flow_matching_loss(state: TrainState, batch: Batch, needs_base: bool = False
             base = predict_velocity(transformer, noisy, batch.sigma, text, batch.size).float()
         target = base if batch.is_prior else target
     velocity = predict_velocity(transformer, noisy, batch.sigma, text, batch.size)
-    errors = (velocity.float() - target).square()  # [B, N, C]
+    errors = velocity_errors(velocity.float(), target, loss)  # [B, N, C]
     if batch.weights is not None:
         errors = to_device(batch.weights, placement.device) * errors
     return errors.mean(dim=(1, 2))
@@ -61,7 +75,8 @@ def forward_backward(state: TrainState, batches: Sequence[Batch], needs_base: Se
     """
     losses = []
     for batch, with_base in zip(batches, needs_base, strict=True):
-        each = flow_matching_loss(state, batch, with_base)
-        (each.mean() / (len(batches) * state.ranks.world_size)).backward()
+        each = flow_matching_loss(state, batch, with_base, state.config.loss)
+        weighted = each if batch.image_weights is None else each * to_device(batch.image_weights, each.device)
+        (weighted.mean() / (len(batches) * state.ranks.world_size)).backward()
         losses.append(F.pad(each.detach(), (0, state.config.batch_size - len(each)), value=torch.nan))
     return torch.stack(losses)

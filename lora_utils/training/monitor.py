@@ -8,10 +8,12 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from lora_utils.config import RunOptions
 from lora_utils.io.logging import Progress, by_product, format_pace
@@ -21,6 +23,7 @@ from lora_utils.model.host_memory import host_usage
 from lora_utils.placeholder.embedding import EmbeddingReport, report_embeddings
 from lora_utils.tracking import contact_sheet
 from lora_utils.tracking.metrics import MetricsLogger, StepMetrics, band_name
+from lora_utils.tracking.status import RunStatus, write_status
 from lora_utils.training.loop import StepReport, mean_step_flops
 from lora_utils.training.previews import PreviewRow, generate_previews, preview_due
 from lora_utils.training.state import StepLoss, TrainState
@@ -42,11 +45,22 @@ class TrainMonitor:
         self.unlogged: list[StepReport] = []  # the steps since the last log line
         self.unwritten: list[StepReport] = []  # the steps whose numbers aren't written yet
         self.looked_s = 0.0  # between steps
+        self.status = RunStatus("starting", steps=state.config.steps)
+        self.reported_at = time.monotonic()  # when the report of a run that is on was last written
+        self.thumbnail: Image.Image | None = None  # the last preview of the first prompt
         self.step_flops = 0.0  # of a mean step; counted at the first line, when the plan is final
+
+    def write_status(self, **changes: Any) -> None:
+        """Change the run's status in its folder, for programs that watch it."""
+        self.status = replace(self.status, step=self.state.step, **changes)
+        if self.folder:
+            with by_product("writing the status"):
+                write_status(self.folder, self.status)
 
     def open(self) -> None:
         """Begin at the run's step, and look at it if none has yet. Raises UserError if previews have no room."""
         step = self.began_at = self.state.step
+        self.write_status(state="running")
         if self.folder:
             contact_sheet.remove_sheets_after(self.folder, step)
         self.metrics.open(step)
@@ -97,7 +111,11 @@ class TrainMonitor:
         return max(1e-3, self.progress.elapsed_s() - others)
 
     def _pace(self, step: int) -> str:
-        """Return the seconds per step so far and the time that is left.
+        """Return the seconds per step so far and the time that is left."""
+        return format_pace(self._stepping_s() / (step - self.began_at), self._left_s(step))
+
+    def _left_s(self, step: int) -> float:
+        """Return the seconds that are left after a step.
 
         A step on large images takes longer, so what is left follows from its operations, not from its steps.
         """
@@ -105,15 +123,14 @@ class TrainMonitor:
         done, left = step - self.began_at, self.state.config.steps - step
         per_operation = self._stepping_s() / self.state.flops
         looking_s = left * self.looked_s / done
-        left_s = left * self.step_flops * per_operation + looking_s
-        return format_pace(self._stepping_s() / done, left_s)
+        return left * self.step_flops * per_operation + looking_s
 
     def _first_recent(self) -> int:
         """Return the first step of the run's last tenth so far."""
         return self.state.step - max(1, self.state.step // 10) + 1
 
     def _log(self, report: StepReport) -> None:
-        losses = describe_losses(self.unlogged)
+        losses, mean = describe_losses(self.unlogged), _mean([each.instance_losses for each in self.unlogged])
         self.unlogged.clear()
         steps, pace = self.state.config.steps, self._pace(report.step)
         rate, grad = f"lr {report.learning_rate:.1e}", f"grad {float(report.grad_norm):.2f}"
@@ -124,6 +141,7 @@ class TrainMonitor:
             share = f"{each.share_of_median:.1%} of a word's"
             log.info("  %s norm %.4f, %s, %s, %s", token, each.norm, share, grad, near)
         self.flush()
+        self.write_status(eta_s=round(self._left_s(report.step), 1), loss=mean)
 
     def _validate(self, step: int) -> None:
         if not validation_due(self.state, step):
@@ -142,6 +160,7 @@ class TrainMonitor:
             return
         began = time.monotonic()
         images = generate_previews(self.state, self.rows)
+        self.thumbnail = images[0][0]
         if self.folder:
             labels = [[request.prompt for request in row] for row in self.rows]
             stored = self.state.plan.quantization
@@ -150,7 +169,9 @@ class TrainMonitor:
             self.flush()
             with by_product("showing the previews to the trackers"):
                 self.metrics.previews(step, sheet)
-            log.info("previews %s", contact_sheet.save_sheet(self.folder, step, sheet))
+            path = contact_sheet.save_sheet(self.folder, step, sheet)
+            log.info("previews %s", path)
+            self.write_status(preview=str(path.relative_to(self.folder)))
         self.state.previewed_at = step
         self._took("previews", began)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_utils.config import RunOptions, SampleRequest, TrainConfig
+from lora_utils.config import RunOptions, SampleRequest, TrainConfig, preview_request
 from lora_utils.dataset.captions import prior_caption
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
@@ -35,13 +35,14 @@ PreviewRow = list[SampleRequest]  # a prompt and, where it holds a token, the sa
 
 
 def preview_rows(config: TrainConfig, options: RunOptions) -> list[PreviewRow]:
-    """Return what is to be sampled, as predict's inputs, at the largest of the training's resolutions."""
+    """Return what is to be sampled, as predict's inputs: at the largest of the training's resolutions by default."""
     side, rows = max(config.resolutions_px), []
-    for index, written in enumerate(options.prompts):
-        prompt = expand_trigger(written, config.trigger_word, config.tokens)
-        first = SampleRequest(prompt, steps=options.sample_steps, width=side, height=side, seed=config.seed)
+    usual = SampleRequest("", steps=options.sample_steps, width=side, height=side, seed=config.seed)
+    for index, line in enumerate(options.prompts):
+        first = preview_request(line, replace(usual, seed=usual.seed_of(index)))
+        prompt = expand_trigger(first.prompt, config.trigger_word, config.tokens)
         texts = dict.fromkeys([prompt, plain_prompt(prompt, config)])
-        rows.append([replace(first, prompt=text, seed=first.seed_of(index)) for text in texts])
+        rows.append([replace(first, prompt=text) for text in texts])
     return rows
 
 
@@ -96,9 +97,10 @@ def _generate(state: TrainState, rows: Sequence[PreviewRow]) -> list[list[Image.
 
     def image(request: SampleRequest) -> Image.Image:
         size = image_size(request.width, request.height, request.aspect_ratio)
-        return sampler.sample(components, SamplingJob(request, size, placeholders), _ignore, prompts)[0].pixels
+        with applied_loras(transformer, [(lora, request.lora_scale)]):
+            return sampler.sample(components, SamplingJob(request, size, placeholders), _ignore, prompts)[0].pixels
 
-    with without_lora(transformer), applied_loras(transformer, [(lora, 1.0)]):
+    with without_lora(transformer):
         return [[image(request) for request in row] for row in rows]
 
 

@@ -5,14 +5,14 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
 from lora_utils.config import RunOptions, TrainConfig, TrainInputs
 from lora_utils.conflicts import check_conflicts
 from lora_utils.dataset.examples import Dataset
-from lora_utils.dataset.report import describe_dataset
+from lora_utils.dataset.report import bucket_counts, describe_dataset, worst_crops
 from lora_utils.dataset.scan import inspect, raise_problems
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extracted
@@ -20,15 +20,15 @@ from lora_utils.io.download import base_model_name, download_model
 from lora_utils.io.files import disk_errors, locked_folder, temporary_folder
 from lora_utils.io.logging import by_product
 from lora_utils.lora import hub
-from lora_utils.lora.formats import LoraFile
-from lora_utils.lora.weights import TrainingFacts, read_init_weights, save_weights
+from lora_utils.lora.weights import read_init_weights
 from lora_utils.model.device import default_placement
 from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.presets import preset_for
-from lora_utils.tracking import contact_sheet, html_report
+from lora_utils.tracking import html_report
+from lora_utils.tracking.status import RunStatus, read_status, write_status
 from lora_utils.training import distributed, loop
-from lora_utils.training.batches import first_shown, holds_class
+from lora_utils.training.batches import first_shown, shown_captions
 from lora_utils.training.checkpoint import (
     list_checkpoints,
     placement_of,
@@ -37,10 +37,10 @@ from lora_utils.training.checkpoint import (
     save_checkpoint,
 )
 from lora_utils.training.distributed import Ranks
-from lora_utils.training.monitor import TrainMonitor, describe_speed, final_loss
+from lora_utils.training.monitor import TrainMonitor
 from lora_utils.training.previews import hint_at_tokens, preview_rows
+from lora_utils.training.results import StartedRun, write_report, write_results, write_step_weights
 from lora_utils.training.setup import TrainJob, prior_captions, setup
-from lora_utils.training.state import TrainState, describe_placeholders, final_lora
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ def train_in_process(inputs: TrainInputs, target: Path, stopped: Callable[[], bo
         log.info("seed %d%s", inputs.config.seed, processes)
         for warning in check_conflicts(inputs.config, inputs.options):
             log.warning("%s", warning)
-        with checked_folders(inputs.options, target, ranks):
+        with checked_folders(inputs.options, target, ranks), failure_as_status(inputs, ranks):
             started = start(inputs, ranks)
             try:
                 started.monitor.open()
-                run_steps(started.state, inputs.options, started.monitor, stopped)
+                run_steps(started, inputs, stopped)
             finally:
                 started.monitor.close()
             started.monitor.sum_up()
@@ -74,14 +74,21 @@ def train_in_process(inputs: TrainInputs, target: Path, stopped: Callable[[], bo
         distributed.destroy(ranks)
 
 
-@dataclass(frozen=True, slots=True)
-class StartedRun:
-    """A run before its first step in this process, its monitor, and what the dataset was found to be."""
-
-    state: TrainState
-    monitor: TrainMonitor
-    num_images: int
-    dataset_report: list[str]
+@contextmanager
+def failure_as_status(inputs: TrainInputs, ranks: Ranks) -> Iterator[None]:
+    """Write what ends the run to its folder's status, if it has one, and let it go on its way."""
+    folder = Path(inputs.options.run_dir) if inputs.options.run_dir and ranks.is_main else None
+    if folder:
+        with by_product("writing the status"):
+            write_status(folder, RunStatus("starting", steps=inputs.config.steps))
+    try:
+        yield
+    except BaseException as error:
+        if folder:
+            with by_product("writing the status"):
+                why = str(error) or type(error).__name__
+                write_status(folder, replace(read_status(folder), state="failed", eta_s=None, error=why))
+        raise
 
 
 @contextmanager
@@ -131,6 +138,8 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         if options.hub_repo and ranks.is_main:
             hub.ensure_repository(options.hub_repo, files.hub_token, options.hub_private)
 
+        crops = worst_crops(dataset) if options.run_dir and ranks.is_main else []
+
         # The model.
         model = download_model(base_model)
         shapes = read_shapes(model)
@@ -153,7 +162,9 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         log.info("resuming from %s, after step %d", resumed.path, state.step)
     elif options.resume == "auto":
         log.info("no checkpoint in %s; starting from the first step", options.run_dir)
-    return StartedRun(state, TrainMonitor(state, options, rows), dataset.num_images, report)
+    return StartedRun(
+        state, TrainMonitor(state, options, rows), dataset.num_images, report, bucket_counts(dataset), crops
+    )
 
 
 def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, learned_before: Container[str]) -> None:
@@ -167,7 +178,9 @@ def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, 
     learned, _ = dataset.split(config.validation_share)
     a_step = config.gradient_accumulation * ranks.world_size
     count = config.steps * a_step
-    found = first_shown(config, learned.examples, prior_captions(learned.captions, config), count + 10_000)
+    longer = replace(config, steps=config.steps + 10_000)  # to say in which step it would be
+    prior = prior_captions(shown_captions(longer, learned.examples, ranks.world_size), config)
+    found = first_shown(config, learned.examples, prior, count + 10_000)
     for token, at in found.items():
         if token not in learned_before and (at is None or at >= count):
             needed = f"set steps to {at // a_step + 1} or more" if at is not None else "lower caption_dropout"
@@ -189,14 +202,15 @@ def describe_goal(config: TrainConfig) -> list[str]:
     return [f"goal {config.goal}: {', '.join(parts)}"]
 
 
-def run_steps(state: TrainState, options: RunOptions, monitor: TrainMonitor, stopped: Callable[[], bool]) -> None:
+def run_steps(started: StartedRun, inputs: TrainInputs, stopped: Callable[[], bool]) -> None:
     """Step through the run, monitor it and save its checkpoints, until it is done, asked to stop, or can't go on.
 
     An error after the first step ends it there: what was learned until then is kept. On several GPUs it is raised, for
     the others wait for this one.
     """
+    state = started.state
     try:
-        _run_steps(state, options, monitor, stopped)
+        _run_steps(started, inputs, stopped)
     except Exception as error:  # whatever it is: hours of training aren't lost for it
         if state.sound is None or state.ranks.world_size > 1:
             raise
@@ -204,79 +218,39 @@ def run_steps(state: TrainState, options: RunOptions, monitor: TrainMonitor, sto
             log.exception("an unexpected error; please report it with this traceback")
         log.warning("the run ends after step %d of %d: %s", state.step, state.config.steps, error)
         log.warning("what it has learned is written")
+        started.monitor.write_status(error=str(error))
 
 
-def _run_steps(state: TrainState, options: RunOptions, monitor: TrainMonitor, stopped: Callable[[], bool]) -> None:
+def report_so_far(started: StartedRun, inputs: TrainInputs) -> None:
+    """Write the report of a run that is on, where there is a folder for it; not sooner than the page loads itself."""
+    monitor, now = started.monitor, time.monotonic()
+    if inputs.options.run_dir and started.state.ranks.is_main and now - monitor.reported_at > html_report.RELOAD_S:
+        monitor.reported_at = now
+        with by_product("the report"):
+            monitor.flush()
+            write_report(started, inputs, is_on=True)
+
+
+def _run_steps(started: StartedRun, inputs: TrainInputs, stopped: Callable[[], bool]) -> None:
+    state, monitor, options = started.state, started.monitor, inputs.options
     steps, ranks = state.config.steps, state.ranks
     for report in loop.train(state):
         asked = report.step < steps and (ranks.world_size == 1 or report.step % STOP_CHECK_STEPS == 0)
         stop = asked and distributed.broadcast(ranks, stopped())
         with by_product(f"looking at step {report.step}"):
             monitor.after(report, stop)
-        due = bool(options.save_every) and report.step % options.save_every == 0
+        if state.previewed_at == report.step and report.step < steps:
+            report_so_far(started, inputs)
+        due = bool(options.save_every) and (report.step % options.save_every == 0 or report.step == steps)
         if options.run_dir and (due or stop):
             with by_product(f"the checkpoint after step {report.step}"):
                 monitor.flush()
                 if ranks.is_main:
                     log.info("checkpoint %s", save_checkpoint(state, Path(options.run_dir), options.keep_checkpoints))
+            with by_product(f"the weights after step {report.step}"):
+                if ranks.is_main and options.keep_weights:
+                    monitor.write_status(weights=write_step_weights(started, inputs).name)
+            report_so_far(started, inputs)
         if stop:
             log.info("stopped after step %d of %d, as asked", report.step, steps)
             break
-
-
-def write_results(started: StartedRun, inputs: TrainInputs, target: Path) -> Path:
-    """Write weights.zip, then the last lines and the report, and push to the hub if that is asked for. -> weights.zip
-
-    Only the weights count: what fails of the rest is a warning.
-    """
-    # The weights.
-    began, state, options = time.monotonic(), started.state, inputs.options
-    lora = final_lora(state)
-    facts = TrainingFacts(
-        base_model_name(), started.num_images, state.step, final_loss(state), describe_placeholders(state, lora)
-    )
-    written = save_somewhere(target, lora, state.resolved_config, facts)
-    log.info("wrote %s, %.1f MB", written.name, written.stat().st_size / 1e6)
-
-    # The rest.
-    state.seconds["save"] = time.monotonic() - began
-    timings: list[str] = []
-    with by_product("measuring the speed"):
-        timings = [describe_share(state), *describe_speed(state)]
-    for line in filter(None, timings):
-        log.info(line)
-    if options.run_dir:
-        summary = html_report.RunSummary(
-            facts.base_model, asdict(state.resolved_config), started.dataset_report, list(filter(None, timings))
-        )
-        with by_product("the report"):
-            log.info("wrote %s", html_report.write_report(Path(options.run_dir), summary))
-    if options.hub_repo:
-        with by_product(f"pushing {written.name}, from where it can be pushed again,"):
-            sheets = contact_sheet.list_sheets(Path(options.run_dir)) if options.run_dir else []
-            pushed = hub.push_weights(options.hub_repo, inputs.files.hub_token, written, sheets)
-            log.info("pushed to %s", pushed)
-    return written
-
-
-def save_somewhere(target: Path, lora: LoraFile, config: TrainConfig, facts: TrainingFacts) -> Path:
-    """Write weights.zip where it was asked for or, if that can't be written any more, where it can. -> its path"""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(target, lora, config, facts)
-        return target
-    except (OSError, UserError) as error:
-        rescue = Path(tempfile.mkdtemp(prefix="qwen-image-lora-rescued-")) / target.name
-        log.warning("%s", error)
-        save_weights(rescue, lora, config, facts)
-        log.warning("the weights are in %s instead", rescue)
-        return rescue
-
-
-def describe_share(state: TrainState) -> str:
-    """Say how many batches held the class, where some were to; an empty text where none were."""
-    if not state.data.prior_captions:
-        return ""
-    count = state.step * state.config.gradient_accumulation * state.ranks.world_size
-    held = sum(holds_class(index, state.config.preservation_weight) for index in range(count))
-    return f"{held} of {count} batches held {state.config.class_word!r}, the others taught"

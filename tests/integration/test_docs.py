@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from examples.demo import call, write_dataset
 from examples.shapes import Prompt
@@ -129,6 +130,16 @@ def test_predict_lines_sample_in_the_size_they_say(line, folder, predictor):
 # --- plain Python ---------------------------------------------------------------------------------------------------
 
 
+def write_files_to_convert(weights, model, folder):
+    """Two LoRAs to merge, and a checkpoint with its base."""
+    for name in ("style.zip", "person.zip"):
+        shutil.copy(weights, folder / name)
+    shutil.copytree(model, folder / "qwen-image")
+    tuned = load_file(next((model / "transformer").glob("*.safetensors")))
+    tuned["transformer_blocks.0.attn.to_q.weight"] += 0.1
+    save_file(tuned, folder / "tuned.safetensors")
+
+
 @pytest.mark.parametrize("page", sorted({page for page, _ in PACKAGE}))
 def test_the_packages_own_commands_run_in_the_order_of_the_page(page, folder, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(random_model))
@@ -136,6 +147,8 @@ def test_the_packages_own_commands_run_in_the_order_of_the_page(page, folder, ra
     shutil.copy(folder / "dataset.zip", tmp_path)
     if page != "docs/training.md":  # that page's commands make their own
         shutil.copy(folder / "weights.zip", tmp_path)
+    if page == "docs/prediction.md":
+        write_files_to_convert(folder / "weights.zip", random_model, tmp_path)
     fewer = {
         "train": [f"--{name}={value}" for name, value in FAST_TRAINING.items()],
         "sample": ["--steps=2", "--width=64", "--height=64"],

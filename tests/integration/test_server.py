@@ -141,7 +141,7 @@ def test_a_failed_training_tells_the_client_why_and_the_server_stays_ready(given
     [
         ({"rank": 0}, "0 is less than the minimum of 1"),
         ({"steps": "many"}, "steps"),
-        ({"lora_targets": "everything"}, "lora_targets"),
+        ({"adapter": "everything"}, "adapter"),
         ({"goal": "dog"}, "goal"),
         ({"optimizer": "lion"}, "optimizer"),
         ({"seed": None}, "seed"),
@@ -209,7 +209,7 @@ def test_a_goal_fills_what_is_left_out_and_a_folder_keeps_what_is_seen(trainer, 
     assert reply["status"] == "succeeded", reply
     assert "goal object: steps 2 (yours; the goal's is 1000), learning_rate 0.0002, rank 16" in reply["logs"]
     made = {path.name for path in (trainer.log.parent / "runs" / "mine").iterdir()}
-    assert made == {"metrics.jsonl", "report.html", "samples", "tensorboard"}
+    assert made == {"metrics.jsonl", "report.html", "samples", "status.json", "tensorboard"}
 
 
 def test_a_folder_that_cog_cannot_reach_is_a_clear_error(trainer):

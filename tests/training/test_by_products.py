@@ -11,9 +11,9 @@ from lora_utils.config import RunOptions
 from lora_utils.errors import UserError
 from lora_utils.io.logging import by_product
 from lora_utils.lora.weights import load_weights
-from lora_utils.training import loop, run
+from lora_utils.training import loop, results, run
 from lora_utils.training.batches import generator_for
-from tests.helpers import SHORT_RUN, lora_of, train_archive
+from tests.helpers import SHORT_RUN, lora_of, train_archive, without_thumbnail
 
 STEPS = 4
 CONFIG = replace(SHORT_RUN, steps=STEPS, validation_share=0.2)
@@ -34,7 +34,7 @@ BY_PRODUCTS = {
     "the log line": (f"{MONITOR}.embedding_reports", 0),
     "checkpoint": (f"{RUN}.save_checkpoint", 0),
     "report": ("lora_utils.tracking.html_report.write_report", 0),
-    "the speed": (f"{RUN}.describe_speed", 0),
+    "the speed": ("lora_utils.training.results.describe_speed", 0),
     "hub": ("lora_utils.lora.hub.push_weights", 0),
 }
 ERRORS = [OSError(28, "No space left on device"), RuntimeError("CUDA error"), UserError("no room"), KeyError("x")]
@@ -98,7 +98,7 @@ def _let_fail(patch, path, fails, error):
 
 @pytest.fixture
 def undisturbed(train):
-    return lora_of(train())[0]
+    return without_thumbnail(lora_of(train())[0])
 
 
 @pytest.mark.parametrize("which", BY_PRODUCTS)
@@ -107,7 +107,7 @@ def test_a_by_product_that_fails_from_the_first_step_on_costs_nothing_of_what_is
 ):
     path, before = BY_PRODUCTS[which]
     weights = train(path, lambda call: call >= before, ERRORS[len(which) % len(ERRORS)])
-    assert lora_of(weights)[0] == undisturbed
+    assert without_thumbnail(lora_of(weights)[0]) == undisturbed
     assert lora_of(weights)[1]["training_steps"] == STEPS
     assert [record for record in caplog.records if record.levelname == "WARNING"], "and it is said"
 
@@ -118,7 +118,7 @@ def test_a_by_product_that_fails_once_at_any_step_costs_nothing_of_what_is_learn
     path, before = BY_PRODUCTS[which]
     for at in range(STEPS + 2):
         weights = train(path, lambda call, at=at: call == before + at, ERRORS[at % len(ERRORS)])
-        assert lora_of(weights)[0] == undisturbed, at
+        assert without_thumbnail(lora_of(weights)[0]) == undisturbed, at
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow), STEPS])
@@ -208,7 +208,7 @@ def test_a_gpu_that_fails_leaves_the_weights_that_were_kept_on_the_cpu(train_alo
 
     def failing(state, batches, index):
         if index == 4:
-            monkeypatch.setattr("lora_utils.training.state.trained_lora", unreadable)
+            monkeypatch.setattr("lora_utils.training.state.trained_layers", unreadable)
             monkeypatch.setattr("lora_utils.training.state.describe_embeddings", unreadable)
             unreadable()
         return real(state, batches, index)
@@ -223,14 +223,14 @@ def test_a_gpu_that_fails_leaves_the_weights_that_were_kept_on_the_cpu(train_alo
 def test_weights_that_cannot_be_written_where_they_were_asked_for_are_written_elsewhere(
     train_alone, components, monkeypatch, caplog
 ):
-    real, calls = run.save_weights, itertools.count()
+    real, calls = results.save_weights, itertools.count()
 
     def refused_once(target, *given):
         if next(calls) == 0:
             raise UserError(f"{target.name} can't be written (No space left on device); free some room.")
         return real(target, *given)
 
-    monkeypatch.setattr(run, "save_weights", refused_once)
+    monkeypatch.setattr(results, "save_weights", refused_once)
     weights = train_alone()
     try:
         assert "qwen-image-lora-rescued-" in str(weights)

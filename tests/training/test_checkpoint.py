@@ -385,7 +385,6 @@ def test_a_run_that_starts_from_weights_starts_where_they_are(trained, new_run):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"rank": 8}, "init_weights trained.zip is of rank 4, and rank is 8; set rank=4"),
         ({"train_placeholder_token": False, "class_word": ""}, "has learned <zwx>; set train_placeholder_token"),
         ({"placeholder_token": "<abc>"}, "has learned <zwx>; set train_placeholder_token"),
     ],

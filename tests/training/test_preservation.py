@@ -16,7 +16,7 @@ from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loop
 from lora_utils.training.batches import BatchStream, plan_batches
 from lora_utils.training.loss import batch_text, forward_backward
-from lora_utils.training.run import describe_share
+from lora_utils.training.results import describe_share
 from lora_utils.training.setup import prior_captions
 from tests.helpers import make_state
 

@@ -1,0 +1,58 @@
+"""Prompts with settings of their own, a line each: `a photo of <zwx> --size 768x512 --seed 5 --negative "blurry"`.
+
+This module owns what such a line may hold. It imports the standard library alone.
+"""
+
+import re
+import shlex
+
+from lora_utils.errors import UserError, shown
+
+# By what a line calls them, the inputs of predict that are set.
+SETTINGS = {
+    "size": "width",  # and height
+    "seed": "seed",
+    "guidance": "guidance",
+    "steps": "steps",
+    "scale": "lora_scale",
+    "negative": "negative_prompt",
+}
+_FIRST_SETTING = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+_SIZE = re.compile(r"(\d{1,5})\s*[xX×]\s*(\d{1,5})")
+
+
+def split_prompts(text: str) -> list[str]:
+    """Return prompts that are separated by lines, or by | outside of quotes."""
+    lines = re.split(r'\n|\|(?=(?:[^"\n]*"[^"\n]*")*[^"\n]*(?:\n|$))', text)
+    return [line.strip() for line in lines if line.strip()]
+
+
+def split_settings(line: str) -> tuple[str, dict[str, str]]:
+    """Return a line's prompt, and its settings as texts by the names that predict's inputs have.
+
+    Raises UserError for a setting that there isn't, or one without a value.
+    """
+    first = _FIRST_SETTING.search(line)
+    if first is None:
+        return line.strip(), {}
+    prompt, rest = line[: first.start()].strip(), line[first.start() :]
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        raise UserError(f"sample_prompts: a quotation mark is missing in {shown(line)!r}; close it.") from None
+    found: dict[str, str] = {}
+    for name, value in zip(words[::2], [*words[1::2], ""], strict=False):
+        setting = name.removeprefix("--")
+        if not name.startswith("--") or setting not in SETTINGS or not value or value.startswith("--"):
+            raise UserError(
+                f"sample_prompts: {shown(name)!r} in {shown(line)!r} is no setting with a value; after the prompt come "
+                f"{', '.join(f'--{each}' for each in SETTINGS)}, each with one, like --size 768x512."
+            )
+        if setting == "size":
+            size = _SIZE.fullmatch(value)
+            if size is None:
+                raise UserError(f"sample_prompts: --size must be WIDTHxHEIGHT like 768x512, got {shown(value)!r}.")
+            found |= {"width": size[1], "height": size[2]}
+        else:
+            found[SETTINGS[setting]] = value
+    return prompt, found
