@@ -17,7 +17,7 @@ from typing import Any, TypeGuard, TypeVar, get_args
 from lora_utils import constants
 from lora_utils.errors import UserError, shown
 from lora_utils.presets import PRESETS, preset_for
-from lora_utils.prompts import split_prompts, split_settings
+from lora_utils.prompts import split_prompts, split_scale, split_settings
 from lora_utils.triggers import holds, holds_mark
 
 MAX_SEED = 2**32 - 1
@@ -214,6 +214,33 @@ def parse_prompts(text: str) -> str:
     for line in lines:
         preview_request(line, SampleRequest("", seed=0))
     return "\n".join(lines)
+
+
+MOST_EXTRA_LORAS = 8
+
+
+def parse_extra_loras(text: str) -> str:
+    """Return the sources of LoRAs, one a line, each with a scale behind it if it has one of its own."""
+    lines = split_prompts(text)
+    if len(lines) > MOST_EXTRA_LORAS:
+        raise UserError(f"extra_lora names {len(lines)} LoRAs; {MOST_EXTRA_LORAS} are the most.")
+    for line in lines:
+        extra_lora(line, 1.0)
+    return "\n".join(lines)
+
+
+def extra_lora(line: str, usual: float) -> tuple[str, float]:
+    """Return a LoRA's source and scale, which is `usual` where the line has none. Raises UserError for a wrong one."""
+    source, scale = split_scale(line)
+    if scale is None:
+        return source, usual
+    (declared,) = (item for item in fields(SampleRequest) if item.name == "extra_lora_scale")
+    try:
+        return source, float(str(checked(declared, float(scale))))
+    except UserError as error:
+        raise UserError(f"extra_lora {shown(source)!r}: {error}") from error
+    except ValueError:
+        raise UserError(f"extra_lora {shown(source)!r}: --scale must be a number, got {shown(scale)!r}.") from None
 
 
 def preview_request(line: str, usual: "SampleRequest") -> "SampleRequest":
@@ -537,10 +564,11 @@ class SampleRequest:
         None, "Area of the image at that aspect ratio. Empty: the official size.", ge=0.05, le=4
     )
     extra_lora: str = option(
-        "", "A second LoRA: a URL, a path, or a hub repository as owner/name or owner/name/file.safetensors.",
-        parse=str.strip,
+        "", "More LoRAs, one a line or separated by |: a URL, a path, or a hub repository as owner/name or "
+        "owner/name/file.safetensors. Each may end in a strength of its own, like --scale 0.8.",
+        parse=parse_extra_loras,
     )
-    extra_lora_scale: float = option(1.0, "Strength of the second LoRA.", ge=-1, le=3)
+    extra_lora_scale: float = option(1.0, "Strength of the extra LoRAs that have none of their own.", ge=-1, le=3)
     lightning: str = option(
         "auto", "Whether a LoRA is a Lightning one, made for 4 or 8 steps. auto: its header, or its ranks and alphas, "
         "tell.", choices=("auto", "yes", "no"),
@@ -561,6 +589,11 @@ class SampleRequest:
     def seed_of(self, index: int) -> int:
         """Return the seed of image `index`; past the largest seed it starts again at 0."""
         return (self.seed + index) % (MAX_SEED + 1)
+
+    @property
+    def extra_loras(self) -> list[tuple[str, float]]:
+        """The extra LoRAs, each a source and its strength."""
+        return [extra_lora(line, self.extra_lora_scale) for line in self.extra_lora.splitlines()]
 
     @property
     def steps_run(self) -> int:

@@ -1,6 +1,6 @@
-"""Prompts with settings of their own, a line each: `a photo of <zwx> --size 768x512 --seed 5 --negative "blurry"`.
+"""Lines with settings of their own: `a photo of <zwx> --size 768x512 --seed 5 --negative "blurry"`.
 
-This module owns what such a line may hold. It imports the standard library alone.
+This module owns what a prompt's line may hold, and a LoRA's. It imports the standard library alone.
 """
 
 import re
@@ -25,6 +25,12 @@ def split_prompts(text: str) -> list[str]:
     """Return prompts that are separated by lines, or by | outside of quotes."""
     lines = re.split(r'\n|\|(?=(?:[^"\n]*"[^"\n]*")*[^"\n]*(?:\n|$))', text)
     return [line.strip() for line in lines if line.strip()]
+
+
+def split_scale(line: str) -> tuple[str, str | None]:
+    """Return a LoRA's source, and the scale that may stand behind it as `--scale 0.8`."""
+    source, mark, scale = line.rpartition(" --scale ")
+    return (source.strip(), scale.strip()) if mark else (line.strip(), None)
 
 
 def split_settings(line: str) -> tuple[str, dict[str, str]]:

@@ -53,3 +53,28 @@ def test_previews_take_the_settings_and_the_run_fills_in_the_rest():
     (first, plain), (second,) = preview_rows(config, options)
     assert (first.steps, first.seed, first.width) == (plain.steps, plain.seed, plain.width) == (7, 9, 512)
     assert (second.steps, second.seed, second.prompt) == (11, 5, "a dog")
+
+
+# --- LoRAs ----------------------------------------------------------------------------------------------------------
+
+
+def test_extra_loras_are_listed_with_strengths_of_their_own_or_the_usual_one():
+    request = SampleRequest(
+        "a", seed=0, extra_lora="me/it --scale -0.5| you/it/file name.safetensors\n", extra_lora_scale=2
+    )
+    assert request.extra_loras == [("me/it", -0.5), ("you/it/file name.safetensors", 2.0)]
+    assert SampleRequest("a", seed=0).extra_loras == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("me/it --scale much", "extra_lora 'me/it': --scale must be a number, got 'much'"),
+        ("me/it --scale 9", "extra_lora 'me/it': extra_lora_scale must be from -1 to 3, got 9"),
+        ("me/it --scale nan", "must be a finite number"),
+        ("a/b|" * 9, "extra_lora names 9 LoRAs; 8 are the most"),
+    ],
+)
+def test_a_list_of_loras_that_cannot_be_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        SampleRequest("a", seed=0, extra_lora=text)

@@ -115,16 +115,15 @@ class ModelPredictor:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def load_loras(self, request: SampleRequest, files: SampleFiles, access: Access = CALLER) -> list[ScaledLora]:
-        """Load a call's LoRAs: the given or the default one, and the extra one. The first came with the request."""
+        """Load a call's LoRAs: the given or the default one, and the extra ones. The first came with the request."""
         found = []
         if files.replicate_weights:
             given = self._load(files.replicate_weights, files.hf_token, replace(access, local_paths=True))
             found.append(ScaledLora(given, request.lora_scale))
         elif self.default_weights:
             found.append(ScaledLora(self.loras.get(self.default_weights, self.components), request.lora_scale))
-        if request.extra_lora:
-            extra = self._load(request.extra_lora, files.hf_token, access)
-            found.append(ScaledLora(extra, request.extra_lora_scale))
+        for source, scale in request.extra_loras:
+            found.append(ScaledLora(self._load(source, files.hf_token, access), scale))
         return found
 
     def _load(self, source: str, hf_token: str | None, access: Access) -> Weights:

@@ -286,6 +286,15 @@ def test_two_loras_add_up_each_at_its_scale(predictor, archives):
     assert same(one(predictor), base)
 
 
+def test_several_extra_loras_each_have_a_strength_of_their_own(predictor, archives):
+    a, b = (str(archives / name) for name in ("baseline.zip", "other.zip"))
+    both = one(predictor, replicate_weights=a, lora_scale=0.5, extra_lora=b, extra_lora_scale=0.25)
+    listed = f"{a} --scale 0.5 | {b}"
+    assert same(one(predictor, extra_lora=listed, extra_lora_scale=0.25), both)
+    assert not same(one(predictor, extra_lora=f"{a}|{b}"), both)
+    assert same(one(predictor, extra_lora=f"{a} --scale 0\n{b} --scale 0"), one(predictor))
+
+
 def test_the_second_ones_token_is_known_too(predictor, archives):
     alone = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
     assert same(one(predictor, TOKEN_PROMPT, extra_lora=str(archives / "token.zip")), alone)
