@@ -23,7 +23,9 @@ from lora_utils.model.vae import encode_images
 log = logging.getLogger(__name__)
 
 LIGHTNING_STEPS = 8  # the most that a Lightning LoRA was distilled for
-REUSE_THRESHOLD = 0.1  # by which the first block may move: docs/benchmarks.md has what it costs and wins
+REUSE_THRESHOLD = (
+    0.08  # by which the first block may be off what was foretold: docs/benchmarks.md has what it costs and wins
+)
 FEATHER_OF_SIDE = 256  # an image's shorter side by the blur of a mask's edge: 4 pixels at 1024
 REPAINTED_SHARE = 0.02  # of a latent's pixels under the mask's white from which on it is generated again
 
