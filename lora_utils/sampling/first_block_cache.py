@@ -1,8 +1,8 @@
 """The first-block cache: where the first block changes as foretold, the others are taken to do so too.
 
-The first block's output tells how far the rest would move (as in ParaAttention and diffusers). What both add is foretold
-from the last complete forwards along a line (as TaylorSeer does, Liu et al. 2025, arXiv 2503.06923). It is lossy, and
-off unless asked for. This module owns the rule; `model.blocks` asks it at each block while it is on.
+The first block's output tells how far the rest would move (as in ParaAttention and diffusers). What both add is
+foretold from the last complete forwards along a line (as TaylorSeer does, Liu et al. 2025, arXiv 2503.06923). It is
+lossy, and off unless asked for. This module owns the rule; `model.blocks` asks it at each block while it is on.
 
 Legend: B batch, N image tokens, T text tokens, D the transformer's width.
 """

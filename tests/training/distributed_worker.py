@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
+from lora_utils.lora.updates import tensors_of
 from lora_utils.model.device import Placement
 from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
@@ -45,9 +46,7 @@ def main(model: Path, images: Path, given: str, shard_base: str) -> None:
     held = sum(part.untyped_storage().nbytes() for part in local)  # a view of the whole would keep all of it
     losses = [[float(loss) for loss in report.losses] for report in loop.train(run)]
     lora = final_lora(run)
-    tensors = [part for layer in lora.layers.values() for part in (layer.down, layer.up)] + list(
-        lora.embeddings.values()
-    )
+    tensors = [part for layer in lora.layers.values() for part in tensors_of(layer)] + list(lora.embeddings.values())
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
     norm = float(sum(tensor.double().norm() for tensor in tensors))
     print(json.dumps({"rank": ranks.rank, "losses": losses, "digest": digest, "norm": norm, "held": held}), flush=True)

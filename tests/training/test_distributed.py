@@ -104,6 +104,15 @@ def test_a_sharded_base_gives_the_same_and_each_process_holds_its_part(run_worke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["dora", "lokr"])
+def test_other_adapters_are_trained_on_a_sharded_base_too(adapter, run_workers):
+    config = replace(TWICE, adapter=adapter)
+    (alone, _), (first, second) = (run_workers(2, config, shard) for shard in ("never", "always"))
+    assert first["digest"] == second["digest"]
+    assert close(alone, first)
+
+
+@pytest.mark.slow
 def test_a_token_that_only_some_processes_see_is_trained_all_the_same(run_workers):
     """An embedding without a gradient here, but with one there: dropped captions of one process, say."""
     given = replace(CONFIG, caption_dropout=0.6, batch_size=1, preservation_weight=0.0, class_word="")
