@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lora_utils.config import SampleFiles, SampleInputs, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.io.access import CALLER, OWNER, Access
-from lora_utils.io.download import base_model_name, download_model, download_weights, forget_download
+from lora_utils.io.download import base_model_label, base_model_name, download_model, download_weights, forget_download
 from lora_utils.io.files import new_process_folder
 from lora_utils.io.images import fit_settings, save_image
 from lora_utils.io.logging import Progress
@@ -198,7 +198,7 @@ class ModelPredictor:
             "strength": request.strength,
             "go_fast": request.go_fast,
             "loras": [{"sha256": lora.weights.lora.sha256, "scale": lora.scale} for lora in loras],
-            "base_model": base_model_name(),
+            "base_model": base_model_label(),
             "versions": package_versions(),
         }
         return fit_settings(settings, request.output_format)

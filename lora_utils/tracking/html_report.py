@@ -18,6 +18,7 @@ from PIL import Image
 from lora_utils.io.files import atomic_path, disk_errors
 from lora_utils.tracking import contact_sheet
 from lora_utils.tracking.metrics import SIGMA_BANDS, band_name, read_metrics
+from lora_utils.tracking.status import STEP_WEIGHTS
 
 REPORT_FILE = "report.html"
 RELOAD_S = 15
@@ -175,7 +176,9 @@ def _sheets(paths: Sequence[Path]) -> str:
             sheet = stored.convert("RGB")
         if sheet.width > _SHEET_WIDTH_PX:
             sheet = sheet.resize((_SHEET_WIDTH_PX, sheet.height * _SHEET_WIDTH_PX // sheet.width))
-        title = f"after step {int(path.stem.rpartition('-')[2])}"
+        step = int(path.stem.rpartition("-")[2])
+        weights = path.parent.parent / STEP_WEIGHTS.format(step)
+        title = f"after step {step}" + (f", {weights.name}" if weights.is_file() else "")
         shown.append(f'<img class="sheet" alt="previews" data-title="{title}" src="{_uri(sheet)}" hidden>')
     last = len(paths) - 1
     slider = f'<input id="slider" type="range" min="0" max="{last}" value="{last}" aria-label="step">'

@@ -1,4 +1,7 @@
-"""status.json: where a run is, for programs that watch it. It is replaced whole, so it is never half there."""
+"""What a run leaves in its folder for programs that watch it: status.json, and the name of a step's weights.
+
+status.json says where the run is. It is replaced whole, so it is never half there.
+"""
 
 import datetime
 import json
@@ -8,6 +11,7 @@ from pathlib import Path
 from lora_utils.io.files import atomic_path, disk_errors
 
 STATUS_FILE = "status.json"
+STEP_WEIGHTS = "weights-step-{:06d}.zip"  # the weights after a step, in the run's folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,12 @@ from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.weights import TrainingFacts, save_weights
 from lora_utils.tracking import contact_sheet, html_report
 from lora_utils.tracking.metrics import read_metrics
+from lora_utils.tracking.status import STEP_WEIGHTS
 from lora_utils.training.batches import holds_class
 from lora_utils.training.monitor import TrainMonitor, describe_speed, final_loss
 from lora_utils.training.state import TrainState, current_lora, describe_placeholders, final_lora
 
 log = logging.getLogger(__name__)
-
-STEP_WEIGHTS = "weights-step-{:06d}.zip"
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ def test_the_slider_moves_over_the_steps(opened, tmp_path):
     for step in (0, 4, 9):
         contact_sheet.save_sheet(tmp_path, step, Image.new("RGB", (64, 64), (step * 20, 0, 0)))
     write_metrics(tmp_path, 9)
+    (tmp_path / "weights-step-000004.zip").write_bytes(b"")
     write_report(tmp_path, SUMMARY)
     page = opened(tmp_path)
 
@@ -101,6 +102,8 @@ def test_the_slider_moves_over_the_steps(opened, tmp_path):
     assert shown() == ("after step 9", 1)
     first = page.locator(".sheet:visible").get_attribute("src")
     page.focus("#slider")
+    page.keyboard.press("ArrowLeft")
+    assert shown() == ("after step 4, weights-step-000004.zip", 1), "and with the file that it can be had from"
     page.keyboard.press("Home")
     assert shown() == ("after step 0", 1)
     assert page.locator(".sheet:visible").get_attribute("src") != first
