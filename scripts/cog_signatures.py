@@ -76,15 +76,23 @@ def table_row(declared: Field[Any]) -> str:
     return f"| `{declared.name}` | {shown} | {' '.join([about.sentence, *known])} |"
 
 
+TITLES = {"main": "First", "common": "Often", "advanced": "Seldom"}  # by the group of an input
+
+
 def signature(inputs: type[TrainInputs] | type[SampleInputs], indent: str) -> str:
     """Return the lines of a signature between its markers."""
     return "".join(f"{indent}{cog_input(declared)}\n" for declared in declared_inputs(inputs))
 
 
 def table(inputs: type[TrainInputs] | type[SampleInputs]) -> str:
-    """Return the table of a command's inputs between its markers."""
-    rows = [table_row(declared) for declared in declared_inputs(inputs)]
-    return "\n".join(["", "| input | default | what it does |", "|---|---|---|", *rows, "", ""])
+    """Return the tables of a command's inputs between its markers: those that matter most come first."""
+    lines = []
+    for group, title in TITLES.items():
+        first = group == "main"  # with those that are needed
+        own = [e for e in declared_inputs(inputs) if (first if is_required(e) else option_of(e).group == group)]
+        rows = [table_row(declared) for declared in own]
+        lines += ["", f"### {title}", "", "| input | default | what it does |", "|---|---|---|", *rows]
+    return "\n".join([*lines, "", ""])
 
 
 def rewritten(text: str, lines: str) -> str:

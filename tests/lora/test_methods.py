@@ -10,7 +10,7 @@ import pytest
 import torch
 from lycoris import LycorisNetwork, create_lycoris
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_utils.errors import UserError
@@ -19,6 +19,7 @@ from lora_utils.lora.weights import load_weights
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement
 from tests.lora import judge
+from tests.lora.test_formats import comfyui_keys
 
 MOST = 2e-4  # of an adapter's effect that its velocity may be off by
 LAYERS = [f"transformer_blocks.{i}.{n}" for i in range(2) for n in ("attn.to_q", "attn.to_out.0", "img_mlp.net.2")]
@@ -174,6 +175,36 @@ def test_a_method_changes_the_weights_that_a_quantised_base_stores(method, quant
     before = judge.ours(stored)
     assert judge.error(judge.ours(stored, loaded), want, base) <= MOST
     assert torch.equal(judge.ours(stored), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_base_in_bf16_a_method_is_off_by_that_dtypes_rounding_alone(method, weights, random_model, base, tmp_path):
+    bf16 = load_components(random_model, Placement(torch.device("cpu"), torch.bfloat16))
+    tensors, deltas = made(METHODS[method], weights)
+    save_file(tensors, tmp_path / "l.safetensors")
+    before = judge.ours(bf16)
+    loaded = load_weights(tmp_path / "l.safetensors", bf16).lora
+    assert judge.error(judge.ours(bf16, loaded), judge.merged(random_model, deltas), base) <= 0.05
+    assert torch.equal(judge.ours(bf16), before)
+
+
+COMFYUI_ENDINGS = {  # comfy/weight_adapter: lora.py, lokr.py, loha.py; comfy/lora.py for the others
+    *(".lora_A.weight", ".lora_B.weight", ".lora_up.weight", ".lora_down.weight", ".alpha", ".dora_scale", ".diff"),
+    *(f".lokr_w{side}{half}" for side in "12" for half in ("", "_a", "_b")),
+    *(f".hada_w{side}_{half}" for side in "12" for half in "ab"),
+}
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "lycoris"])
+@pytest.mark.parametrize("method", METHODS)
+def test_comfyui_maps_every_key_of_a_method(method, layout, weights, tmp_path):
+    tensors, _ = made(METHODS[method], weights)
+    save_file(tensors, tmp_path / "l.safetensors")
+    write_lora_file(tmp_path / "c.safetensors", read_lora_file(tmp_path / "l.safetensors"), layout)
+    known = set().union(*map(comfyui_keys, LAYERS))
+    for key in load_file(tmp_path / "c.safetensors"):
+        ending = next(each for each in COMFYUI_ENDINGS if key.endswith(each) and key.removesuffix(each) in known)
+        assert ending
 
 
 def test_several_methods_at_once_add_up_on_the_same_layers(weights, components, random_model, base, tmp_path):
