@@ -9,17 +9,8 @@ from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from lora_utils.config import (
-    RunOptions,
-    SampleInputs,
-    TrainConfig,
-    TrainInputs,
-    declared_inputs,
-    is_required,
-    kind_of,
-    option_of,
-    random_seed,
-)
+from lora_utils.config import RunOptions, SampleInputs, TrainConfig, TrainInputs, declared_inputs
+from lora_utils.options import is_required, kind_of, option_of, random_seed
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,15 +13,8 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from lora_utils.config import (
-    SampleInputs,
-    TrainInputs,
-    declared_inputs,
-    is_required,
-    kind_of,
-    option_of,
-    random_seed,
-)
+from lora_utils.config import SampleInputs, TrainInputs, declared_inputs
+from lora_utils.options import is_required, kind_of, option_of, random_seed
 
 ROOT = Path(__file__).parent.parent
 SIGNATURES = {"train.py": TrainInputs, "predict.py": SampleInputs}

@@ -8,15 +8,8 @@ import pytest
 
 from lora_utils import __main__ as main
 from lora_utils import cli
-from lora_utils.config import (
-    RunOptions,
-    SampleInputs,
-    TrainConfig,
-    TrainInputs,
-    declared_inputs,
-    from_inputs,
-    option_of,
-)
+from lora_utils.config import RunOptions, SampleInputs, TrainConfig, TrainInputs, declared_inputs, from_inputs
+from lora_utils.options import option_of
 from lora_utils.training import launch
 
 COMMANDS = {"train": TrainInputs, "sample": SampleInputs}

@@ -15,11 +15,9 @@ from lora_utils.config import (
     TrainInputs,
     declared_inputs,
     from_inputs,
-    is_required,
-    kind_of,
-    option_of,
 )
 from lora_utils.errors import UserError
+from lora_utils.options import is_required, kind_of, option_of
 
 NEEDED = {TrainInputs: {"dataset": "d.zip"}, SampleInputs: {"prompt": "a fox"}}
 ALL = [(inputs, declared) for inputs in NEEDED for declared in declared_inputs(inputs)]

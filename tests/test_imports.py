@@ -15,6 +15,7 @@ ROOT_FILES = {
     "constants",
     "config",
     "conflicts",
+    "options",
     "presets",
     "prompts",
     "triggers",

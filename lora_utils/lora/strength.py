@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_utils.config import is_finite
 from lora_utils.errors import UserError
 from lora_utils.lora.keys import foreign_name
+from lora_utils.options import is_finite
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's config
 _PREFIX = "transformer."  # in front of each field there

@@ -8,12 +8,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_utils.config import QUANTIZATIONS, choice
+from lora_utils.config import QUANTIZATIONS
 from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.loading import PASSING_BYTES
 from lora_utils.model.memory_estimate import SHARDED, Candidate, MemoryEstimate, Shortage
 from lora_utils.model.roofline import Card, Step
+from lora_utils.options import choice
 
 log = logging.getLogger(__name__)
 

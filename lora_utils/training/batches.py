@@ -170,13 +170,12 @@ def plan_batches(
         )
 
 
-def shown_captions(config: TrainConfig, examples: Sequence[Shown], processes: int = 1) -> list[str]:
-    """Return all captions that the run will show, made beforehand as the stream will; the images' own come first."""
+def shown_captions(config: TrainConfig, examples: Sequence[Shown], batches: int) -> list[str]:
+    """Return all captions that so many batches will show, made as the stream will; the images' own come first."""
     captions = [choice for example in examples for choice in caption_choices(example.caption, config)]
     if config.caption_shuffle is not None:
-        count = config.steps * config.gradient_accumulation * processes
         plans = plan_batches(replace(config, caption_dropout=0.0), examples, {})
-        captions += [caption for plan in islice(plans, count) for caption in plan.captions]
+        captions += [caption for plan in islice(plans, batches) for caption in plan.captions]
     return list(dict.fromkeys(captions))
 
 

@@ -178,9 +178,9 @@ def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, 
     learned, _ = dataset.split(config.validation_share)
     a_step = config.gradient_accumulation * ranks.world_size
     count = config.steps * a_step
-    longer = replace(config, steps=config.steps + 10_000)  # to say in which step it would be
-    prior = prior_captions(shown_captions(longer, learned.examples, ranks.world_size), config)
-    found = first_shown(config, learned.examples, prior, count + 10_000)
+    looked_through = count + 10_000  # to say in which step it would be
+    prior = prior_captions(shown_captions(config, learned.examples, looked_through), config)
+    found = first_shown(config, learned.examples, prior, looked_through)
     for token, at in found.items():
         if token not in learned_before and (at is None or at >= count):
             needed = f"set steps to {at // a_step + 1} or more" if at is not None else "lower caption_dropout"

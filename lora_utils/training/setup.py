@@ -105,7 +105,8 @@ def setup(job: TrainJob) -> TrainState:
     learned, held_out = _split_dataset(job, tokenizer)
     if job.config.autocaption:
         seconds["describe"] = clock.lap()
-    shown = shown_captions(job.config, learned.examples, job.ranks.world_size)
+    batches = job.config.steps * job.config.gradient_accumulation * job.ranks.world_size
+    shown = shown_captions(job.config, learned.examples, batches)
     prior = prior_captions(shown, job.config)
     text_tokens = _text_tokens(job.config, [*shown, *prior.values()], tokenizer)
 

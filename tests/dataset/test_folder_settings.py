@@ -97,7 +97,7 @@ def test_each_line_is_a_caption_and_all_come_up_alike(folder):
     counts = Counter(caption for plan in islice(plans, 300) for caption in plan.captions)
     assert set(counts) == {"<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"}
     assert min(counts.values()) > 70
-    assert shown_captions(config, found.examples) == ["<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"]
+    assert shown_captions(config, found.examples, 300) == ["<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"]
     plain = load(found.folder, replace(config, caption_variants=False))
     assert len(plain.captions) == 1
     assert "\n" in plain.captions[0]
@@ -116,7 +116,7 @@ def test_a_run_with_captions_that_vary_has_encoded_them_all_and_resumes(dataset,
     config = replace(SHORT_RUN, caption_shuffle=0, class_word="square", train_placeholder_token=True)
     examples = [replace(e, caption=f"{e.caption}, big, {i}, old") for i, e in enumerate(dataset.examples)]
     run = make_state(config, replace(dataset, examples=examples), random_model)
-    shown = shown_captions(config, examples)
+    shown = shown_captions(config, examples, config.steps)
     assert len(shown) > len(examples)
     again = make_state(config, replace(dataset, examples=examples), random_model)
     assert losses(run) == losses(again)

@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from lora_utils.config import SampleInputs, TrainInputs, declared_inputs, is_required, option_of
+from lora_utils.config import SampleInputs, TrainInputs, declared_inputs
+from lora_utils.options import is_required, option_of
 from scripts import cog_contract, cog_signatures
 from tests.helpers import ROOT
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from lora_utils.config import TrainConfig, TrainInputs, declared_inputs, from_inputs, option_of
+from lora_utils.config import TrainConfig, TrainInputs, declared_inputs, from_inputs
 from lora_utils.errors import UserError
 from lora_utils.model import memory_estimate
+from lora_utils.options import option_of
 from lora_utils.presets import PRESETS, Preset, preset_for
 from lora_utils.training import loop
 from lora_utils.training.checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
