@@ -12,7 +12,17 @@ import pytest
 
 from tests.helpers import ROOT
 
-UNUSED = ("bitsandbytes", "peft", "prodigyopt", "sympy", "tensorboardX", "torchao", "torch.distributed.tensor", "wandb")
+UNUSED = (
+    "bitsandbytes",
+    "bokeh",
+    "peft",
+    "prodigyopt",
+    "sympy",
+    "tensorboardX",
+    "torchao",
+    "torch.distributed.tensor",
+    "wandb",
+)
 FIRST = """
     import sys
     from lora_utils.io.libraries import import_libraries
@@ -114,8 +124,8 @@ def test_a_second_thread_waits_until_a_package_is_executed():
 
 TRAININGS = {
     "bitsandbytes": "--optimizer adamw8bit --quantization nf4 --ema_decay 0.9",
-    "prodigy, floats of torchao": "--optimizer prodigy --quantization fp8 --lora_targets attention+mlp",
-    "adafactor, integers of torchao": "--optimizer adafactor --quantization int8 --autocaption",
+    "prodigy, floats of torchao": "--optimizer prodigy --quantization fp8 --lora_targets attention_mlp --adapter dora",
+    "adafactor, integers of torchao": "--optimizer adafactor --quantization int8 --autocaption --flip insist",
     "previews and a folder of a run": "--train_placeholder_token --save_every 1 --sample_prompts <zwx>",
 }
 
