@@ -53,7 +53,9 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./").casefold()
 
 
-def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -> Captions:
+def read_captions(
+    folder: Path, images: Sequence[Path], files: Sequence[Path], lines_are_captions: bool = False
+) -> Captions:
     """Read the captions of these images from all the folder's files. One beside its image wins over a table's."""
     found = Captions()
     for table in (path for path in files if path.name.casefold() in TABLES):
@@ -79,7 +81,7 @@ def read_captions(folder: Path, images: Sequence[Path], files: Sequence[Path]) -
                 break
     if others:
         found.notes.append(f"no caption, text, prompt or tags in {', '.join(others[:5])}: other tools' data, not used")
-    found.notes += _notes(folder, files, found)
+    found.notes += _notes(folder, files, found, lines_are_captions)
     return found
 
 
@@ -92,7 +94,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _notes(folder: Path, files: Sequence[Path], found: Captions) -> list[str]:
+def _notes(folder: Path, files: Sequence[Path], found: Captions, lines_are_captions: bool) -> list[str]:
     """Say what became of files and captions in ways of other tools."""
     notes = []
     others = [path for path in files if path.suffix.casefold() in _TABLE_ENDINGS and path not in found.files]
@@ -100,7 +102,9 @@ def _notes(folder: Path, files: Sequence[Path], found: Captions) -> list[str]:
         names = ", ".join(str(path.relative_to(folder)) for path in others[:5])
         notes.append(f"not read, though it may be a table: {names}; a table of captions is called {TABLES[0]}")
     lines = [path.name for path, text in found.texts.items() if len(text.splitlines()) > 1]
-    if lines:
+    if lines and lines_are_captions:
+        notes.append(f"{len(lines)} images have several captions, a line each, of which one is taken at random")
+    elif lines:
         notes.append(f"captions of several lines, read as one text each: {', '.join(lines[:5])}")
     return notes
 

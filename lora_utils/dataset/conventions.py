@@ -39,7 +39,9 @@ def convention_notes(folder: Path, images: Sequence[Path], counts: Mapping[Path,
     if images and all(is_regularisation(folder, path) for path in images):
         notes.append("warning: all images stand in a folder for regularisation images, and are learned as the subject")
     repeats = {str(path.parent.relative_to(folder)): count for path, count in counts.items()}
-    repeated = [f"{name} {count} times" for name, count in sorted(repeats.items()) if count > 1]
+    repeated = [
+        f"{'the top' if name == '.' else name} {count} times" for name, count in sorted(repeats.items()) if count > 1
+    ]
     if repeated:
         notes.append(f"repeats of folders: {', '.join(repeated[:5])} an epoch; their names aren't captions")
     return notes

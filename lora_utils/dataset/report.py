@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance
 from lora_utils import constants
 from lora_utils.config import PLACEHOLDER_PATTERN, TrainConfig
 from lora_utils.dataset.buckets import cropped_share
+from lora_utils.dataset.captions import caption_choices
 from lora_utils.dataset.examples import Dataset, listed_names
 from lora_utils.io.images import open_image
 from lora_utils.triggers import holds
@@ -93,7 +94,7 @@ def _table(dataset: Dataset, captions: dict[Path, str]) -> list[str]:
         width, height = dataset.sizes_px[path]
         caption = captions.get(path)
         tokens = "" if caption is None else str(dataset.token_counts.get(caption, ""))
-        text = "(to be written)" if caption is None else caption or "(none)"
+        text = "(to be written)" if caption is None else " | ".join(caption.splitlines()) or "(none)"
         name = str(path.relative_to(dataset.folder))
         rows.append((name, f"{width}x{height}", " ".join(buckets[path]), tokens, text.replace("\n", " ")[:70]))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -113,8 +114,9 @@ def _caption_notes(dataset: Dataset, config: TrainConfig, captions: dict[Path, s
 
     notes = []
     if counts:
+        different = {choice for caption in captions.values() for choice in caption_choices(caption, config)}
         notes.append(
-            f"captions: {len(counts)} different ones of {min(counts.values())} to {max(counts.values())} tokens"
+            f"captions: {len(different)} different ones of {min(counts.values())} to {max(counts.values())} tokens"
         )
     if to_come := len(dataset.captions_by_image) - len(captions):
         notes.append(f"{to_come} images have no caption; the text encoder will describe them")
@@ -125,9 +127,10 @@ def _caption_notes(dataset: Dataset, config: TrainConfig, captions: dict[Path, s
             f"captions longer than the {constants.TRAINED_PROMPT_TOKENS} tokens the model was trained on: {named(long)}"
         )
     notes += _trigger_notes(config, captions)
+    taught = {path: caption for path, caption in captions.items() if path in dataset.taught}
     for token in config.tokens:
-        if without := [path for path, caption in captions.items() if token not in caption]:
-            notes.append(f"{len(without)} of {len(captions)} captions lack {token}: {named(without)}")
+        if without := [path for path, caption in taught.items() if token not in caption]:
+            notes.append(f"{len(without)} of {len(taught)} captions lack {token}: {named(without)}")
     return notes
 
 

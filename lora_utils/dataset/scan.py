@@ -163,7 +163,8 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     """
     # Which file is what.
     files = _sort_files(folder, config)
-    found = read_captions(folder, files.images, [path for path in files.own if path not in files.settings.files])
+    texts_in = [path for path in files.own if path not in files.settings.files]
+    found = read_captions(folder, files.images, texts_in, config.caption_variants)
     chosen, masks = _choose_images(files, found.texts, config), files.masks
     images, regularisation, settings = chosen.images, chosen.regularisation, chosen.settings
     known = found.files | files.known

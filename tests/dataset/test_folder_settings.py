@@ -98,6 +98,10 @@ def test_each_line_is_a_caption_and_all_come_up_alike(folder):
     assert set(counts) == {"<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"}
     assert min(counts.values()) > 70
     assert shown_captions(config, found.examples, 300) == ["<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"]
+    said = report(found.folder, config)
+    assert "<zwx>, a cat | a <zwx> dog | <zwx>, snow" in said
+    assert "1 images have several captions, a line each, of which one is taken at random" in said
+    assert "read as one text" not in said
     plain = load(found.folder, replace(config, caption_variants=False))
     assert len(plain.captions) == 1
     assert "\n" in plain.captions[0]
@@ -207,6 +211,7 @@ def test_a_regularisation_image_names_nothing_that_is_taught(folder):
 
 def test_they_are_never_held_out_and_are_not_counted(folder):
     found = regularised(folder)
+    assert "captions lack <zwx>" not in report(found.folder, TOKEN)
     assert found.num_images == 2
     learned, held_out = found.split(0.5)
     assert (learned.num_images, held_out.num_images) == (1, 1)
