@@ -10,7 +10,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
 from lora_utils.dataset.__main__ import main
 from lora_utils.dataset.duplicates import NEAR_DUPLICATE_BITS, near_duplicates
-from lora_utils.dataset.report import IMAGES_SHOWN, describe_dataset
+from lora_utils.dataset.report import IMAGES_SHOWN, describe_dataset, worst_crops
 from lora_utils.errors import UserError
 from lora_utils.model.text_encoder import load_tokenizer
 from tests.dataset.test_scan import GRADIENT, save
@@ -139,3 +139,18 @@ def test_hashes_that_differ_in_a_few_bits_are_alike():
     alike = [bytes(3072)] * 2000
     assert near_duplicates([row.tobytes() for row in np.packbits(bits, axis=1)], alike) == [[5, 700, 1900]]
     assert near_duplicates([], []) == []
+
+
+def test_the_images_that_lose_most_are_shown_with_what_they_lose_dark(tmp_path):
+    for name, size in (("square", (64, 64)), ("odd", (97, 64)), ("wide", (150, 64))):
+        Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
+    found = load(tmp_path, TrainConfig(resolution="64", seed=0))
+    crops = worst_crops(found)
+    assert "square.png" not in " ".join(text for text, _ in crops)
+    shares = [float(text.partition(": ")[2].partition("%")[0]) for text, _ in crops]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] >= 0.5
+    text, image = crops[0]
+    grey = np.asarray(image.convert("L"))
+    assert grey[grey.shape[0] // 2, grey.shape[1] // 2] == 255
+    assert grey.min() < 128, text
