@@ -30,7 +30,7 @@ _TABLE_ENDINGS = (".jsonl", ".csv", ".tsv", ".json", ".parquet")  # of tables by
 _OLD_ENCODINGS = ("gb18030", "shift_jis", "euc_kr", "big5", "cp1251", "cp1252", "cp866")
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_TABLE_BYTES = 64 * 1024 * 1024
-_SIDES = re.compile(r"\b(left|right|leftmost|rightmost|links?|rechts?|gauche|droite|izquierda|derecha)\b|左|右", re.I)
+_SIDES = re.compile(r"\b(left|right|leftmost|rightmost|gauche|droite|izquierda|derecha|rechts)\b|左|右", re.IGNORECASE)
 _NAME_COLUMNS = ("file_name", "filename", "file", "image")  # the hub's imagefolder calls it the first
 _TEXT_COLUMNS = ("text", "caption", "prompt")
 
@@ -230,9 +230,9 @@ def _column(row: object, columns: Sequence[str]) -> str | None:
 # --- triggers -------------------------------------------------------------------------------------------------------
 
 
-def sided_words(captions: Iterable[str]) -> list[str]:
-    """Return the captions that speak of left or right, which a mirrored image turns round."""
-    return [caption for caption in captions if _SIDES.search(caption)]
+def names_a_side(caption: str) -> bool:
+    """Return whether a caption speaks of left or right, which a mirrored image turns round."""
+    return _SIDES.search(caption) is not None
 
 
 def with_trigger(caption: str, trigger_word: str, tokens: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ def read_folder_settings(folder: Path, files: Sequence[Path]) -> DatasetSettings
                 raise UserError(f'{title}: "folders" must be an object of settings by folder, got {_kind(inner)}.')
             by_folder[path.parent] = _settings(values, title)
             for name, own in inner.items():
-                if not (path.parent / name).is_dir():
+                if Path(name).is_absolute() or ".." in Path(name).parts or not (path.parent / name).is_dir():
                     raise UserError(f"{title}: there is no folder {shown(name)!r} beside it; correct the name.")
                 if not isinstance(own, dict):
                     raise UserError(f"{title}: folder {shown(name)!r} must be an object of settings, got {_kind(own)}.")

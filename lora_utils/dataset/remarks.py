@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.buckets import MOST_CROPPED, cropped_share
-from lora_utils.dataset.captions import sided_words, with_trigger
+from lora_utils.dataset.captions import names_a_side, with_trigger
 from lora_utils.dataset.duplicates import near_duplicates
 from lora_utils.dataset.examples import Example, listed_names
 from lora_utils.dataset.folder_settings import DatasetSettings
@@ -123,7 +123,7 @@ def settings_note(folder: Path, settings: DatasetSettings) -> list[str]:
 def sided_problems(folder: Path, examples: Sequence[Example]) -> list[str]:
     """Say which captions speak of a side that mirrored images turn round."""
     captions = {example.image_path: example.caption for example in examples if example.flip}
-    sided = [path for path, caption in captions.items() if sided_words([caption])]
+    sided = [path for path, caption in captions.items() if names_a_side(caption)]
     if not sided:
         return []
     names = listed_names([str(path.relative_to(folder)) for path in sided])

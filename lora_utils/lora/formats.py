@@ -178,7 +178,7 @@ def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype
     if names.takes_embeddings:
         tensors |= _embedding_tensors(lora)
     header = kept_metadata(lora.metadata)
-    if layout == "diffusers" and only_low_rank(lora):
+    if layout == "diffusers" and is_of_one_kind(lora):
         config = {f"transformer.{key}": value for key, value in _config_of(lora).items()}
         header[HEADER_KEY] = json.dumps(config)
     save_file(tensors, path, header or None)
@@ -186,9 +186,15 @@ def write_lora_file(path: Path, lora: LoraFile, layout: str = "diffusers", dtype
 
 
 def write_peft_folder(folder: Path, lora: LoraFile, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write an adapter folder as `PeftModel.from_pretrained(transformer, folder)` loads it."""
+    """Write an adapter folder as `PeftModel.from_pretrained(transformer, folder)` loads it.
+
+    Raises UserError for what peft's layout and its one config for all layers can't say.
+    """
     from peft import LoraConfig  # noqa: PLC0415 (heavy, and only here)
 
+    _tensors(lora, "peft", dtype)
+    if not is_of_one_kind(lora):
+        raise UserError("peft's config describes LoRAs alone or DoRAs alone, and this file holds both; choose lycoris.")
     folder.mkdir()
     write_lora_file(folder / PEFT_WEIGHTS, lora, "peft", dtype)
     LoraConfig(**_config_of(lora)).save_pretrained(str(folder))
@@ -236,8 +242,8 @@ def _ending(names: Layout, part: str) -> str:
     return f".{'diff_b' if part == 'bias' else part}" if names.takes_lycoris else ""
 
 
-def only_low_rank(lora: LoraFile) -> bool:
-    """Return whether a file holds LoRAs alone, or DoRAs alone, which peft's config can describe."""
+def is_of_one_kind(lora: LoraFile) -> bool:
+    """Return whether a file holds LoRAs alone or DoRAs alone, which peft's config can describe."""
     decomposed = {isinstance(layer, Decomposed) for layer in lora.layers.values()}
     changes = [layer.change if isinstance(layer, Decomposed) else layer for layer in lora.layers.values()]
     return len(decomposed) == 1 and not lora.biases and all(isinstance(change, LowRank) for change in changes)

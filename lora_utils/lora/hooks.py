@@ -69,8 +69,7 @@ def move_lora(lora: LoraFile, transformer: QwenImageTransformer2DModel, placemen
         layers[name] = with_tensors(layer, moved)
         if isinstance(layer, Decomposed):
             exact = with_tensors(layer, lambda tensor: tensor.to(placement.device, torch.float32))
-            gain = exact.on_model(_weight(transformer, name)).gain
-            layers[name] = replace(with_tensors(layer, moved), gain=gain)
+            layers[name] = replace(layers[name], gain=exact.on_model(_weight(transformer, name)).gain)
     return replace(lora, layers=layers, biases={name: moved(bias) for name, bias in lora.biases.items()})
 
 

@@ -35,7 +35,7 @@ _PARTS = [
 ]
 _OUR_NAMES = {"A": "down", "B": "up", "diff_b": "bias", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude"}
 
-# Marks of methods that aren't read. They are whole endings.
+# Marks of methods that aren't read. Each is a complete ending of a key.
 _METHODS = {
     r"(oft_\w+|oft_[\w.]+|boft_[\w.]+)": "OFT",
     r"(set_weight|[wb]_norm|reshape_weight)": "normalisation or replaced",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_utils.lora.updates import Decomposed, Kronecker, LowRank, Update, kronecker_product
-from lora_utils.model.adapter_sizes import lokr_factors, lokr_is_whole
+from lora_utils.model.adapter_sizes import lokr_factors, lokr_is_one_matrix
 from lora_utils.model.quantization import dense
 
 
@@ -147,7 +147,7 @@ class LokrLinear(nn.Module):
         like, d_in, d_out = base_layer.weight, base_layer.in_features, base_layer.out_features
         (a, c), (b, d) = lokr_factors(d_out), lokr_factors(d_in)
         self.left = _started(a, b, generator, like)
-        if lokr_is_whole(rank, d_in, d_out):
+        if lokr_is_one_matrix(rank, d_in, d_out):
             self.strength, self.right = 1.0, nn.ParameterList([_zero(c, d, like)])
         else:
             self.strength = alpha / rank
@@ -178,10 +178,8 @@ class LokrLinear(nn.Module):
 
     def fits(self, given: Update) -> bool:
         """Return whether a change is one that this layer can start from."""
-        own = self.update()
-        return isinstance(given, Kronecker) and [each.shape for each in (*given.left, *given.right)] == [
-            each.shape for each in (*own.left, *own.right)
-        ]
+        shapes = [weight.shape for weight in self.weights]
+        return isinstance(given, Kronecker) and [each.shape for each in (*given.left, *given.right)] == shapes
 
 
 TrainableLayer = LoraLinear | DoraLinear | LokrLinear

@@ -99,6 +99,8 @@ def extract(tuned: Path, base: Path, rank: int) -> Merged:
         if missing := sorted(set(ours) ^ set(theirs)):
             raise UserError(f"{tuned.name} and {base.name} aren't of one model: {missing[0]} is in one only.")
         for index, name in enumerate(theirs):
+            if index % 100 == 0:
+                log.info("%d of %d tensors compared", index, len(theirs))
             before, after = ours[name](), theirs[name]()
             if before.shape != after.shape:
                 shapes = f"{tuple(before.shape)} in {base.name} and {tuple(after.shape)} in {tuned.name}"
@@ -112,8 +114,6 @@ def extract(tuned: Path, base: Path, rank: int) -> Merged:
             found = low_rank_of(change, rank)
             layers[name.removesuffix(".weight")] = found
             kept, total = kept + float(found.matrix().square().sum()), total + float(change.square().sum())
-            if index % 100 == 0:
-                log.info("%d of %d tensors compared", index, len(theirs))
     if left_out:
         log.warning("%d tensors that aren't linear layers' weights differ too, and are left out", len(left_out))
     if not layers:

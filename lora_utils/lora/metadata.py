@@ -94,7 +94,7 @@ def thumbnail_uri(image: Image.Image) -> str:
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a file that is written anew keeps of the header that it was read with."""
+    """Return what a rewritten file keeps of the header that it was read with."""
     return {name: value for name, value in metadata.items() if name.startswith(_KEPT)}
 
 

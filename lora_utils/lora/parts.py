@@ -143,15 +143,15 @@ def _kronecker(parts: LayerParts, config: AdapterConfig | None) -> Kronecker:
     for name in ("lokr_w1", "lokr_w2"):
         if name in parts.tensors and {f"{name}_a", f"{name}_b"} & set(parts.tensors):
             raise parts.fail(f"holds {name} twice, whole and as a product.")
-        whole = name in parts.tensors or not {f"{name}_a", f"{name}_b"} & set(parts.tensors)
-        names = (name,) if whole else (f"{name}_a", f"{name}_b")
+        is_product = name not in parts.tensors and bool({f"{name}_a", f"{name}_b"} & set(parts.tensors))
+        names = (f"{name}_a", f"{name}_b") if is_product else (name,)
         _need(parts, *names)
         sides.append(_product(parts, names))
     update = Kronecker(sides[0], sides[1], 1.0)
     if update.rank is not None:
         return Kronecker(sides[0], sides[1], _alpha(parts, config, update.rank) / update.rank)
-    # Two whole matrices have no rank. LyCORIS and ComfyUI pass over their alpha (ai-toolkit writes one of ten digits
-    # there), while peft divides it by the rank of its config.
+    # Where neither is a product there is no rank. LyCORIS and ComfyUI pass over the alpha then (ai-toolkit writes one
+    # of ten digits there), while peft divides it by the rank of its config.
     if config is not None and "alpha" not in parts.tensors:
         return Kronecker(sides[0], sides[1], config.alpha_of(parts.layer, None) / config.rank_of(parts.layer))
     return update

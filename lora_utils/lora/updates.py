@@ -58,7 +58,7 @@ class LowRank:
 class Kronecker:
     """LoKr (Yeh et al. 2023, LyCORIS, arXiv 2309.14859): the Kronecker product of two small matrices.
 
-    Each is given whole or as the product of two, [A, R] @ [R, B] and [C, R] @ [R, D], with D_out = A C, D_in = B D.
+    Each is one matrix or the product of two, [A, R] @ [R, B] and [C, R] @ [R, D], with D_out = A C, D_in = B D.
     """
 
     left: tuple[Tensor, ...]
@@ -67,7 +67,7 @@ class Kronecker:
 
     @property
     def rank(self) -> int | None:
-        """The rank of the matrices that are products; None where both are whole."""
+        """The rank of the matrices that are products; None where neither is a product."""
         return next((len(pair[1]) for pair in (self.left, self.right) if len(pair) == 2), None)
 
     @property

@@ -204,7 +204,9 @@ def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
     if lost := share_lost(lora.layers, cut):
         log.warning("init_weights %s: cut to rank %d, which loses %.1f %% of it", path.name, config.rank, 100 * lost)
     elif any(rank_of(update) not in (None, config.rank) for update in lora.layers.values()):
-        log.info("init_weights %s: of a smaller rank; what rank %d adds starts anew", path.name, config.rank)
+        log.info(
+            "init_weights %s: of a smaller rank; what rank %d adds to it starts as no change", path.name, config.rank
+        )
     lora = replace(lora, layers=cut)
     if unused := [token for token in lora.embeddings if token not in config.tokens]:
         raise UserError(

@@ -93,8 +93,8 @@ def lokr_factors(width: int) -> tuple[int, int]:
     return small, width // small
 
 
-def lokr_is_whole(rank: int, d_in: int, d_out: int) -> bool:
-    """Return whether the larger matrix is given whole: from half of its width on a product would be no smaller.
+def lokr_is_one_matrix(rank: int, d_in: int, d_out: int) -> bool:
+    """Return whether the larger matrix is no product: from half of its width on a product would be no smaller.
 
     LyCORIS has the same rule.
     """
@@ -106,4 +106,4 @@ def adapter_weights(adapter: str, rank: int, d_in: int, d_out: int) -> int:
     if adapter != "lokr":
         return rank * (d_in + d_out) + (d_out if adapter == "dora" else 0)
     (a, c), (b, d) = lokr_factors(d_out), lokr_factors(d_in)
-    return a * b + (c * d if lokr_is_whole(rank, d_in, d_out) else rank * (c + d))
+    return a * b + (c * d if lokr_is_one_matrix(rank, d_in, d_out) else rank * (c + d))

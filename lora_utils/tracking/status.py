@@ -1,6 +1,6 @@
-"""What a run leaves in its folder for programs that watch it: status.json, and the name of a step's weights.
+"""What a run leaves in its folder for other programs: status.json, and the name of a step's weights.
 
-status.json says where the run is. It is replaced whole, so it is never half there.
+status.json says where the run is. It is written beside the old one and renamed, so no reader finds half of it.
 """
 
 import datetime
@@ -16,7 +16,7 @@ STEP_WEIGHTS = "weights-step-{:06d}.zip"  # the weights after a step, in the run
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """Where a run is. `state` is starting, running, done, stopped or failed."""
+    """Where a run is. `state` is starting, running, done, stopped, failed or cancelled."""
 
     state: str
     step: int = 0
@@ -24,7 +24,7 @@ class RunStatus:
     eta_s: float | None = None  # None: not known yet, or at its end
     loss: float | None = None  # the mean since the line before
     preview: str | None = None  # the last contact sheet, by its name in the run's folder
-    weights: str | None = None  # the last weights that were written, the same way
+    weights: str | None = None  # the last weights that were written, by the name of their file
     error: str | None = None
 
 

@@ -134,7 +134,7 @@ class BatchPlan(Generic[_Shown]):
     examples: list[_Shown]
     captions: tuple[str, ...]
     is_prior: bool  # it holds the class
-    mirrored: tuple[bool, ...] = ()
+    mirrored: tuple[bool, ...]  # by example
 
 
 def holds_class(index: int, share: float) -> bool:

@@ -229,9 +229,7 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     It may have more steps than it had then. Raises UserError for a checkpoint of other settings or data.
     """
     ours, theirs = _settings(state), {**NEW_SETTINGS, **checkpoint.settings}
-    if ours["steps"] > theirs["steps"]:
-        _log_longer(state, theirs["steps"])
-        theirs["steps"] = ours["steps"]
+    before, theirs["steps"] = theirs["steps"], max(theirs["steps"], ours["steps"])  # a run may grow
     other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:
         listed = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other)
@@ -239,6 +237,8 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
             f"the checkpoint {checkpoint.path} is another run's ({listed}). Give the same inputs and data, or another "
             "run_dir."
         )
+    if before < ours["steps"]:
+        _log_longer(state, before)
     try:
         tensors = load_file(checkpoint.path / _STATE_FILE)
     except (OSError, ValueError, SafetensorError) as error:

@@ -51,7 +51,7 @@ class TrainMonitor:
         self.step_flops = 0.0  # of a mean step; counted at the first line, when the plan is final
 
     def write_status(self, **changes: Any) -> None:
-        """Change the run's status in its folder, for programs that watch it."""
+        """Change the run's status in its folder, which other programs read."""
         self.status = replace(self.status, step=self.state.step, **changes)
         if self.folder:
             with by_product("writing the status"):

@@ -73,8 +73,9 @@ def write_results(started: StartedRun, inputs: TrainInputs, target: Path) -> Pat
     for line in filter(None, timings):
         log.info(line)
     if options.run_dir:
-        if best := describe_best(Path(options.run_dir)):
-            log.info(best)
+        with by_product("naming the best weights"):
+            if best := describe_best(Path(options.run_dir)):
+                log.info(best)
         with by_product("the report"):
             log.info("wrote %s", write_report(started, inputs, list(filter(None, timings))))
     if options.hub_repo:
@@ -127,7 +128,8 @@ def write_step_weights(started: StartedRun, inputs: TrainInputs) -> Path:
     folder, lora = Path(options.run_dir), current_lora(state)
     path = folder / STEP_WEIGHTS.format(state.step)
     save_weights(path, lora, state.resolved_config, training_facts(started, inputs, lora))
-    for old in list_step_weights(folder)[: -options.keep_weights]:
+    so_far = [each for each in list_step_weights(folder) if each <= path]  # a kill may have undone the later steps
+    for old in so_far[: -options.keep_weights]:
         old.unlink()
     log.info("weights %s", path.name)
     return path

@@ -39,7 +39,13 @@ from lora_utils.training.checkpoint import (
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.monitor import TrainMonitor
 from lora_utils.training.previews import hint_at_tokens, preview_rows
-from lora_utils.training.results import StartedRun, write_report, write_results, write_step_weights
+from lora_utils.training.results import (
+    StartedRun,
+    list_step_weights,
+    write_report,
+    write_results,
+    write_step_weights,
+)
 from lora_utils.training.setup import TrainJob, prior_captions, setup
 
 log = logging.getLogger(__name__)
@@ -87,7 +93,8 @@ def failure_as_status(inputs: TrainInputs, ranks: Ranks) -> Iterator[None]:
         if folder:
             with by_product("writing the status"):
                 why = str(error) or type(error).__name__
-                write_status(folder, replace(read_status(folder), state="failed", eta_s=None, error=why))
+                state = "failed" if isinstance(error, Exception) else "cancelled"
+                write_status(folder, replace(read_status(folder), state=state, eta_s=None, error=why))
         raise
 
 
@@ -112,6 +119,11 @@ def checked_folders(options: RunOptions, target: Path, ranks: Ranks) -> Iterator
             raise UserError(
                 f"run_dir {folder} holds a run's checkpoints, the last of them {found[-1].name}; set resume to auto to "
                 "continue it, name another folder, or remove them."
+            )
+        if options.resume == "never" and (left := list_step_weights(folder)):
+            raise UserError(
+                f"run_dir {folder} holds the weights of another run, the last of them {left[-1].name}; name another "
+                "folder, or move them."
             )
         yield
 

@@ -16,8 +16,9 @@ from lora_utils.errors import UserError
 from lora_utils.model.vae import encode_images, load_vae
 from lora_utils.training import loop
 from lora_utils.training.batches import BatchStream, bucket_batches, plan_batches, shown_captions
+from lora_utils.training.checkpoint import save_checkpoint
 from tests.dataset.test_conventions import CONFIG, names, report
-from tests.helpers import SHORT_RUN, losses, make_state, same_result
+from tests.helpers import SHORT_RUN, losses, make_state, resume_state, same_result
 
 TOKEN = replace(CONFIG, train_placeholder_token=True, default_caption="")
 
@@ -75,6 +76,8 @@ def test_a_folder_goes_without_masks(folder):
         ('{"folders": []}', "must be an object of settings by folder"),
         ('{"folders": {"x": {}}}', "there is no folder 'x' beside it"),
         ('{"folders": {"b": 3}}', "folder 'b' must be an object of settings"),
+        ('{"folders": {"../set/b": {}}}', "there is no folder '../set/b' beside it"),
+        ('{"folders": {"/": {}}}', "there is no folder '/' beside it"),
     ],
 )
 def test_settings_that_cannot_be_are_named(text, message, folder):
@@ -116,15 +119,23 @@ def test_tags_are_shuffled_behind_those_that_are_kept():
     assert shown_caption("one, two", replace(config, caption_shuffle=None), generator) == "one, two"
 
 
-def test_a_run_with_captions_that_vary_has_encoded_them_all_and_resumes(dataset, random_model, tmp_path):
-    config = replace(SHORT_RUN, caption_shuffle=0, class_word="square", train_placeholder_token=True)
-    examples = [replace(e, caption=f"{e.caption}, big, {i}, old") for i, e in enumerate(dataset.examples)]
-    run = make_state(config, replace(dataset, examples=examples), random_model)
-    shown = shown_captions(config, examples, config.steps)
-    assert len(shown) > len(examples)
-    again = make_state(config, replace(dataset, examples=examples), random_model)
-    assert losses(run) == losses(again)
-    assert same_result(run, again)
+def test_a_run_of_varying_captions_mirrored_and_regularisation_images_is_resumed_bit_for_bit(
+    dataset, random_model, tmp_path
+):
+    config = replace(SHORT_RUN, caption_shuffle=0, class_word="square", caption_variants=True, prior_loss_weight=0.5)
+    examples = [
+        replace(example, caption=f"{example.caption}, big, {index}, old\na <zwx>", flip=True)
+        for index, example in enumerate(dataset.examples[:6])
+    ]
+    examples += [replace(each, caption="a square, plain", regularisation=True) for each in dataset.examples[6:]]
+    varied = replace(dataset, examples=examples)
+    assert len(shown_captions(config, examples, config.steps)) > len(examples) + 2
+    uninterrupted, first = (make_state(config, varied, random_model) for _ in range(2))
+    expected = losses(uninterrupted)
+    before = losses(first, 3)
+    second = resume_state(config, varied, random_model, save_checkpoint(first, tmp_path, keep=1))
+    assert before + losses(second) == expected
+    assert same_result(uninterrupted, second)
 
 
 def test_images_without_a_caption_are_trained_skipped_or_refused(folder):
@@ -170,6 +181,9 @@ def test_captions_with_a_side_are_refused_unless_that_is_insisted_on(folder):
     with pytest.raises(UserError, match=r"2 captions speak of left or right: a\.png, b\.png; set flip to off, or to"):
         load(where, replace(CONFIG, flip="on"))
     assert all(example.flip for example in load(where, replace(CONFIG, flip="insist")).examples)
+    (where / "a.txt").write_text("a chain link, alright, copyright")
+    (where / "b.txt").write_text("she leftovers links")
+    assert all(example.flip for example in load(where, replace(CONFIG, flip="on")).examples)
     (where / "dataset.json").write_text('{"flip": false}')
     assert not any(example.flip for example in load(where, replace(CONFIG, flip="on")).examples)
 

@@ -3,6 +3,7 @@
 The second judges are the modules of peft and of LyCORIS themselves.
 """
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_utils.errors import UserError
-from lora_utils.lora.formats import LAYOUTS, read_lora_file, write_lora_file
-from lora_utils.lora.weights import load_weights
+from lora_utils.lora.formats import LAYOUTS, LoraFile, read_lora_file, write_lora_file, write_peft_folder
+from lora_utils.lora.weights import load_weights, read_weights
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement
 from tests.lora import judge
@@ -149,9 +150,10 @@ def weights(random_model) -> dict[str, Tensor]:
 def test_a_method_is_applied_as_its_paper_says(method, tool, weights, components, random_model, base, tmp_path):
     tensors, deltas = made(METHODS[method], weights, KEYS[tool])
     save_file(tensors, tmp_path / "l.safetensors")
+    before = judge.ours(components)
     loaded = load_weights(tmp_path / "l.safetensors", components).lora
     assert judge.error(judge.ours(components, loaded), judge.merged(random_model, deltas), base) <= MOST
-    assert torch.equal(judge.ours(components), judge.ours(components))
+    assert torch.equal(judge.ours(components), before), "the base is the same bit for bit"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -325,3 +327,21 @@ def test_a_method_is_written_as_it_was_read_or_refused(method, layout, weights, 
         judge.ours(components, load_weights(path, components).lora) for path in (tmp_path / "l.safetensors", target)
     )
     assert judge.error(got, want, judge.ours(components)) <= 1e-5
+
+
+def test_pefts_one_config_takes_no_file_of_two_kinds(weights, tmp_path):
+    read = {}
+    for method in ("LoRA", "DoRA of peft"):
+        tensors, _ = made(METHODS[method], weights)
+        save_file(tensors, tmp_path / "l.safetensors")
+        read[method] = read_lora_file(tmp_path / "l.safetensors").layers
+    both = LoraFile({**read["LoRA"], LAYERS[0]: read["DoRA of peft"][LAYERS[0]]})
+    with pytest.raises(UserError, match="LoRAs alone or DoRAs alone"):
+        write_peft_folder(tmp_path / "both", both)
+    assert not (tmp_path / "both").exists()
+    for layers in read.values():
+        write_peft_folder(tmp_path / "one", LoraFile(layers))
+        assert {type(each) for each in read_weights(tmp_path / "one")[0].layers.values()} == set(
+            map(type, layers.values())
+        )
+        shutil.rmtree(tmp_path / "one")

@@ -1,6 +1,7 @@
 """status.json: where a run is, for programs that watch it; and the weights of steps on the way."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,28 @@ def test_checkpoints_leave_usable_weights_the_last_of_which_are_kept(train_run, 
     assert judge.ours(components, loaded).isfinite().all()
     _, folder = train_run("without", save_every=4, keep_weights=0)
     assert list_step_weights(folder) == []
+
+
+def test_another_runs_weights_are_neither_mixed_with_a_runs_own_nor_removed(train_run, tmp_path):
+    _, folder = train_run("old", save_every=4)
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path)
+    old = list_step_weights(folder)
+    with pytest.raises(UserError, match=r"holds the weights of another run, the last of them weights-step-000008\.zip"):
+        train_run("old", save_every=4)
+    assert list_step_weights(folder) == old
+
+
+def test_a_resumed_run_keeps_its_new_weights_beside_those_of_steps_that_a_kill_has_undone(train_run, tmp_path):
+    _, folder = train_run("killed", save_every=2, keep_weights=2, keep_checkpoints=9)
+    for step in (4, 6, 8):
+        shutil.rmtree(folder / f"step-{step:06d}")
+    (tmp_path / "killed.zip").unlink()
+    asked = iter([False, True])
+    train_run("killed", save_every=2, keep_weights=2, resume="auto", stopped=lambda: next(asked))
+    names = [path.name for path in list_step_weights(folder)]
+    assert "weights-step-000004.zip" in names, "the one that was just written"
+    assert status_of(folder)["weights"] == "killed.zip"
 
 
 def test_weights_of_a_step_are_those_of_a_run_that_ends_there(train_run):
