@@ -74,7 +74,8 @@ def parse_token_names(text: str) -> str:
 def parse_targets(text: str) -> str:
     """Return presets and patterns of layers without spaces. Which layers there are, the model knows."""
     plain = re.sub(r"\s", "", text)
-    if not re.fullmatch(r"([\w.*?]|\{\d+(-\d+)?(,\d+(-\d+)?)*\}|,)+", plain):
+    number = r"\d{1,3}(-\d{1,3})?"
+    if not re.fullmatch(rf"([\w.*?]|\{{{number}(,{number})*\}}|,)+", plain):
         raise UserError(
             f"lora_targets takes {', '.join(constants.LORA_TARGETS)}, or patterns of layers like "
             f"transformer_blocks.{{20-39}}.attn.*, separated by commas; got {shown(text)!r}."

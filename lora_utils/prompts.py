@@ -22,9 +22,16 @@ _SIZE = re.compile(r"(\d{1,5})\s*[xX×]\s*(\d{1,5})")
 
 
 def split_prompts(text: str) -> list[str]:
-    """Return prompts that are separated by lines, or by | outside of quotes."""
-    lines = re.split(r'\n|\|(?=(?:[^"\n]*"[^"\n]*")*[^"\n]*(?:\n|$))', text)
-    return [line.strip() for line in lines if line.strip()]
+    """Return prompts that are separated by lines, or by | outside of quotes. A quote without its other half is none."""
+    found: list[str] = []
+    for line in text.split("\n"):
+        apart = line.split('"')
+        if len(apart) % 2 == 0:
+            found += line.split("|")
+            continue
+        bars = [part.replace("|", "\n") if index % 2 == 0 else part for index, part in enumerate(apart)]
+        found += '"'.join(bars).split("\n")
+    return [prompt.strip() for prompt in found if prompt.strip()]
 
 
 def split_scale(line: str) -> tuple[str, str | None]:

@@ -1,5 +1,7 @@
 """Prompts of previews: a line each, with settings of their own."""
 
+import time
+
 import pytest
 
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig, preview_request
@@ -13,6 +15,14 @@ USUAL = SampleRequest("", seed=3, steps=20, width=512, height=512)
 def test_lines_and_bars_separate_prompts_but_not_inside_of_quotes():
     assert split_prompts("a\n b | c |\n\n") == ["a", "b", "c"]
     assert split_prompts('a --negative "x|y" | b') == ['a --negative "x|y"', "b"]
+    assert split_prompts('a 6" man | b | 7" c | d"') == ['a 6" man', "b", '7" c', 'd"']
+    assert split_prompts('a 6" man | b') == ['a 6" man', "b"], "an inch is no quote"
+
+
+def test_a_hundred_thousand_bars_cost_no_time():
+    began = time.monotonic()
+    assert split_prompts("|" * 50_000 + "a" + '"|' * 25_000) != []
+    assert time.monotonic() - began < 0.5
 
 
 def test_a_prompt_without_settings_is_itself_dashes_and_all():

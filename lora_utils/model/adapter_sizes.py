@@ -3,18 +3,17 @@
 Legend: R rank, D the transformer's width, D_in and D_out the widths of the adapted linear layer.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 
 from lora_utils import constants
-from lora_utils.errors import UserError
+from lora_utils.errors import UserError, shown
 
 LOKR_FACTOR = 16  # the left matrix is at most so wide: SimpleTuner's advice for LoKr on large transformers
-
-
-_MOST_BLOCKS = 999  # that a pattern's range may go to
+_MOST_PATTERNS = 1000  # of layers, with each number that braces stand for counted
 
 
 def adapted_layers(targets: str, blocks: int) -> list[list[str]]:
@@ -27,7 +26,9 @@ def adapted_layers(targets: str, blocks: int) -> list[list[str]]:
         for block in range(blocks)
     ]
     wanted: set[str] = set()
-    for pattern in split_targets(targets):
+    if len(patterns := split_targets(targets)) > _MOST_PATTERNS:
+        raise UserError(f"lora_targets has {len(patterns)} patterns; {_MOST_PATTERNS} are the most.")
+    for pattern in patterns:
         if pattern in constants.LORA_TARGETS:
             found = {name for own in names for name in own if layer_in_block(name) in constants.LORA_TARGETS[pattern]}
         else:
@@ -35,8 +36,8 @@ def adapted_layers(targets: str, blocks: int) -> list[list[str]]:
             found = {name for own in names for name in own if any(fnmatchcase(name, glob) for glob in globs)}
         if not found:
             raise UserError(
-                f"lora_targets: {pattern!r} matches no layer that can be adapted. They are called like {names[0][0]} "
-                f"and {names[-1][-1]}; give one of {', '.join(constants.LORA_TARGETS)}, or patterns like "
+                f"lora_targets: {shown(pattern)!r} matches no layer that can be adapted. They are called like "
+                f"{names[0][0]} and {names[-1][-1]}; give one of {', '.join(constants.LORA_TARGETS)}, or patterns like "
                 "transformer_blocks.{20-39}.attn.*"
             )
         wanted |= found
@@ -54,17 +55,24 @@ def split_targets(targets: str) -> list[str]:
 
 
 def expand_ranges(pattern: str) -> list[str]:
-    """Return the patterns without braces that one with braces stands for: {20-39} and {0,4,8-11} are numbers."""
-    parts = re.split(r"\{([\d,\s-]*)\}", pattern)
+    """Return the patterns without braces that one with braces stands for: {20-39} and {0,4,8-11} are numbers.
+
+    Raises UserError for one that stands for too many.
+    """
+    parts = re.split(r"\{([\d,-]*)\}", pattern)
     choices = [[part] if index % 2 == 0 else _numbers(part) for index, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > _MOST_PATTERNS:
+        raise UserError(
+            f"lora_targets: {shown(pattern)!r} stands for too many patterns; {_MOST_PATTERNS} are the most."
+        )
     return ["".join(chosen) for chosen in product(*choices)]
 
 
-def _numbers(text: str) -> list[str]:
+def _numbers(text: str) -> Sequence[str]:
     found: list[str] = []
-    for part in filter(None, map(str.strip, text.split(","))):
+    for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        found += map(str, range(int(first or 0), min(int(last or first or 0), _MOST_BLOCKS) + 1))
+        found += map(str, range(int(first), int(last or first) + 1))
     return found
 
 

@@ -157,6 +157,11 @@ def test_patterns_choose_layers_of_some_blocks():
         adapted_layers("transformer_blocks.9.*", 2)
     with pytest.raises(UserError, match="matches no layer"):
         adapted_layers("*.img_mod.1", 2)
+    for text in ("{0-999}{0-999}{0-999}", ",".join(["attention"] * 2000)):
+        with pytest.raises(UserError, match="1000 are the most"):
+            adapted_layers(TrainConfig(lora_targets=text, seed=0).lora_targets, 2)
+    with pytest.raises(UserError, match="lora_targets takes attention, attention_mlp"):
+        TrainConfig(lora_targets="transformer_blocks.{" + "9" * 5000 + "}.attn.to_q")
     with pytest.raises(UserError, match="lora_targets takes attention, attention_mlp, or patterns"):
         TrainConfig(lora_targets="transformer_blocks.{a}.attn")
     assert TrainConfig(lora_targets=" attention ,\n*.img_mlp.net.2").lora_targets == "attention,*.img_mlp.net.2"
