@@ -7,9 +7,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from transformers import Qwen2Tokenizer
 
@@ -21,13 +21,9 @@ from lora_utils.dataset.captions import (
     count_tokens,
     missing_tokens,
     read_captions,
-    regularisation_caption,
-    taught_caption,
 )
-from lora_utils.dataset.conventions import convention_notes, folder_class
+from lora_utils.dataset.conventions import convention_notes
 from lora_utils.dataset.examples import Dataset, Example
-from lora_utils.dataset.folder_settings import DatasetSettings, FolderSettings, read_folder_settings
-from lora_utils.dataset.masks import Masks, match_masks
 from lora_utils.dataset.remarks import (
     ImageFacts,
     cropped_notes,
@@ -42,8 +38,8 @@ from lora_utils.dataset.remarks import (
     trigger_note,
     uncaptioned_problems,
 )
+from lora_utils.dataset.selection import ChosenImages, choose_images, make_captions, sort_files
 from lora_utils.errors import UserError
-from lora_utils.io.archive import is_litter
 from lora_utils.io.images import (
     IMAGE_ENDINGS,
     difference_hash,
@@ -119,53 +115,16 @@ def raise_problems(problems: Sequence[str]) -> None:
 # --- the scan -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Which of a folder's files is what."""
-
-    images: list[Path]
-    masks: Masks
-    regularisation: list[Path]  # of the images; left out where they aren't wanted
-    own: list[Path]  # all but what archivers left
-    settings: DatasetSettings
-
-    @property
-    def known(self) -> set[Path]:
-        """The images of any use."""
-        return {
-            *self.images,
-            *self.masks.files.values(),
-            *self.masks.orphans,
-            *self.regularisation,
-            *self.settings.files,
-        }
-
-
-def _sort_files(folder: Path, config: TrainConfig) -> _Files:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    own = [path for path in files if not is_litter(PurePosixPath(path.relative_to(folder)))]
-    readable = [path for path in own if path.suffix.lower() in IMAGE_ENDINGS]
-    settings = read_folder_settings(folder, own)
-    regularisation = [path for path in readable if settings.of(path).regularisation]
-    if len(regularisation) == len(readable):  # they are what there is to learn from
-        regularisation = []
-    used = readable if config.prior_loss_weight else [path for path in readable if path not in set(regularisation)]
-    masks = match_masks(folder, used)
-    apart = {*masks.files.values(), *masks.orphans}
-    images = [path for path in used if path not in apart]
-    return _Files(images, masks, [path for path in regularisation if path not in apart], own, settings)
-
-
 def scan(folder: Path, config: TrainConfig) -> Dataset:
     """Find and check every image below a folder, in the order of their paths.
 
     Raises UserError for a folder without images.
     """
     # Which file is what.
-    files = _sort_files(folder, config)
+    files = sort_files(folder, config)
     texts_in = [path for path in files.own if path not in files.settings.files]
     found = read_captions(folder, files.images, texts_in, config.caption_variants)
-    chosen, masks = _choose_images(files, found.texts, config), files.masks
+    chosen, masks = choose_images(files, found.texts, config), files.masks
     images, regularisation, settings = chosen.images, chosen.regularisation, chosen.settings
     known = found.files | files.known
     left_out = [str(path.relative_to(folder)) for path in files.own if path not in known]
@@ -180,32 +139,15 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders leave the interpreter free
         jobs = [pool.submit(_inspect, path, used.get(path), path in by_alpha) for path in images]
         facts = {path: job.result() for path, job in zip(images, jobs, strict=True)}
-    captions, caption_errors = _captions(folder, chosen, found.texts, config)
+    captions, caption_errors = make_captions(folder, chosen, found.texts, config)
     problems = files.settings.problems + found.problems + [one.problem for one in facts.values() if one.problem]
     problems += mask_problems(folder, masks, facts, config.mask_from) + caption_errors
     problems += uncaptioned_problems(folder, chosen.silent, config)
 
     # The examples of what is sound, each in its buckets.
     sound = {path: one for path, one in facts.items() if not one.problem and path in captions}
-    sizes_px = {path: (one.width_px, one.height_px) for path, one in sound.items()}
     repeats = {path: settings[path].repeats or 1 for path in sound}
-    fewest = math.gcd(*(count for path, count in repeats.items() if path not in regularisation)) or 1
-    shares = {path: repeats[path] if path in regularisation else repeats[path] // fewest for path in sound}
-    buckets = _buckets_by_resolution(sizes_px, {path: settings[path].resolution or config.resolution for path in sound})
-    examples = [
-        Example(
-            path,
-            captions[path],
-            size,
-            used.get(path),
-            sound[path].masked,
-            shares[path],
-            flip=config.flip != "off" if settings[path].flip is None else bool(settings[path].flip),
-            regularisation=path in regularisation,
-        )
-        for path in sound
-        for size in buckets[path]
-    ]
+    examples = _make_examples(sound, chosen, captions, used, config)
     problems += _masks_cropped_away(folder, examples)
     if config.flip != "insist":
         problems += sided_problems(folder, examples)
@@ -216,53 +158,40 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     notes = trigger_note(config.trigger_word, texts) + mask_notes(masks, sound, config.mask_from)
     notes += regularisation_notes(folder, files.regularisation, regularisation, config)
     notes += convention_notes(folder, images, repeats) + found.notes + settings_note(folder, files.settings)
+    sizes_px = {path: (one.width_px, one.height_px) for path, one in sound.items()}
     notes += skipped_notes(chosen.silent, config) + cropped_notes(folder, examples, sizes_px)
     notes += small_note(folder, examples, sound) + duplicate_notes(folder, sound)
     uncaptioned = frozenset(images) - frozenset(found.texts) - regularisation
     return Dataset(examples, len(taught), left_out, notes, problems, uncaptioned, folder, sizes_px)
 
 
-@dataclass(frozen=True, slots=True)
-class _ChosenImages:
-    """The images that are used, which of them are regularisation, and the others that have no caption of any kind."""
-
-    images: list[Path]
-    regularisation: frozenset[Path]
-    silent: list[Path]
-    settings: Mapping[Path, FolderSettings]
-
-
-def _choose_images(files: _Files, texts: Mapping[Path, str], config: TrainConfig) -> _ChosenImages:
-    """Leave out regularisation images that nothing says the content of and, if that is asked for, others too."""
-    apart, folder = set(files.regularisation), files.settings.folder
-    settings = {path: files.settings.of(path) for path in files.images}
-    mute = {path for path in apart if not (texts.get(path) or folder_class(folder, path) or config.class_word)}
-    silent = [
-        path
-        for path in files.images
-        if path not in apart and path not in texts and not config.default_caption and not config.autocaption
+def _make_examples(
+    sound: Mapping[Path, ImageFacts],
+    chosen: ChosenImages,
+    captions: Mapping[Path, str],
+    masks: Mapping[Path, Path],
+    config: TrainConfig,
+) -> list[Example]:
+    """Return an example of each sound image for each of its buckets. What all folders repeat changes nothing."""
+    settings, regularisation = chosen.settings, chosen.regularisation
+    repeats = {path: settings[path].repeats or 1 for path in sound}
+    fewest = math.gcd(*(count for path, count in repeats.items() if path not in regularisation)) or 1
+    sizes_px = {path: (one.width_px, one.height_px) for path, one in sound.items()}
+    buckets = _buckets_by_resolution(sizes_px, {path: settings[path].resolution or config.resolution for path in sound})
+    return [
+        Example(
+            path,
+            captions[path],
+            size,
+            masks.get(path),
+            sound[path].masked,
+            repeats[path] if path in regularisation else repeats[path] // fewest,
+            flip=config.flip != "off" if settings[path].flip is None else bool(settings[path].flip),
+            regularisation=path in regularisation,
+        )
+        for path in sound
+        for size in buckets[path]
     ]
-    left_out = mute | (set(silent) if config.uncaptioned == "skip" else set())
-    images = [path for path in files.images if path not in left_out]
-    return _ChosenImages(images, frozenset(path for path in images if path in apart), silent, settings)
-
-
-def _captions(
-    folder: Path, chosen: _ChosenImages, texts: Mapping[Path, str], config: TrainConfig
-) -> tuple[dict[Path, str], list[str]]:
-    """Return the caption of each image with its trigger, and what is wrong with those that have none."""
-    captions, problems = {}, []
-    for path in chosen.images:
-        own, settings = texts.get(path, ""), chosen.settings[path]
-        try:
-            if path in chosen.regularisation:
-                captions[path] = regularisation_caption(own, folder_class(folder, path), config)
-            else:
-                prefix = settings.caption_prefix or ""
-                captions[path] = taught_caption(prefix + (own or config.default_caption), config)
-        except UserError as error:
-            problems.append(f"{path.relative_to(folder)}: {error}")
-    return captions, problems
 
 
 def _buckets_by_resolution(

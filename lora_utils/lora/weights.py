@@ -8,9 +8,8 @@ import importlib.metadata
 import logging
 import re
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,15 @@ from PIL import Image
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
-from lora_utils.constants import PEFT_CONFIG
 from lora_utils.errors import UserError
 from lora_utils.io.download import base_model_name
 from lora_utils.io.files import disk_errors
-from lora_utils.lora.formats import LoraFile, file_sha256, read_lora_file, write_lora_file
+from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
 from lora_utils.lora.hooks import adapts_the_table, check_lora, move_lora
 from lora_utils.lora.keys import foreign_name
 from lora_utils.lora.metadata import Described, describe_training
 from lora_utils.lora.ranks import cut_rank, rank_of, share_lost
-from lora_utils.lora.updates import LowRank, does_nothing, tensors_of
+from lora_utils.lora.updates import LowRank, does_nothing
 from lora_utils.lora.weights_zip import Meta, extract_weights, write_weights_zip
 from lora_utils.model import modulation
 from lora_utils.model.components import Components
@@ -166,12 +164,6 @@ def placeholders_of(loaded: Sequence[Weights], components: Components) -> Placeh
     return Placeholders(tuple(ids), tuple(ids.values()), moved)
 
 
-def lora_bytes(weights: Weights) -> int:
-    """Return what a LoRA's tensors hold on the device."""
-    held = [part for layer in weights.lora.layers.values() for part in tensors_of(layer)]
-    return sum(part.nbytes for part in [*held, *weights.lora.biases.values()])
-
-
 # What Qwen-Image-Lightning's files are known by (lightx2v/Qwen-Image-Lightning): rank 64 and an alpha of 8 in a key of
 # its own, in all 720 layers of attention and MLPs (sgl-project/sglang#17086, modelscope/DiffSynth-Studio#1241, #1068).
 LIGHTNING_RANK, LIGHTNING_ALPHA = 64, 8.0
@@ -214,50 +206,6 @@ def read_init_weights(path: Path, config: TrainConfig) -> LoraFile:
             "placeholder_token, or their embeddings would be lost."
         )
     return lora
-
-
-# --- loaded weights -------------------------------------------------------------------------------------------------
-
-LORA_CACHE_BYTES = 4 * 10**9  # of LoRAs on the device; one of rank 32 on attention has 0.19
-
-
-@dataclass(slots=True)
-class LoraCache:
-    """The LoRAs that were used last, on the device, by the hash of their file: using one again costs milliseconds."""
-
-    most_bytes: float
-    loaded: dict[str, Weights] = field(default_factory=dict)
-
-    def get(self, path: Path, components: Components) -> Weights:
-        """Return the weights of a file. Raises UserError as `load_weights` does; a file that fails is forgotten."""
-        began, key = time.monotonic(), _content_key(path)
-        weights, how = self.loaded.pop(key, None), "swapped to"
-        if weights is None:
-            weights, how = load_weights(path, components), "loaded"
-        self.loaded[key] = weights  # the last one used is the last one to go
-        while len(self.loaded) > 1 and sum(map(lora_bytes, self.loaded.values())) > self.most_bytes:
-            self.loaded.pop(next(iter(self.loaded)))
-        table = modulation.table_of(components.transformer)
-        if table is not None and not any(adapts_the_table(each.lora) for each in self.loaded.values()):
-            table.layers = None  # no LoRA at hand needs them
-        tokens = f", with {', '.join(weights.lora.embeddings)}" if weights.lora.embeddings else ""
-        log.info(
-            "%s %s: a LoRA of %d layers%s, %.0f MB, in %.3f s, sha256 %s",
-            how,
-            weights.name,
-            len(weights.lora.names),
-            tokens,
-            lora_bytes(weights) / 1e6,
-            time.monotonic() - began,
-            weights.lora.sha256,
-        )
-        return weights
-
-
-def _content_key(path: Path) -> str:
-    """Return what a file's or an adapter folder's content hashes to, with the config that may stand beside it."""
-    found = sorted(path.glob("*")) if path.is_dir() else [path, path.with_name(PEFT_CONFIG)]
-    return " ".join(file_sha256(each) for each in found if each.is_file())
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

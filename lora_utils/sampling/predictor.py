@@ -17,9 +17,8 @@ from lora_utils.io.files import new_process_folder
 from lora_utils.io.images import fit_settings, save_image
 from lora_utils.io.logging import Progress
 from lora_utils.lora.hooks import applied_loras
+from lora_utils.lora.lora_cache import LORA_CACHE_BYTES, LoraCache
 from lora_utils.lora.weights import (
-    LORA_CACHE_BYTES,
-    LoraCache,
     Weights,
     load_what_they_adapt,
     package_versions,

@@ -16,7 +16,7 @@ from examples.demo import call
 from lora_utils.config import SampleFiles, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.io.images import read_settings
-from lora_utils.lora.weights import LoraCache, lora_bytes
+from lora_utils.lora.lora_cache import LoraCache, lora_bytes
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
 from lora_utils.model import memory_plan
 from lora_utils.model.text_encoder import encode_text
