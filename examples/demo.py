@@ -146,7 +146,7 @@ def main() -> None:
     ]
     unrelated = "a photo of a red circle on a cyan background"
     rows = [
-        Row("Training pictures", [(image, "") for image in images[:5]]),
+        Row("Training images", [(image, "") for image in images[:5]]),
         Row(
             "Base model",
             [

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.captions import prior_caption, with_trigger
+from lora_utils.dataset.caption_texts import prior_caption, with_trigger
 from lora_utils.errors import UserError
 from lora_utils.triggers import expand_trigger, holds, replace_words
 

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.captions import with_trigger
+from lora_utils.dataset.caption_texts import with_trigger
 from lora_utils.dataset.examples import Dataset
 from lora_utils.errors import UserError
 from lora_utils.model import memory

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.buckets import MOST_CROPPED, cropped_share
-from lora_utils.dataset.captions import names_a_side, with_trigger
+from lora_utils.dataset.caption_texts import names_a_side, with_trigger
 from lora_utils.dataset.duplicates import near_duplicates
 from lora_utils.dataset.examples import Example, listed_names
 from lora_utils.dataset.folder_settings import DatasetSettings
@@ -99,7 +99,7 @@ def regularisation_notes(
     folder: Path, images: Sequence[Path], used: Collection[Path], config: TrainConfig
 ) -> list[str]:
     """Say what becomes of the regularisation images: those that are used, and why the others aren't."""
-    notes, mute = [], [path for path in images if path not in used]
+    notes, unused = [], [path for path in images if path not in used]
 
     def where(paths: Sequence[Path]) -> str:
         return listed_names(sorted({str(path.parent.relative_to(folder)) for path in paths}), 3)
@@ -109,9 +109,9 @@ def regularisation_notes(
             f"{len(used)} regularisation images in {where(list(used))}: an epoch shows as many of them as of the "
             f"others, with a weight of {config.prior_loss_weight:g}"
         )
-    if mute:
+    if unused:
         why = "they have no caption" if config.prior_loss_weight else "prior_loss_weight is 0"
-        notes.append(f"left out: {len(mute)} regularisation images in {where(mute)}, for {why}")
+        notes.append(f"left out: {len(unused)} regularisation images in {where(unused)}, for {why}")
     return notes
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 from lora_utils import constants
 from lora_utils.config import PLACEHOLDER_PATTERN, TrainConfig
 from lora_utils.dataset.buckets import cropped_share
-from lora_utils.dataset.captions import caption_choices
+from lora_utils.dataset.caption_texts import caption_choices
 from lora_utils.dataset.examples import Dataset, listed_names
 from lora_utils.io.images import open_image
 from lora_utils.triggers import holds

@@ -15,13 +15,8 @@ from transformers import Qwen2Tokenizer
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.buckets import assign_buckets
-from lora_utils.dataset.captions import (
-    caption_choices,
-    caption_problems,
-    count_tokens,
-    missing_tokens,
-    read_captions,
-)
+from lora_utils.dataset.caption_texts import caption_choices, caption_problems, count_tokens, missing_tokens
+from lora_utils.dataset.captions import read_captions
 from lora_utils.dataset.conventions import convention_notes
 from lora_utils.dataset.examples import Dataset, Example
 from lora_utils.dataset.remarks import (
@@ -142,7 +137,7 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     captions, caption_errors = make_captions(folder, chosen, found.texts, config)
     problems = files.settings.problems + found.problems + [one.problem for one in facts.values() if one.problem]
     problems += mask_problems(folder, masks, facts, config.mask_from) + caption_errors
-    problems += uncaptioned_problems(folder, chosen.silent, config)
+    problems += uncaptioned_problems(folder, chosen.without_caption, config)
 
     # The examples of what is sound, each in its buckets.
     sound = {path: one for path, one in facts.items() if not one.problem and path in captions}
@@ -159,7 +154,7 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     notes += regularisation_notes(folder, files.regularisation, regularisation, config)
     notes += convention_notes(folder, images, repeats) + found.notes + settings_note(folder, files.settings)
     sizes_px = {path: (one.width_px, one.height_px) for path, one in sound.items()}
-    notes += skipped_notes(chosen.silent, config) + cropped_notes(folder, examples, sizes_px)
+    notes += skipped_notes(chosen.without_caption, config) + cropped_notes(folder, examples, sizes_px)
     notes += small_note(folder, examples, sound) + duplicate_notes(folder, sound)
     uncaptioned = frozenset(images) - frozenset(found.texts) - regularisation
     return Dataset(examples, len(taught), left_out, notes, problems, uncaptioned, folder, sizes_px)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.captions import regularisation_caption, taught_caption
+from lora_utils.dataset.caption_texts import regularisation_caption, taught_caption
 from lora_utils.dataset.conventions import folder_class
 from lora_utils.dataset.folder_settings import DatasetSettings, FolderSettings, read_folder_settings
 from lora_utils.dataset.masks import Masks, match_masks
@@ -57,7 +57,7 @@ class ChosenImages:
 
     images: list[Path]
     regularisation: frozenset[Path]
-    silent: list[Path]
+    without_caption: list[Path]
     settings: Mapping[Path, FolderSettings]
 
 
@@ -65,15 +65,15 @@ def choose_images(files: DatasetFiles, texts: Mapping[Path, str], config: TrainC
     """Leave out regularisation images that nothing says the content of and, if that is asked for, others too."""
     apart, folder = set(files.regularisation), files.settings.folder
     settings = {path: files.settings.of(path) for path in files.images}
-    mute = {path for path in apart if not (texts.get(path) or folder_class(folder, path) or config.class_word)}
-    silent = [
+    unexplained = {path for path in apart if not (texts.get(path) or folder_class(folder, path) or config.class_word)}
+    without_caption = [
         path
         for path in files.images
         if path not in apart and path not in texts and not config.default_caption and not config.autocaption
     ]
-    left_out = mute | (set(silent) if config.uncaptioned == "skip" else set())
+    left_out = unexplained | (set(without_caption) if config.uncaptioned == "skip" else set())
     images = [path for path in files.images if path not in left_out]
-    return ChosenImages(images, frozenset(path for path in images if path in apart), silent, settings)
+    return ChosenImages(images, frozenset(path for path in images if path in apart), without_caption, settings)
 
 
 def make_captions(
@@ -87,8 +87,7 @@ def make_captions(
             if path in chosen.regularisation:
                 captions[path] = regularisation_caption(own, folder_class(folder, path), config)
             else:
-                prefix = settings.caption_prefix or ""
-                captions[path] = taught_caption(prefix + (own or config.default_caption), config)
+                captions[path] = taught_caption(own or config.default_caption, settings.caption_prefix or "", config)
         except UserError as error:
             problems.append(f"{path.relative_to(folder)}: {error}")
     return captions, problems

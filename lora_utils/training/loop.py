@@ -21,7 +21,8 @@ from lora_utils.model import flops, fsdp
 from lora_utils.model.latents import Size
 from lora_utils.model.transformer import transformer_shape
 from lora_utils.training import distributed
-from lora_utils.training.batches import Batch, plan_batches
+from lora_utils.training.batch_plans import plan_batches
+from lora_utils.training.batches import Batch
 from lora_utils.training.loss import forward_backward
 from lora_utils.training.recompute import plan_recompute, within_memory
 from lora_utils.training.state import TrainState

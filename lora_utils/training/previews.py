@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig, preview_request
-from lora_utils.dataset.captions import prior_caption
+from lora_utils.dataset.caption_texts import prior_caption
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file

@@ -12,7 +12,8 @@ from lora_utils import constants
 from lora_utils.errors import UserError
 from lora_utils.model import blocks, fsdp, memory
 from lora_utils.model.device import free_bytes, release_memory, retry_after
-from lora_utils.training.batches import PROBE_SIGMA, Batch, generator_for
+from lora_utils.training.batch_plans import generator_for
+from lora_utils.training.batches import PROBE_SIGMA, Batch
 from lora_utils.training.loss import forward_backward
 from lora_utils.training.state import TrainState
 

@@ -19,7 +19,7 @@ from lora_utils.lora.weights import TrainingFacts, save_weights
 from lora_utils.tracking import contact_sheet, html_report
 from lora_utils.tracking.metrics import read_metrics
 from lora_utils.tracking.status import STEP_WEIGHTS
-from lora_utils.training.batches import holds_class
+from lora_utils.training.batch_plans import holds_class
 from lora_utils.training.monitor import TrainMonitor, describe_speed, final_loss
 from lora_utils.training.state import TrainState, current_lora, describe_placeholders, final_lora
 

@@ -28,7 +28,7 @@ from lora_utils.presets import preset_for
 from lora_utils.tracking import html_report
 from lora_utils.tracking.status import RunStatus, read_status, write_status
 from lora_utils.training import distributed, loop
-from lora_utils.training.batches import first_shown, shown_captions
+from lora_utils.training.batch_plans import first_shown, shown_captions
 from lora_utils.training.checkpoint import (
     list_checkpoints,
     placement_of,

@@ -21,7 +21,7 @@ from lora_utils import constants
 from lora_utils.config import SampleRequest, TrainConfig
 from lora_utils.dataset.autocaption import write_captions
 from lora_utils.dataset.cache import CachedExample, cache_examples, encode_captions, find_captions
-from lora_utils.dataset.captions import caption_choices, prior_caption
+from lora_utils.dataset.caption_texts import caption_choices, prior_caption
 from lora_utils.dataset.examples import Dataset, listed_names
 from lora_utils.dataset.scan import check_captions
 from lora_utils.io.tensor_store import TensorStore, open_tensor_store
@@ -38,14 +38,8 @@ from lora_utils.model.transformer import Storage, load_transformer
 from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words, new_placeholders
 from lora_utils.placeholder.tokens import Placeholders, no_placeholders, placeholders_without_embeddings
 from lora_utils.training import distributed
-from lora_utils.training.batches import (
-    BatchStream,
-    LargestBatch,
-    generator_for,
-    other_timesteps,
-    run_timesteps,
-    shown_captions,
-)
+from lora_utils.training.batch_plans import generator_for, shown_captions
+from lora_utils.training.batches import BatchStream, LargestBatch, other_timesteps, run_timesteps
 from lora_utils.training.distributed import SINGLE_PROCESS, Ranks
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
 from lora_utils.training.state import TrainData, TrainState

@@ -12,7 +12,8 @@ import torch
 
 from lora_utils.dataset.cache import CachedExample
 from lora_utils.model import flow
-from lora_utils.training.batches import VALIDATION_SIGMAS, Batch, generator_for, loss_weights
+from lora_utils.training.batch_plans import generator_for
+from lora_utils.training.batches import VALIDATION_SIGMAS, Batch, loss_weights
 from lora_utils.training.loss import flow_matching_loss
 from lora_utils.training.state import TrainState
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
-from lora_utils.dataset.captions import with_trigger
+from lora_utils.dataset.caption_texts import with_trigger
 from lora_utils.errors import UserError
 from lora_utils.triggers import TRIGGER
 

@@ -15,7 +15,7 @@ from lora_utils.dataset.scan import inspect, load
 from lora_utils.errors import UserError
 from lora_utils.io.archive import extract_archive
 from lora_utils.io.images import open_image, open_mask
-from lora_utils.training.batches import bucket_batches
+from lora_utils.training.batch_plans import bucket_batches
 
 CONFIG = TrainConfig(resolution="64", steps=40, seed=0, default_caption="x")
 

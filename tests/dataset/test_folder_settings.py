@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.captions import shown_caption
+from lora_utils.dataset.caption_texts import shown_caption
 from lora_utils.dataset.scan import load
 from lora_utils.errors import UserError
 from lora_utils.model.vae import encode_images, load_vae
 from lora_utils.training import loop
-from lora_utils.training.batches import BatchStream, bucket_batches, plan_batches, shown_captions
+from lora_utils.training.batch_plans import bucket_batches, plan_batches, shown_captions
+from lora_utils.training.batches import BatchStream
 from lora_utils.training.checkpoint import save_checkpoint
 from tests.dataset.test_conventions import CONFIG, names, report
 from tests.helpers import SHORT_RUN, losses, make_state, resume_state, same_result
@@ -101,6 +102,10 @@ def test_each_line_is_a_caption_and_all_come_up_alike(folder):
     assert set(counts) == {"<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"}
     assert min(counts.values()) > 70
     assert shown_captions(config, found.examples, 300) == ["<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"]
+    (found.folder / "dataset.json").write_text('{"caption_prefix": "big "}')
+    prefixed = load(found.folder, config)
+    assert shown_captions(config, prefixed.examples, 300) == ["<zwx>, big a cat", "big a <zwx> dog", "<zwx>, big snow"]
+    (found.folder / "dataset.json").unlink()
     said = report(found.folder, config)
     assert "<zwx>, a cat | a <zwx> dog | <zwx>, snow" in said
     assert "1 images have several captions, a line each, of which one is taken at random" in said

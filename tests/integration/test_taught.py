@@ -9,7 +9,7 @@ from PIL import Image
 
 from examples.demo import call
 from lora_utils.config import TrainInputs, from_inputs
-from lora_utils.dataset.captions import with_trigger
+from lora_utils.dataset.caption_texts import with_trigger
 from lora_utils.training.run import train_in_process
 from predict import Predictor
 from tests.helpers import lora_of

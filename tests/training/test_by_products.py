@@ -12,7 +12,7 @@ from lora_utils.errors import UserError
 from lora_utils.io.logging import by_product
 from lora_utils.lora.weights import load_weights
 from lora_utils.training import loop, results, run
-from lora_utils.training.batches import generator_for
+from lora_utils.training.batch_plans import generator_for
 from tests.helpers import SHORT_RUN, lora_of, train_archive, without_thumbnail
 
 STEPS = 4

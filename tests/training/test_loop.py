@@ -17,7 +17,8 @@ from lora_utils.model.device import Placement
 from lora_utils.model.text_encoder import encode_prompts, encode_text
 from lora_utils.placeholder.embedding import embedding_matrix
 from lora_utils.training import loop
-from lora_utils.training.batches import BatchStream, bucket_batches, generator_for
+from lora_utils.training.batch_plans import bucket_batches, generator_for
+from lora_utils.training.batches import BatchStream
 from lora_utils.training.loss import batch_text, flow_matching_loss
 from lora_utils.training.state import TrainState, describe_placeholders, final_lora
 from tests.helpers import losses, make_state, train_archive

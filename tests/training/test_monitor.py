@@ -12,7 +12,7 @@ from lora_utils.dataset import load
 from lora_utils.io import logging as io_logging
 from lora_utils.model import blocks
 from lora_utils.training import loop
-from lora_utils.training.batches import plan_batches
+from lora_utils.training.batch_plans import plan_batches
 from lora_utils.training.monitor import TrainMonitor
 from lora_utils.training.recompute import change_plan, plan_recompute
 from tests.helpers import make_state

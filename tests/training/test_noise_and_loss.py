@@ -8,7 +8,8 @@ import torch
 
 from lora_utils.config import TrainConfig
 from lora_utils.model import flow
-from lora_utils.training.batches import generator_for, run_timesteps, step_sigmas
+from lora_utils.training.batch_plans import generator_for
+from lora_utils.training.batches import run_timesteps, step_sigmas
 from lora_utils.training.loss import HUBER_C, flow_matching_loss, velocity_errors
 from tests.helpers import SHORT_RUN, losses, make_state
 

@@ -9,12 +9,13 @@ import torch
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.captions import prior_caption
+from lora_utils.dataset.caption_texts import prior_caption
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loop
-from lora_utils.training.batches import BatchStream, plan_batches
+from lora_utils.training.batch_plans import plan_batches
+from lora_utils.training.batches import BatchStream
 from lora_utils.training.loss import batch_text, forward_backward
 from lora_utils.training.results import describe_share
 from lora_utils.training.setup import prior_captions

@@ -11,7 +11,8 @@ from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loop
-from lora_utils.training.batches import VALIDATION_SIGMAS, BatchStream, generator_for
+from lora_utils.training.batch_plans import generator_for
+from lora_utils.training.batches import VALIDATION_SIGMAS, BatchStream
 from lora_utils.training.state import TrainState
 from lora_utils.training.validation import validate
 from tests.helpers import SHORT_RUN, make_state
