@@ -32,7 +32,7 @@ def stock(folder: Path) -> QwenImageTransformer2DModel:
 
 @torch.inference_mode()
 def truth(transformer: QwenImageTransformer2DModel) -> Tensor:
-    states, latents = given()
+    states, latents = (each.to(transformer.dtype) for each in given())
     return transformer(
         hidden_states=latents,
         timestep=torch.tensor([SIGMA]),
@@ -40,7 +40,7 @@ def truth(transformer: QwenImageTransformer2DModel) -> Tensor:
         encoder_hidden_states_mask=None,
         img_shapes=[[(1, 4, 4)]],
         return_dict=False,
-    )[0]
+    )[0].float()
 
 
 def merged(
@@ -48,8 +48,12 @@ def merged(
     deltas: Mapping[str, Tensor],
     base: Components | None = None,
     biases: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The stock transformer's velocity with these deltas merged; its weights those that a quantised `base` stores."""
+    """The stock transformer's velocity with these deltas merged in fp32 and rounded to `dtype`.
+
+    The weights are those that a quantised `base` stores, or else the folder's.
+    """
     transformer = stock(folder)
     for name, module in transformer.named_modules():
         if base is not None and isinstance(module, torch.nn.Linear) and is_quantized(name):
@@ -58,7 +62,7 @@ def merged(
         transformer.get_submodule(name).weight.add_(delta)
     for name, delta in (biases or {}).items():
         transformer.get_submodule(name).bias.add_(delta)
-    return truth(transformer)
+    return truth(torch.nn.Module.to(transformer, dtype))  # diffusers' own `to` warns, whatever the dtype
 
 
 def stored_weight(base: Components, folder: Path, name: str) -> Tensor:
