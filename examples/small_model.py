@@ -12,8 +12,9 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from examples import shapes
+from examples import edits, shapes
 from lora_utils import constants
 
 # Qwen2.5's added tokens in their order (its tokenizer_config.json); they follow the byte-pair ranks.
@@ -30,8 +31,18 @@ def world_captions(rng: np.random.Generator, count: int) -> list[str]:
     return [wording for _ in range(count) for wording in shapes.random_prompt(rng, tok_share=0.2).wordings()]
 
 
-def train_tokenizer() -> Qwen2Tokenizer:
-    """Qwen2's rules; a byte-level BPE trained until each word of the world and of the template is one token."""
+def edit_captions(rng: np.random.Generator, count: int) -> list[str]:
+    """What the editing world says: instructions in all their wordings, and captions as above."""
+    made = [edits.random_edit(rng, 1 + int(rng.random() < 0.2)) for _ in range(count)]
+    labels = ["Picture 1: ", "Picture 2: ", "Picture 3: "]
+    return [wording for edit in made for wording in edit.instruction.wordings()] + labels * count
+
+
+def train_tokenizer(edit: bool = False) -> Qwen2Tokenizer:
+    """Qwen2's rules; a byte-level BPE trained until each word of the world and of the template is one token.
+
+    With `edit` the words of the editing world, and its template's, are among them.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -41,6 +52,9 @@ def train_tokenizer() -> Qwen2Tokenizer:
     )
     text = (constants.TEMPLATE_PREFIX + constants.TEMPLATE_SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
     corpus = world_captions(np.random.default_rng(0), 2000) + [text] * 2000
+    if edit:
+        text = constants.EDIT_TEMPLATE_PREFIX.replace("<|im_start|>", "").replace("<|im_end|>", "")
+        corpus += edit_captions(np.random.default_rng(0), 2000) + [text] * 2000
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
@@ -48,14 +62,28 @@ def train_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=cast(Any, [tuple(pair) for pair in model["merges"]]))
     tokenizer.add_tokens([cast(Any, AddedToken(token, special=True, normalized=False)) for token in ADDED_TOKENS])
-    tokens = len(tokenizer(constants.TEMPLATE_PREFIX).input_ids)
-    if tokens != constants.TEMPLATE_PREFIX_TOKENS:
-        raise RuntimeError(f"the template's prefix has {tokens} tokens instead of {constants.TEMPLATE_PREFIX_TOKENS}")
+    prefixes = {constants.TEMPLATE_PREFIX: constants.TEMPLATE_PREFIX_TOKENS}
+    if edit:
+        prefixes[constants.EDIT_TEMPLATE_PREFIX] = constants.EDIT_PREFIX_TOKENS
+    for prefix, expected in prefixes.items():
+        if (tokens := len(tokenizer(prefix).input_ids)) != expected:
+            raise RuntimeError(f"the template's prefix has {tokens} tokens instead of {expected}")
     return tokenizer
 
 
-def new_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """3 layers of 128; the vision tower is of the true class, as small as it goes, and knows nothing."""
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+    "fullatt_block_indexes": [0],
+}
+EDIT_VISION = {**VISION, "depth": 2, "hidden_size": 64, "intermediate_size": 128, "fullatt_block_indexes": [0, 1]}
+
+
+def new_text_encoder(tokenizer: Qwen2Tokenizer, vision: dict[str, Any] = VISION) -> Qwen2_5_VLForConditionalGeneration:
+    """3 layers of 128; the vision tower is of the true class, and by default as small as it goes and ignorant."""
     rows = math.ceil((len(tokenizer) + SPARE_ROWS) / 64) * 64
     special = {name: cast(int, tokenizer.convert_tokens_to_ids(f"<|{name}|>")) for name in SPECIAL_NAMES}
     config = Qwen2_5_VLConfig(
@@ -72,14 +100,7 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGener
             "eos_token_id": special["im_end"],
             "pad_token_id": None,
         },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "fullatt_block_indexes": [0],
-        },
+        vision_config=vision,
         image_token_id=special["image_pad"],
         video_token_id=special["video_pad"],
         vision_start_token_id=special["vision_start"],
@@ -89,10 +110,21 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGener
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def new_transformer() -> QwenImageTransformer2DModel:
+def new_transformer(zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
+    """6 blocks of width 128; `zero_cond_t` as Qwen-Image-Edit-2511 has it."""
     return QwenImageTransformer2DModel(
-        num_layers=6, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        axes_dims_rope=(8, 12, 12),
+        zero_cond_t=zero_cond_t,
     )
+
+
+def new_processor() -> Qwen2VLImageProcessorPil:
+    """Qwen2-VL's own settings, but for the size: it sees an image as 3 x 3 features."""
+    return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=84 * 84)
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -10,7 +10,7 @@ from diffusers import QwenImageImg2ImgPipeline
 from PIL import Image
 
 from lora_utils import constants
-from lora_utils.config import SampleRequest
+from lora_utils.config import SampleFiles, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.updates import LowRank
@@ -27,6 +27,7 @@ from lora_utils.sampling import sampler
 from lora_utils.sampling.options import (
     REUSE_THRESHOLD,
     SamplingOptions,
+    check_files,
     choose_options,
     feathered,
     load_init_image,
@@ -174,8 +175,14 @@ def test_any_white_of_a_latent_makes_it_one_to_be_generated(components, photo, t
 def test_what_cannot_be_painted_is_refused(image, mask_size, message, components, photo, tmp_path):
     if mask_size:
         Image.new("L", mask_size, 255).save(tmp_path / "mask.png")
+    files = SampleFiles(image=photo if image else None, mask=tmp_path / "mask.png")
+
+    def start() -> None:
+        check_files(files, components.variant)
+        load_init_image(components, REQUEST, files.image, files.mask)
+
     with pytest.raises(UserError, match=message):
-        load_init_image(components, REQUEST, photo if image else None, tmp_path / "mask.png")
+        start()
 
 
 def test_sizes_follow_the_image_the_aspect_ratio_and_the_area():
@@ -274,7 +281,7 @@ def test_images_are_sampled_together_as_far_as_memory_goes(components, monkeypat
     for one, drawn in zip(alone, several, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(drawn.pixels, int)).max() <= 1
     monkeypatch.setattr(sampler, "free_bytes", lambda _: memory.SPARE_BYTES + 1)
-    assert sampler.at_once(components, SIZE) == 1
+    assert sampler.at_once(components, SIZE.tokens) == 1
 
 
 def test_an_image_that_never_fits_is_refused_with_one_that_would(components, monkeypatch):

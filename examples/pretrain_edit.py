@@ -1,0 +1,270 @@
+"""The editing model's pretraining: from the small text-to-image model, its VAE and its knowledge of the world.
+
+It learns by flow matching on pairs of images with an instruction: the language model reads the instruction and what
+the vision tower sees, the transformer has the images' latents beside the noise. `examples.pretrain --edit` runs it.
+"""
+
+import copy
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from examples import edits, shapes, small_model
+from examples.pretrain_vae import WORK, log, muon_and_adamw, save_checkpoint, set_rates, to_tensor, update
+from lora_utils import constants
+from lora_utils.model import flow
+from lora_utils.model.device import Placement
+from lora_utils.model.text_encoder import image_id, load_tokenizer, pad_embeddings
+from lora_utils.model.vae import encode_images, load_vae
+from lora_utils.model.variant import EDIT_PLUS
+from lora_utils.model.vision import VisionFeatures, features, positions, resized
+
+TEXT_TO_IMAGE = Path(__file__).parent / "tiny_qwen_image"
+OUT = Path(__file__).parent / "tiny_qwen_image_edit"
+CPU = Placement(torch.device("cpu"), torch.float32)
+SEEN_PX = 84  # a side of what the vision tower is shown: `small_model.new_processor` allows no more
+GRID = (1, 4, 4)  # of an image's tokens
+
+
+@dataclass(frozen=True, slots=True)
+class EditSettings:
+    steps: int = 5000
+    captions: int = 32  # a batch: so many edits ...
+    draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
+    learning_rate: float = 1.2e-3
+    warmup_steps: int = 100
+    caption_dropout: float = 0.1
+    # Batches in which image tokens have a text's positions, as diffusers 0.42 gives them with transformers 5 (its issue
+    # 14194). So the model reads both, and the stock pipeline samples with it whatever its age.
+    plain_positions: float = 0.25
+    two_images: float = 0.2  # of the batches
+    ema_decay: float = 0.999
+    pairs: int = 20000
+
+
+@dataclass(frozen=True, slots=True)
+class EditWorld:
+    """Pairs: target latents [P, 16, 64], control latents and what is seen of them by image, and the instructions."""
+
+    targets: Tensor
+    controls: Tensor  # [I, 16, 64], of all images to edit
+    seen: Tensor  # [I, 84, 84, 3] uint8
+    images: list[tuple[int, ...]]  # of each pair: rows of `controls`
+    wordings: list[list[str]]
+
+
+def encode_pairs(settings: EditSettings) -> EditWorld:
+    """Draw the pairs and encode them once. Held-out ones are skipped. Kept in the work folder."""
+    kept = WORK / f"edits_{settings.pairs}.pt"
+    if kept.exists():
+        return EditWorld(**torch.load(kept))
+    vae = load_vae(TEXT_TO_IMAGE, CPU)
+    rng = np.random.default_rng(11)
+    targets, controls, seen = [], [], []
+    images: list[tuple[int, ...]] = []
+    wordings: list[list[str]] = []
+
+    def encoded(drawn: list[shapes.Pixels]) -> Tensor:
+        return encode_images(vae, to_tensor([np.asarray(shapes.to_image(pixels), float) for pixels in drawn])).half()
+
+    while len(wordings) < settings.pairs:
+        chosen: list[edits.Edit] = []
+        while len(chosen) < 64:
+            edit = edits.random_edit(rng, 2 if len(wordings) < settings.two_images * settings.pairs else 1)
+            if not edits.is_held_out(edit):
+                chosen.append(edit)
+        for edit in chosen:
+            first = sum(len(given) for given in images)
+            images.append(tuple(range(first, first + len(edit.sources))))
+            wordings.append(edit.instruction.wordings())
+        sources = [shapes.draw(scene) for edit in chosen for scene in edit.sources]
+        targets.append(encoded([shapes.draw(edit.target) for edit in chosen]))
+        controls.append(encoded(sources))
+        seen += [_seen(shapes.to_image(pixels)) for pixels in sources]
+        if len(wordings) % 3200 == 0:
+            log(f"edits: {len(wordings)} of {settings.pairs} encoded")
+    world = {
+        "targets": torch.cat(targets),
+        "controls": torch.cat(controls),
+        "seen": torch.stack(seen),
+        "images": images,
+        "wordings": wordings,
+    }
+    save_checkpoint(kept, world)
+    return EditWorld(**world)
+
+
+def _seen(image: Image.Image) -> Tensor:
+    """Return what the vision tower is shown of an image, [84, 84, 3] uint8: scaled up, then down, as in sampling."""
+    shown = resized(image, constants.VISION_AREA_PX).resize((SEEN_PX, SEEN_PX), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(shown))
+
+
+def patches(seen: Tensor) -> Tensor:
+    """Return the patches [36 I, 1176] of what is seen, [I, 84, 84, 3] uint8, as the processor lays them out."""
+    processor = small_model.new_processor()
+    mean, std = (torch.tensor(values) for values in (processor.image_mean, processor.image_std))
+    pixels = ((seen.float() / 255 - mean) / std).permute(0, 3, 1, 2)  # [I, 3, 84, 84]
+    cut = pixels.reshape(-1, 3, 3, 2, 14, 3, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)  # [I, 3, 3, 2, 2, 3, 14, 14]
+    return cut.unsqueeze(6).expand(*cut.shape[:6], 2, 14, 14).reshape(-1, 3 * 2 * 14 * 14)
+
+
+def encode_instructions(
+    model: Any, tokenizer: Qwen2Tokenizer, texts: list[str], seen: Tensor, plain_positions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> states [B, T, 128] and mask. Each text has the same number of images, `seen` [B * images, 84, 84, 3]."""
+    grids = torch.tensor([[1, SEEN_PX // 14, SEEN_PX // 14]] * len(seen))
+    shown = features(model.visual, patches(seen), grids)
+    count, mark = len(seen) // len(texts), image_id(tokenizer)
+    ids = [tokenizer(EDIT_PLUS.prompt(text, count)).input_ids for text in texts]
+    ids = [[token for token in own for _ in range(9 if token == mark else 1)] for own in ids]
+    longest = max(map(len, ids))
+    padded = torch.tensor([own + [0] * (longest - len(own)) for own in ids])
+    embedded = model.language_model.embed_tokens(padded)
+    embedded = embedded.masked_scatter((padded == mark).unsqueeze(-1), torch.cat([image.states for image in shown]))
+    places = None if plain_positions else _places(ids, longest, mark, shown, count)
+    states = model.language_model(inputs_embeds=embedded, position_ids=places, use_cache=False).last_hidden_state
+    dropped = constants.EDIT_PREFIX_TOKENS
+    text = pad_embeddings([state[dropped : len(own)] for state, own in zip(states, ids, strict=True)])
+    return text.states, text.mask
+
+
+def _places(ids: list[list[int]], longest: int, mark: int, shown: list[VisionFeatures], count: int) -> Tensor:
+    places = torch.zeros(3, len(ids), longest, dtype=torch.long)
+    for index, own in enumerate(ids):
+        places[:, index, : len(own)] = positions(own, mark, shown[index * count : (index + 1) * count])
+    return places
+
+
+def from_text_to_image(tokenizer: Qwen2Tokenizer) -> tuple[Qwen2_5_VLForConditionalGeneration, nn.Module]:
+    """Return the text encoder and the transformer with all that the text-to-image model knows."""
+    torch.manual_seed(0)
+    text_encoder = small_model.new_text_encoder(tokenizer, small_model.EDIT_VISION)
+    known = Qwen2_5_VLForConditionalGeneration.from_pretrained(TEXT_TO_IMAGE / "text_encoder").model.language_model
+    state = known.state_dict()
+    old, words = state.pop("embed_tokens.weight"), load_tokenizer(TEXT_TO_IMAGE).get_vocab()
+    language_model = text_encoder.model.language_model
+    language_model.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        matrix = language_model.embed_tokens.weight
+        matrix.normal_(std=float(old.std()))
+        for word, row in tokenizer.get_vocab().items():
+            if word in words:
+                matrix[row] = old[words[word]]
+    transformer = small_model.new_transformer(zero_cond_t=True)
+    trained = QwenImageTransformer2DModel.from_pretrained(TEXT_TO_IMAGE / "transformer", torch_dtype=torch.float32)
+    transformer.load_state_dict(trained.state_dict())
+    return text_encoder, transformer
+
+
+def _network(tokenizer: Qwen2Tokenizer) -> tuple[nn.ModuleDict, Qwen2_5_VLForConditionalGeneration]:
+    text_encoder, transformer = from_text_to_image(tokenizer)
+    parts = {"text": text_encoder.model, "transformer": transformer}
+    return nn.ModuleDict(parts), text_encoder
+
+
+def learning_rate_factor(step: int, settings: EditSettings) -> float:
+    """Warm-up, constant, then a straight line to zero over the last half."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    return min(1.0, (settings.steps - step) / (0.5 * settings.steps))
+
+
+def train_edit(settings: EditSettings) -> Path:
+    """Text encoder with its vision tower, and transformer, together."""
+    checkpoint = WORK / "edit.pt"
+    world = encode_pairs(settings)
+    tokenizer = small_model.train_tokenizer(edit=True)
+    network, _ = _network(tokenizer)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    optimizers = muon_and_adamw(network.named_parameters(), settings.learning_rate)
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        start = state["step"]
+        log(f"edit: resumed at step {start}")
+    groups = [[i for i, given in enumerate(world.images) if len(given) == count] for count in (1, 2)]
+    rng = random.Random(start + 1)
+    generator = torch.Generator().manual_seed(start + 1)
+    began, losses = time.monotonic(), []
+    for step in range(start, settings.steps):
+        set_rates(optimizers, settings.learning_rate * learning_rate_factor(step, settings))
+        pairs = rng.sample(groups[rng.random() < settings.two_images], settings.captions)
+        loss = _loss(network, tokenizer, world, pairs, settings, rng, generator)
+        update(optimizers, loss, network)
+        decay = min(settings.ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            seconds = (time.monotonic() - began) / (step + 1 - start)
+            log(f"edit step {step + 1}/{settings.steps} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step")
+        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
+            kept = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"network": network.state_dict(), "ema": ema.state_dict(), "optimizers": kept, "step": step + 1}
+            save_checkpoint(checkpoint, state)
+    return checkpoint
+
+
+def _loss(
+    network: nn.ModuleDict,
+    tokenizer: Qwen2Tokenizer,
+    world: EditWorld,
+    pairs: list[int],
+    settings: EditSettings,
+    rng: random.Random,
+    generator: torch.Generator,
+) -> Tensor:
+    """Flow matching's loss on the targets' tokens, of these pairs at several draws of noise each."""
+    texts = [" " if rng.random() < settings.caption_dropout else rng.choice(world.wordings[i]) for i in pairs]
+    rows = torch.tensor([world.images[i] for i in pairs])  # [B, images]
+    plain = rng.random() < settings.plain_positions
+    text, mask = encode_instructions(network["text"], tokenizer, texts, world.seen[rows.flatten()], plain)
+    repeated = torch.arange(len(pairs)).repeat(settings.draws)
+    clean = world.targets[pairs].float()[repeated]
+    controls = world.controls[rows].flatten(1, 2).float()[repeated]  # [B, images * 16, 64]
+    noise = torch.randn(clean.shape, generator=generator)
+    sigma = flow.sample_sigmas(len(repeated), flow.Schedule().mu(clean.shape[1]), generator)
+    velocity = network["transformer"](
+        hidden_states=torch.cat([flow.add_noise(clean, noise, sigma), controls], dim=1),
+        timestep=flow.model_time(sigma, torch.float32),
+        encoder_hidden_states=text[repeated],
+        encoder_hidden_states_mask=None if mask is None else mask[repeated],
+        img_shapes=[[GRID] * (1 + rows.shape[1])] * len(repeated),
+        return_dict=False,
+    )[0]
+    return F.mse_loss(velocity[:, : clean.shape[1]], flow.velocity_target(clean, noise))
+
+
+def write_edit(out: Path) -> None:
+    """Write the diffusers folder: EMA weights; the transformer stored as fp16, the VAE and scheduler as they are."""
+    tokenizer = small_model.train_tokenizer(edit=True)
+    network, text_encoder = _network(tokenizer)
+    network.load_state_dict(torch.load(WORK / "edit.pt")["ema"])
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "processor", "scheduler"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    for part in ("vae", "scheduler"):
+        shutil.copytree(TEXT_TO_IMAGE / part, out / part)
+    tokenizer.save_pretrained(out / "tokenizer")
+    tokenizer.save_pretrained(out / "processor")
+    small_model.new_processor().save_pretrained(out / "processor")
+    text_encoder.half().save_pretrained(out / "text_encoder")
+    transformer = cast(QwenImageTransformer2DModel, network["transformer"])
+    transformer.half().save_pretrained(out / "transformer")
+    shutil.copy(Path(__file__).parent / "edit_model_index.json", out / "model_index.json")
+    size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    log(f"wrote {out}: {size / 1e6:.1f} MB of safetensors")
