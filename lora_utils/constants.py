@@ -13,6 +13,19 @@ TEMPLATE_PREFIX = (
 TEMPLATE_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATE_PREFIX_TOKENS = 34  # DIF, `prompt_template_encode_start_idx`
 TEMPLATE_SUFFIX_TOKENS = 5
+# In front of a prompt that edits images, which the text encoder sees then (DIF, both editing pipelines).
+EDIT_TEMPLATE_PREFIX = (
+    "<|im_start|>system\n"
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+EDIT_PREFIX_TOKENS = 64
+IMAGE_PAD = "<|image_pad|>"  # stands for an image's features, one for each
+IMAGE_MARK = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+VISION_AREA_PX = 384 * 384  # DIF, `CONDITION_IMAGE_SIZE`
+CONTROL_AREA_PX = 1024 * 1024  # DIF, `VAE_IMAGE_SIZE`: of an image to edit
 MAX_PROMPT_TOKENS = 1024  # DIF, `tokenizer_max_length`: what the pipeline can be set to read
 TRAINED_PROMPT_TOKENS = 512  # what the model saw in training; DIF, default of `max_sequence_length`
 
@@ -75,6 +88,11 @@ PLACEHOLDER_KEY = "bundle_emb.{token}.lora.qwen25_7b"
 
 DEFAULT_BASE_MODEL = "Qwen/Qwen-Image"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+EDIT_COMPONENTS = (*COMPONENTS, "processor")  # of a model that edits: its images are cut into patches
+# What model_index.json names. The text-to-image models' weights are the same, whichever of the three wrote the folder.
+TEXT_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+EDIT_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"  # the newest of those that edit
 
 # What a repository's LoRA is called, in this order: ours, diffusers', peft's.
 HUB_WEIGHT_NAMES = ("weights.zip", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")

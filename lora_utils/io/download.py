@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 20 * 10**9  # of downloaded LoRAs, and at most half of what the disk has free
 _VALIDATORS = ".validators.json"
 _MAX_PATH = 1024  # characters; a longer text isn't asked of the file system
-# What stands in it for the text-to-image models. Their weights are the same, whichever of the three wrote the folder.
-_PIPELINES = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
 
 
 def base_model_name() -> str:
@@ -50,13 +48,14 @@ def _component_patterns(parts: Sequence[str]) -> list[str]:
 def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS) -> Path:
     """Return the folder of a model in diffusers' layout: itself if it is one, else the hub's files, kept between calls.
 
-    The components in `parts` are complete in it. Raises UserError for what is neither, and for an incomplete one.
+    The components in `parts` are complete in it; with a text encoder that sees images, what prepares these too. Raises
+    UserError for what is neither, and for an incomplete one.
     """
     folder = Path(base_model)
     if folder.is_dir():
         if not (folder / MODEL_INDEX).is_file():
             raise UserError(f"BASE_MODEL {base_model!r} holds no model_index.json; give a folder in diffusers' layout.")
-        _check_pipeline(folder / MODEL_INDEX, base_model)
+        parts = _with_processor(parts, check_pipeline(folder / MODEL_INDEX, base_model))
         command = f"hf download {constants.DEFAULT_BASE_MODEL} --local-dir {shlex.quote(base_model)}"
         check_model_folder(folder, parts, base_model, command)
         return folder
@@ -64,7 +63,8 @@ def download_model(base_model: str, parts: Sequence[str] = constants.COMPONENTS)
         raise UserError(
             f"BASE_MODEL {base_model!r} is neither a folder nor a hub name like {constants.DEFAULT_BASE_MODEL!r}."
         )
-    _check_pipeline(_from_cache_or_hub(base_model, [MODEL_INDEX]) / MODEL_INDEX, base_model)
+    pipeline = check_pipeline(_from_cache_or_hub(base_model, [MODEL_INDEX]) / MODEL_INDEX, base_model)
+    parts = _with_processor(parts, pipeline)
     missing_bytes = _missing_bytes(base_model, _component_patterns(parts))
     if missing_bytes:
         log.info("downloading %s from the hub: %.2f GB", base_model, missing_bytes / 1e9)
@@ -89,17 +89,27 @@ def _no_such_model(base_model: str) -> UserError:
     return UserError(f"the hub has no model {base_model!r}, or it is private: check BASE_MODEL and HF_TOKEN.")
 
 
-def _check_pipeline(index: Path, base_model: str) -> None:
-    """Raise UserError for a model of another kind, before any of its weights is downloaded or loaded."""
+def _with_processor(parts: Sequence[str], pipeline: str) -> Sequence[str]:
+    """Return the parts of a model, with the processor of images that belongs to the text encoder of one that edits."""
+    edits = pipeline in constants.EDIT_PIPELINES and "text_encoder" in parts
+    return [part for part in constants.EDIT_COMPONENTS if part in parts or part == "processor"] if edits else parts
+
+
+def check_pipeline(index: Path, base_model: str) -> str:
+    """Return which pipeline a model is for.
+
+    Raises UserError for one of another kind, before any of its weights is downloaded or loaded.
+    """
     try:
         pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"model_index.json of BASE_MODEL {base_model!r} can't be read; download it again.") from error
-    if pipeline not in _PIPELINES:
+    if pipeline not in constants.TEXT_PIPELINES + constants.EDIT_PIPELINES:
         raise UserError(
-            f"BASE_MODEL {base_model!r} is a model of {str(pipeline)[:60]}, and not a text-to-image Qwen-Image; set it "
-            "to Qwen/Qwen-Image or Qwen/Qwen-Image-2512."
+            f"BASE_MODEL {base_model!r} is a model of {str(pipeline)[:60]}, and not a Qwen-Image; set it to "
+            f"Qwen/Qwen-Image or Qwen/Qwen-Image-2512, or to {constants.EDIT_MODEL} to edit images."
         )
+    return pipeline
 
 
 def _missing_bytes(base_model: str, patterns: Sequence[str]) -> int:

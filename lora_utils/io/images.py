@@ -119,7 +119,12 @@ def open_crop(path: Path, size_px: tuple[int, int]) -> Image.Image:
 
 def load_pixels(path: Path, size_px: tuple[int, int]) -> Tensor:
     """Return the same crop as a tensor [3, H, W], fp32 in -1 to 1."""
-    return torch.from_numpy(np.array(open_crop(path, size_px))).permute(2, 0, 1).float() / 127.5 - 1.0  # [3, H, W]
+    return to_pixels(open_crop(path, size_px))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB image as a tensor [3, H, W], fp32 in -1 to 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0  # [3, H, W]
 
 
 def difference_hash(image: Image.Image) -> bytes:

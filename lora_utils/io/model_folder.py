@@ -11,7 +11,11 @@ from lora_utils.errors import UserError
 MODEL_INDEX = "model_index.json"
 # The names under which diffusers and transformers store the weights of a part that is one file.
 _SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-_CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": ""}  # of the other parts: config.json
+_CONFIGS = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "",
+    "processor": "preprocessor_config.json",
+}  # of the other parts: config.json
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # of which a tokenizer has one
 
 
@@ -48,7 +52,7 @@ def _check_part(folder: Path) -> None:
     if folder.name == "tokenizer":
         if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
             raise _Incomplete("tokenizer/ has neither tokenizer.json nor vocab.json with merges.txt")
-    elif folder.name != "scheduler":
+    elif folder.name not in ("scheduler", "processor"):
         for file in _weight_files(folder):
             try:
                 with safe_open(file, framework="pt"):

@@ -8,10 +8,11 @@ table at every step and, on a GPU, most passes between the projections and atten
 Legend: B batch, N image tokens, T text tokens, S = T + N, H heads, E width of a head, D = H * E.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,18 @@ def project_each(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
+class Layout(NamedTuple):
+    """Where tokens are: the RoPE table [S, E / 2, 2] of text and images, and how many image tokens are generated.
+
+    `generated` is None where all are. The others, behind them, are of images to edit, which are given without noise.
+    """
+
+    rope: Tensor
+    generated: int | None
+
+
 class JointRope(nn.Module):
-    """It replaces `pos_embed`: one table [S, E / 2, 2] for text and image, kept for the shapes last seen.
+    """It replaces `pos_embed`: one table [S, E / 2, 2] for text and images, kept for the shapes last seen.
 
     It holds the rotations' real and imaginary parts.
     """
@@ -40,14 +51,15 @@ class JointRope(nn.Module):
         self.original = original
         self.table = lru_cache(maxsize=64)(self._table)
 
-    def _table(self, shape: tuple[int, int, int], text_tokens: int, device: torch.device) -> Tensor:
+    def _table(self, shapes: tuple[tuple[int, int, int], ...], text_tokens: int, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # a table made while sampling must serve training too
-            image, text = self.original([shape], max_txt_seq_len=text_tokens, device=device)
+            image, text = self.original([list(shapes)], max_txt_seq_len=text_tokens, device=device)
             return torch.view_as_real(torch.cat([text, image]))
 
-    def forward(self, img_shapes: list[Any], max_txt_seq_len: int, device: torch.device) -> Tensor:
-        (shape,) = img_shapes[0]  # one image per example, all of one size
-        return self.table(shape, max_txt_seq_len, device)
+    def forward(self, img_shapes: list[Any], max_txt_seq_len: int, device: torch.device) -> Layout:
+        shapes = tuple(img_shapes[0])  # the same in all examples; the first is what is generated
+        generated = math.prod(shapes[0]) if len(shapes) > 1 else None
+        return Layout(self.table(shapes, max_txt_seq_len, device), generated)
 
 
 def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
@@ -58,6 +70,27 @@ def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Ten
     if len(x) == 1:
         return F.layer_norm(x, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
     return torch.addcmul(shift[:, None], F.layer_norm(x, norm.normalized_shape, eps=norm.eps), 1 + scale[:, None])
+
+
+def modulate_parts(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor, generated: int | None) -> Tensor:
+    """Modulate tokens [B, N, D]. With `generated`, shift and scale are [2 B, D]: the second half is the others'."""
+    if generated is None:
+        return modulate(x, norm, shift, scale)
+    own, others = (modulate(x[:, at], norm, shift[rows], scale[rows]) for at, rows in _parts(x, generated))
+    return torch.cat([own, others], dim=1)
+
+
+def add_gated(x: Tensor, gate: Tensor, change: Tensor, generated: int | None) -> Tensor:
+    """Return x + gate * change, [B, N, D]. With `generated`, the gate is [2 B, D]: the second half is the others'."""
+    if generated is None:
+        return torch.addcmul(x, gate[:, None], change)
+    added = [torch.addcmul(x[:, at], gate[rows, None], change[:, at]) for at, rows in _parts(x, generated)]
+    return torch.cat(added, dim=1)
+
+
+def _parts(x: Tensor, generated: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Return the tokens of what is generated and of the others, each with its rows of the modulations."""
+    return (slice(None, generated), slice(None, len(x))), (slice(generated, None), slice(len(x), None))
 
 
 def attend(
@@ -93,26 +126,32 @@ def compute_block(
     image_mod: Tensor,
     text_mod: Tensor,
     rope: Tensor,
+    generated: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute a dual-stream block on image [B, N, D] and text [B, T, D], modulations [B, 6 D] -> text and image."""
+    """Compute a dual-stream block on image [B, N, D] and text [B, T, D], modulations [B, 6 D] -> text and image.
+
+    With `generated`, only so many image tokens have the noise's level. The others are modulated by the second half of
+    `image_mod`, [2 B, 6 D] then.
+    """
     i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = image_mod.chunk(6, dim=-1)  # [B, D] each
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = text_mod.chunk(6, dim=-1)
 
     # Attention, over both streams together.
     mixed_image, mixed_text = attend(
         block.attn,
-        modulate(image, block.img_norm1, i_shift1, i_scale1),
+        modulate_parts(image, block.img_norm1, i_shift1, i_scale1, generated),
         modulate(text, block.txt_norm1, t_shift1, t_scale1),
         mask,
         rope,
         project,
         join,
     )
-    image = torch.addcmul(image, i_gate1[:, None], block.attn.to_out[0](mixed_image))
+    image = add_gated(image, i_gate1, block.attn.to_out[0](mixed_image), generated)
     text = torch.addcmul(text, t_gate1[:, None], block.attn.to_add_out(mixed_text))
 
     # The MLP of each stream.
-    image = torch.addcmul(image, i_gate2[:, None], block.img_mlp(modulate(image, block.img_norm2, i_shift2, i_scale2)))
+    modulated = modulate_parts(image, block.img_norm2, i_shift2, i_scale2, generated)
+    image = add_gated(image, i_gate2, block.img_mlp(modulated), generated)
     text = torch.addcmul(text, t_gate2[:, None], block.txt_mlp(modulate(text, block.txt_norm2, t_shift2, t_scale2)))
     return text, image
 
@@ -175,9 +214,9 @@ class BlockForward:
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
         temb: Tensor,
-        image_rotary_emb: Tensor,
+        image_rotary_emb: Layout,
         joint_attention_kwargs: None = None,
-        modulate_index: None = None,
+        modulate_index: Tensor | None = None,  # which the layout says already
     ) -> Streams:
         """Compute the block on image [B, N, D] and text [B, T, D], by diffusers' names -> text and image."""
         given = (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb)
@@ -190,10 +229,20 @@ class BlockForward:
 
         return forward() if self.cache is None else self.cache(forward, hidden_states, encoder_hidden_states)
 
-    def _forward(self, image: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, rope: Tensor) -> Streams:
-        """Compute with the modulations of `temb`, maybe from a table: they stay out of what is compiled."""
-        image_mod, text_mod = self.block.img_mod(temb), self.block.txt_mod(temb)
-        return self.compute(self.block, self.project, self.join, image, text, mask, image_mod, text_mod, rope)
+    def _forward(self, image: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, layout: Layout) -> Streams:
+        """Compute with the modulations of `temb`, maybe from a table: they stay out of what is compiled.
+
+        Where the images to edit have a level of their own, `temb` is [2 B, D]: the noise's, then theirs, which is 0.
+        """
+        rope, generated = layout
+        if not self.block.zero_cond_t:
+            generated = None
+        elif generated is None:
+            temb = temb[: len(image)]
+        given = self.block.img_mod(temb), self.block.txt_mod(temb[: len(image)]), rope
+        if generated is None:
+            return self.compute(self.block, self.project, self.join, image, text, mask, *given)
+        return self.compute(self.block, self.project, self.join, image, text, mask, *given, generated)
 
 
 def install_forwards(transformer: QwenImageTransformer2DModel) -> None:

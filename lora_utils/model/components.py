@@ -13,6 +13,8 @@ from lora_utils.model.device import Placement
 from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer
 from lora_utils.model.transformer import Storage, load_transformer
 from lora_utils.model.vae import load_vae
+from lora_utils.model.variant import TEXT_TO_IMAGE, Variant, read_variant
+from lora_utils.model.vision import Vision, load_vision
 
 
 @dataclass(slots=True)
@@ -29,6 +31,14 @@ class Components:
     transformer: QwenImageTransformer2DModel
     placement: Placement
     folder: Path
+    variant: Variant = TEXT_TO_IMAGE
+    vision: Vision | None = None  # of an editing model
+
+    def need_vision(self) -> Vision:
+        """Return the vision tower. Raises RuntimeError where it was freed, or where the model has no use for it."""
+        if self.vision is None:
+            raise RuntimeError("an image is to be shown to the text encoder, and the vision tower isn't loaded")
+        return self.vision
 
     def need_text_encoder(self) -> Qwen2_5_VLTextModel:
         """Return the text encoder. Raises RuntimeError where it was freed."""
@@ -64,13 +74,16 @@ def load_components(
     folder: Path, placement: Placement, quantization: str = "none", text_encoder_on_device: bool = True
 ) -> Components:
     """Load all of a model for sampling, with a table of the modulations where the dtype leaves few enough timesteps."""
-    storage = Storage(quantization, modulation.sampling_timesteps(placement.dtype))
+    storage, variant = Storage(quantization, modulation.sampling_timesteps(placement.dtype)), read_variant(folder)
+    reading = placement if text_encoder_on_device else placement.on_cpu()
     return Components(
         load_tokenizer(folder),
         load_schedule(folder),
-        load_text_encoder(folder, placement if text_encoder_on_device else placement.on_cpu()),
+        load_text_encoder(folder, reading),
         load_vae(folder, placement),
         load_transformer(folder, placement, storage),
         placement,
         folder,
+        variant,
+        load_vision(folder, reading) if variant.edits else None,
     )

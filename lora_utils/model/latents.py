@@ -41,6 +41,14 @@ class Size:
         return f"{self.width_px}x{self.height_px}"
 
 
+@dataclass(frozen=True, slots=True)
+class ControlLatents:
+    """The images to edit of one example, without noise: packed latents [M, C] of all of them, and their sizes."""
+
+    tokens: Tensor
+    sizes: tuple[Size, ...]
+
+
 def round_to_token(pixels: float) -> int:
     """Return the nearest multiple of 16, at least 16."""
     return max(1, round(pixels / constants.PIXELS_PER_TOKEN)) * constants.PIXELS_PER_TOKEN

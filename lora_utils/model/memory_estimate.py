@@ -22,6 +22,8 @@ from lora_utils.model.host_memory import free_host_bytes
 from lora_utils.model.latents import Size
 from lora_utils.model.loading import PASSING_BYTES, empty_weights, stored_weights
 from lora_utils.model.text_encoder import read_text_config
+from lora_utils.model.variant import read_variant
+from lora_utils.model.vision import count_vision_weights
 
 SHARDED = "sharded"  # stands beside the schemes where there are several GPUs
 
@@ -122,6 +124,7 @@ class ModelShapes:
     stored_text_encoder: torch.dtype | None = None
     weights: int = 0  # of transformer and text encoder
     vae_weights: int = 0
+    vision_weights: int = 0  # of the vision tower, where images are to be edited
 
     @property
     def blocks(self) -> int:
@@ -152,6 +155,7 @@ def read_shapes(folder: Path) -> ModelShapes:
         stored["text_encoder"].dtype,
         stored["transformer"].count + stored["text_encoder"].count,
         stored["vae"].count,
+        count_vision_weights(folder) if read_variant(folder).edits else 0,
     )
 
 
@@ -259,14 +263,16 @@ def training_estimate(
 
 
 def sampling_estimate(shapes: ModelShapes, room: Room) -> MemoryEstimate:
-    """Estimate a server that samples images of the official size."""
+    """Estimate a server that samples images of the official size, from one image to edit where it edits."""
     dtype, size = room.placement.dtype, Size(*constants.OFFICIAL_SIZES_PX["1:1"])
     timesteps = modulation.sampling_timesteps(dtype)
-    forward = memory.sampling_bytes(size.tokens, shapes.width, dtype.itemsize)
+    edited = constants.CONTROL_AREA_PX // constants.PIXELS_PER_TOKEN**2 if shapes.vision_weights else 0
+    forward = memory.sampling_bytes(size.tokens + edited, shapes.width, dtype.itemsize)
     decode = memory.decode_bytes(size.width_px * size.height_px, dtype.itemsize, shapes.vae_width)
     work = max(forward, decode) + shapes.vae_weights * dtype.itemsize
     found = _estimate(shapes, None if timesteps is None else len(timesteps), room, work)
-    return replace(found, purpose="prediction", work_name="an image of the official size")
+    text_encoder = found.text_encoder + shapes.vision_weights * dtype.itemsize  # which see images together
+    return replace(found, text_encoder=text_encoder, purpose="prediction", work_name="an image of the official size")
 
 
 def _estimate(shapes: ModelShapes, timesteps: int | None, room: Room, work: float) -> MemoryEstimate:

@@ -100,9 +100,9 @@ class _FromTable(nn.Module):
         super().__init__()
         self.table, self.block, self.stream = table, block, stream
 
-    def forward(self, _temb: Tensor) -> Tensor:
+    def forward(self, temb: Tensor) -> Tensor:
         assert self.table.current is not None, "a timestep was shown"
-        return self.table.current[:, self.block, self.stream]  # [B, 6D]
+        return self.table.current[: len(temb), self.block, self.stream]  # [B, 6D]
 
 
 @torch.no_grad()
@@ -112,7 +112,10 @@ def install_table(transformer: QwenImageTransformer2DModel, timesteps: Tensor) -
     The transformer's time embedding must be loaded; its modulations need not. From then on every forward looks its
     timestep up. It had better be given on the CPU: reading it from the GPU would wait for all that is queued there.
     """
-    known = timesteps.float().unique()  # ascending
+    shown = timesteps.float()
+    if transformer.zero_cond_t:
+        shown = torch.cat([shown, torch.zeros(1)])  # the level of images to edit
+    known = shown.unique()  # ascending
     embedder = cast(Any, transformer.time_text_embed)
     like = next(embedder.parameters())
     filled = F.pad(known, (0, -len(known) % _AT_ONCE))
@@ -167,7 +170,8 @@ def _show_timesteps(transformer: QwenImageTransformer2DModel, table: ModulationT
     """Show the table the timesteps of each forward, before it."""
 
     def show(_module: nn.Module, positional: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        table.show(named["timestep"].cpu())
+        time = named["timestep"].cpu()
+        table.show(torch.cat([time, torch.zeros_like(time)]) if transformer.zero_cond_t else time)
         return positional, {**named, "timestep": named["timestep"].to(table.device)}
 
     table.hook = transformer.register_forward_pre_hook(show, with_kwargs=True)

@@ -8,6 +8,7 @@ Legend: B batch, T text tokens, D the text encoder's width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,11 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
 
 from lora_utils import constants
+from lora_utils.errors import UserError
 from lora_utils.model.device import Placement, freeze_on_device, to_device
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
+from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
+from lora_utils.model.vision import VisionFeatures, positions
 from lora_utils.placeholder.embedding import embedding_matrix, spliced_embeddings
 from lora_utils.placeholder.tokens import Placeholders, tokenize
 
@@ -31,6 +35,11 @@ class TextEmbeddings:
     def on(self, device: torch.device) -> "TextEmbeddings":
         """Return the same on another device."""
         return TextEmbeddings(self.states.to(device), None if self.mask is None else self.mask.to(device))
+
+    def rows(self, chosen: Sequence[int]) -> "TextEmbeddings":
+        """Return some of the prompts."""
+        index = list(chosen)
+        return TextEmbeddings(self.states[index], None if self.mask is None else self.mask[index])
 
     def repeated(self, count: int) -> "TextEmbeddings":
         """Return the same prompts, all of them so many times."""
@@ -80,11 +89,52 @@ def _language_model_name(stored: str) -> str | None:
 # --- encoding -------------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeholders) -> list[int]:
-    """Return the ids that the text encoder reads: the template around the prompt, cut as diffusers' pipeline does."""
-    text = constants.TEMPLATE_PREFIX + prompt + constants.TEMPLATE_SUFFIX
-    longest = constants.TEMPLATE_PREFIX_TOKENS + constants.MAX_PROMPT_TOKENS
-    return tokenize(tokenizer, text, placeholders.ids_by_token)[:longest]
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text and, for an editing model, what the text encoder sees of the images that it speaks of."""
+
+    text: str
+    images: tuple[VisionFeatures, ...] = ()
+
+
+def as_prompt(prompt: str | Prompt) -> Prompt:
+    """Return a prompt without images of a text, or the prompt that it is."""
+    return Prompt(prompt) if isinstance(prompt, str) else prompt
+
+
+def prompt_ids(
+    tokenizer: Qwen2Tokenizer, prompt: str | Prompt, placeholders: Placeholders, variant: Variant = TEXT_TO_IMAGE
+) -> list[int]:
+    """Return the ids that the text encoder reads: the template around the prompt, with a mark for each image feature.
+
+    A longer prompt is cut, as diffusers' text-to-image pipeline does; its images count for nothing there. Raises
+    UserError for a text that holds the marks of images itself.
+    """
+    prompt = as_prompt(prompt)
+    ids = tokenize(tokenizer, variant.prompt(prompt.text, len(prompt.images)), placeholders.ids_by_token)
+    if variant.edits:
+        ids = _with_features(ids, image_id(tokenizer), prompt)
+    seen = sum(image.rows * image.columns for image in prompt.images)
+    return ids[: variant.prefix_tokens + seen + constants.MAX_PROMPT_TOKENS]
+
+
+def _with_features(ids: list[int], mark: int, prompt: Prompt) -> list[int]:
+    """Return ids with each image's mark repeated for every feature of it."""
+    if ids.count(mark) != len(prompt.images):
+        raise UserError(
+            f"the prompt {prompt.text[:60]!r} holds {constants.IMAGE_PAD}, which marks images for the model; leave it "
+            "out: the images are put in front of the prompt."
+        )
+    images, marked = iter(prompt.images), list[int]()
+    for token in ids:
+        image = next(images) if token == mark else None
+        marked += [token] if image is None else [token] * (image.rows * image.columns)
+    return marked
+
+
+def image_id(tokenizer: Qwen2Tokenizer) -> int:
+    """Return the id of the token that stands for an image's feature."""
+    return cast(int, tokenizer.convert_tokens_to_ids(constants.IMAGE_PAD))
 
 
 def length_warning(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeholders) -> str | None:
@@ -99,28 +149,56 @@ def length_warning(tokenizer: Qwen2Tokenizer, prompt: str, placeholders: Placeho
 
 
 def encode_prompts(
-    text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, prompts: Sequence[str], placeholders: Placeholders
+    text_encoder: Qwen2_5_VLTextModel,
+    tokenizer: Qwen2Tokenizer,
+    prompts: Sequence[str | Prompt],
+    placeholders: Placeholders,
+    variant: Variant = TEXT_TO_IMAGE,
 ) -> list[Tensor]:
-    """Encode prompts as the states [T_i, D] that condition the transformer.
+    """Encode prompts as the states [T_i, D] that condition the transformer, those of the template's prefix left out.
 
     Shorter prompts are padded on the right, where causal attention keeps the padding from every real token; no mask is
-    needed within. Gradients flow to the placeholders' embeddings if grad mode is on.
+    needed within. Gradients flow to the placeholders' embeddings, and to the images' features, if grad mode is on.
     """
-    ids = [prompt_ids(tokenizer, prompt, placeholders) for prompt in prompts]
+    given = [as_prompt(prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, placeholders, variant) for prompt in given]
     padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     for index, own in enumerate(ids):
         padded[index, : len(own)] = torch.tensor(own)
+    device = embedding_matrix(text_encoder).device
+    padded = to_device(padded, device)
     with spliced_embeddings(text_encoder, placeholders):
-        padded = to_device(padded, embedding_matrix(text_encoder).device)
-        states = text_encoder(input_ids=padded, use_cache=False).last_hidden_state  # [B, 34 + T, D]
-    return [state[constants.TEMPLATE_PREFIX_TOKENS : len(own)] for state, own in zip(states, ids, strict=True)]
+        if any(prompt.images for prompt in given):
+            states = _states_with_images(text_encoder, given, ids, padded, image_id(tokenizer))
+        else:
+            states = text_encoder(input_ids=padded, use_cache=False).last_hidden_state
+    dropped = variant.prefix_tokens  # of states [B, prefix + T, D]
+    return [state[dropped : len(own)] for state, own in zip(states, ids, strict=True)]
+
+
+def _states_with_images(
+    text_encoder: Qwen2_5_VLTextModel, prompts: Sequence[Prompt], ids: list[list[int]], padded: Tensor, mark: int
+) -> Tensor:
+    """Return the states [B, T, D] of prompts with images: their features in the marks' place, at their positions."""
+    embedded = text_encoder.get_submodule("embed_tokens")(padded)  # [B, T, D], the placeholders' in place
+    seen = [image.states for prompt in prompts for image in prompt.images]
+    embedded = embedded.masked_scatter((padded == mark).unsqueeze(-1), torch.cat(seen).to(embedded))
+    places = torch.zeros(3, *padded.shape, dtype=torch.long)
+    for index, (own, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        places[:, index, : len(own)] = positions(own, mark, prompt.images)
+    places = to_device(places, padded.device)
+    return text_encoder(inputs_embeds=embedded, position_ids=places, use_cache=False).last_hidden_state
 
 
 def encode_text(
-    text_encoder: Qwen2_5_VLTextModel, tokenizer: Qwen2Tokenizer, prompts: Sequence[str], placeholders: Placeholders
+    text_encoder: Qwen2_5_VLTextModel,
+    tokenizer: Qwen2Tokenizer,
+    prompts: Sequence[str | Prompt],
+    placeholders: Placeholders,
+    variant: Variant = TEXT_TO_IMAGE,
 ) -> TextEmbeddings:
     """Encode prompts as one batch."""
-    return pad_embeddings(encode_prompts(text_encoder, tokenizer, prompts, placeholders))
+    return pad_embeddings(encode_prompts(text_encoder, tokenizer, prompts, placeholders, variant))
 
 
 def pad_embeddings(states: Sequence[Tensor]) -> TextEmbeddings:

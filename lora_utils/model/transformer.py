@@ -3,7 +3,7 @@
 Legend: B batch, N image tokens, C packed channels (64), S timesteps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +18,12 @@ from lora_utils.errors import UserError
 from lora_utils.model import blocks, flops, flow, fsdp, modulation
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory, to_device
 from lora_utils.model.host_memory import trim_allocator
-from lora_utils.model.latents import Size
+from lora_utils.model.latents import ControlLatents, Size
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
 from lora_utils.model.quantization import Quantizer
 from lora_utils.model.text_encoder import TextEmbeddings
 
-_OTHER_MODELS_OPTIONS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # Qwen-Image-Edit's and -Layered's
+_OTHER_MODELS_OPTIONS = ("use_additional_t_cond", "use_layer3d_rope")  # Qwen-Image-Layered's
 
 # A source of weights. It renames each one by a function, and doesn't read those whose new name is None.
 WeightStream = Callable[[Callable[[str], str | None]], Iterator[tuple[str, Tensor]]]
@@ -39,13 +39,13 @@ class Storage:
 
 
 def load_transformer(folder: Path, placement: Placement, storage: Storage | None = None) -> QwenImageTransformer2DModel:
-    """Load the transformer of a model folder. Raises UserError for an editing or layered model, or missing weights."""
+    """Load the transformer of a model folder. Raises UserError for a layered model, or missing weights."""
     source = folder / "transformer"
     config = cast(dict[str, Any], QwenImageTransformer2DModel.load_config(source))
     if other := [name for name in _OTHER_MODELS_OPTIONS if config.get(name)]:
         raise UserError(
-            f"{folder} isn't a text-to-image Qwen-Image: its transformer has {other[0]}, as editing and layered models "
-            "do. Set BASE_MODEL to Qwen/Qwen-Image or Qwen/Qwen-Image-2512."
+            f"{folder} isn't a Qwen-Image that this package knows: its transformer has {other[0]}, as layered models "
+            "do. Set BASE_MODEL to Qwen/Qwen-Image, Qwen/Qwen-Image-2512, Qwen/Qwen-Image-Edit, -2509 or -2511."
         )
     stream = partial(stream_tensors, source, placement.device, placement.dtype)
     return build_transformer(config, stream, source, placement, storage or Storage())
@@ -116,16 +116,51 @@ def transformer_shape(transformer: QwenImageTransformer2DModel) -> flops.Shape:
 
 
 def predict_velocity(
-    transformer: QwenImageTransformer2DModel, latents: Tensor, sigma: Tensor, text: TextEmbeddings, size: Size
+    transformer: QwenImageTransformer2DModel,
+    latents: Tensor,
+    sigma: Tensor,
+    text: TextEmbeddings,
+    size: Size,
+    controls: Sequence[ControlLatents] = (),
 ) -> Tensor:
-    """Predict the velocity [B, N, C] of noisy latents [B, N, C] at sigma [B], which is on the CPU, under the text."""
-    rows, columns = size.grid
-    time = flow.model_time(sigma, latents.dtype)
+    """Predict the velocity [B, N, C] of noisy latents [B, N, C] at sigma [B], which is on the CPU, under the text.
+
+    An editing model is given each example's images to edit, [M, C]. Examples whose images differ in size or number are
+    computed one group after the other, for the model knows one layout at a time; the result is that of each alone.
+    """
+    if not controls:
+        return _velocity(transformer, latents, sigma, text, (size,))
+    groups: dict[tuple[Size, ...], list[int]] = {}
+    for index, own in enumerate(controls):
+        groups.setdefault(own.sizes, []).append(index)
+    parts = dict[int, Tensor]()
+    for sizes, members in groups.items():
+        given = torch.stack([controls[index].tokens for index in members]).to(latents)  # [b, M, C]
+        everyone = len(members) == len(latents)
+        noisy = latents if everyone else latents[members]
+        own_text, level = (text, sigma) if everyone else (text.rows(members), sigma[members])
+        joined = torch.cat([noisy, given], dim=1)  # [b, N + M, C]
+        velocity = _velocity(transformer, joined, level, own_text, (size, *sizes))[:, : size.tokens]
+        if everyone:
+            return velocity
+        parts |= dict(zip(members, velocity, strict=True))
+    return torch.stack([parts[index] for index in range(len(latents))])
+
+
+def _velocity(
+    transformer: QwenImageTransformer2DModel,
+    tokens: Tensor,
+    sigma: Tensor,
+    text: TextEmbeddings,
+    sizes: tuple[Size, ...],
+) -> Tensor:
+    """Return the transformer's output [B, N + M, C] for images of these sizes, the first of which is noisy."""
+    time = flow.model_time(sigma, tokens.dtype)
     return transformer(
-        hidden_states=latents,
-        timestep=time if modulation.has_table(transformer) else to_device(time, latents.device),
+        hidden_states=tokens,
+        timestep=time if modulation.has_table(transformer) else to_device(time, tokens.device),
         encoder_hidden_states=text.states,
         encoder_hidden_states_mask=text.mask,
-        img_shapes=[[(1, rows, columns)]] * len(latents),
+        img_shapes=[[(1, *size.grid) for size in sizes]] * len(tokens),
         return_dict=False,
     )[0]
