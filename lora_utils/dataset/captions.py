@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lora_utils.errors import UserError
 
@@ -180,8 +181,26 @@ def _restored_names(own: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
             yield same_name(name.encode(as_read).decode(encoding)), image
 
 
+def read_rows(folder: Path, table: Path, known: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (image's name, row) of a table. Raises UserError for one that can't be read."""
+    title = str(table.relative_to(folder))
+    for row in _parsed_rows(_read_text(folder, table, MAX_TABLE_BYTES, "table"), table, title, known):
+        name = _column(row, _NAME_COLUMNS)
+        if isinstance(row, dict) and name is not None:
+            yield name, row
+
+
 def _rows(text: str, table: Path, title: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield (image's name, caption) of a table's rows. Raises UserError for one that isn't such a row."""
+    for number, row in enumerate(_parsed_rows(text, table, title, known), start=1):
+        name, caption = (_column(row, columns) for columns in (_NAME_COLUMNS, _TEXT_COLUMNS))
+        if name is None or caption is None:
+            raise UserError(f"{title}, row {number}: expected file_name and text, both of them texts.")
+        yield name, caption
+
+
+def _parsed_rows(text: str, table: Path, title: str, known: Collection[str]) -> list[Any]:
+    """Return a table's rows. Raises UserError for what is no table."""
     try:
         if table.suffix.casefold() == ".json":
             values = json.loads(text)
@@ -198,11 +217,7 @@ def _rows(text: str, table: Path, title: str, known: Collection[str]) -> Iterato
         raise UserError(f"{title} can't be read ({error}); docs/dataset.md lists the formats.") from error
     if not isinstance(rows, list):
         raise UserError(f"{title} must hold an object or a list of objects.")
-    for number, row in enumerate(rows, start=1):
-        name, caption = (_column(row, columns) for columns in (_NAME_COLUMNS, _TEXT_COLUMNS))
-        if name is None or caption is None:
-            raise UserError(f"{title}, row {number}: expected file_name and text, both of them texts.")
-        yield name, caption
+    return rows
 
 
 def _csv_header(text: str, known: Collection[str]) -> list[str] | None:

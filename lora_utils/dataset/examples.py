@@ -12,8 +12,34 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lora_utils.errors import UserError
-from lora_utils.io.images import load_pixels, open_alpha, open_crop, open_mask
+from lora_utils.io.images import load_pixels, open_alpha, open_crop, open_image, open_mask, to_pixels
 from lora_utils.model.latents import Size, mask_shares
+from lora_utils.model.vision import resized
+
+
+@dataclass(frozen=True, slots=True)
+class ControlImage:
+    """An image to edit, scaled to its own size: nothing of it is cropped, as in sampling."""
+
+    image_path: Path
+    size: Size
+    mirrored: bool = False
+    masked: bool = False  # never: the loss counts the target alone
+    mask_path: Path | None = None
+
+    def pixels(self) -> Tensor:
+        """Return the image as a tensor [3, H, W], fp32 in -1 to 1."""
+        pixels = to_pixels(open_image(self.image_path).resize(self.size.pixels, Image.Resampling.LANCZOS))
+        return pixels.flip(-1) if self.mirrored else pixels
+
+    def shares(self) -> None:
+        """Return that nothing of it is masked."""
+
+    def shown(self, area_px: int | None) -> Image.Image:
+        """Return the image as the text encoder sees it, scaled to an area; None: to its size."""
+        image = open_image(self.image_path)
+        image = ImageOps.mirror(image) if self.mirrored else image
+        return image.resize(self.size.pixels, Image.Resampling.LANCZOS) if area_px is None else resized(image, area_px)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +55,7 @@ class Example:
     flip: bool = False  # it may be shown mirrored
     mirrored: bool = False  # it is
     regularisation: bool = False  # it shows the class, not what is taught
+    controls: tuple[ControlImage, ...] = ()  # that it was made of, for a base model that edits
 
     def crop(self) -> Image.Image:
         """Return the image as it fills the bucket. Raises UserError for a file that can't be read any more."""

@@ -17,6 +17,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset.buckets import assign_buckets
 from lora_utils.dataset.caption_texts import caption_choices, caption_problems, count_tokens, missing_tokens
 from lora_utils.dataset.captions import read_captions
+from lora_utils.dataset.controls import control_problems, unreadable_controls, with_controls
 from lora_utils.dataset.conventions import convention_notes
 from lora_utils.dataset.examples import Dataset, Example
 from lora_utils.dataset.remarks import (
@@ -45,26 +46,31 @@ from lora_utils.io.images import (
     thumbnail,
 )
 from lora_utils.model.latents import Size
+from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
 
 PROBLEMS_SHOWN = 20
 
 
-def load(folder: Path, config: TrainConfig, tokenizer: Qwen2Tokenizer | None = None) -> Dataset:
+def load(
+    folder: Path, config: TrainConfig, tokenizer: Qwen2Tokenizer | None = None, variant: Variant = TEXT_TO_IMAGE
+) -> Dataset:
     """Read the images and captions below a folder. Raises UserError with all that is wrong with them.
 
     Without a tokenizer the captions' lengths and placeholder tokens aren't checked.
     """
-    found = inspect(folder, config, tokenizer)
+    found = inspect(folder, config, tokenizer, variant)
     raise_problems(found.problems)
     return found
 
 
-def inspect(folder: Path, config: TrainConfig, tokenizer: Qwen2Tokenizer | None = None) -> Dataset:
+def inspect(
+    folder: Path, config: TrainConfig, tokenizer: Qwen2Tokenizer | None = None, variant: Variant = TEXT_TO_IMAGE
+) -> Dataset:
     """Read the same, with what is wrong in its `problems`, so that a report can show all else too.
 
     Raises UserError for a folder without images.
     """
-    found = scan(folder, config)
+    found = scan(folder, config, variant)
     return with_caption_problems(found, config, tokenizer) if tokenizer is not None else found
 
 
@@ -110,8 +116,8 @@ def raise_problems(problems: Sequence[str]) -> None:
 # --- the scan -------------------------------------------------------------------------------------------------------
 
 
-def scan(folder: Path, config: TrainConfig) -> Dataset:
-    """Find and check every image below a folder, in the order of their paths.
+def scan(folder: Path, config: TrainConfig, variant: Variant = TEXT_TO_IMAGE) -> Dataset:
+    """Find and check every image below a folder, in the order of their paths, for this kind of base model.
 
     Raises UserError for a folder without images.
     """
@@ -138,11 +144,14 @@ def scan(folder: Path, config: TrainConfig) -> Dataset:
     problems = files.settings.problems + found.problems + [one.problem for one in facts.values() if one.problem]
     problems += mask_problems(folder, masks, facts, config.mask_from) + caption_errors
     problems += uncaptioned_problems(folder, chosen.without_caption, config)
+    problems += control_problems(folder, images, files.controls, variant) + unreadable_controls(files.controls)
 
     # The examples of what is sound, each in its buckets.
     sound = {path: one for path, one in facts.items() if not one.problem and path in captions}
     repeats = {path: settings[path].repeats or 1 for path in sound}
     examples = _make_examples(sound, chosen, captions, used, config)
+    if variant.edits and not problems:
+        examples = with_controls(examples, files.controls, config.control_resolution)
     problems += _masks_cropped_away(folder, examples)
     if config.flip != "insist":
         problems += sided_problems(folder, examples)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.caption_texts import regularisation_caption, taught_caption
+from lora_utils.dataset.controls import ControlFiles, match_controls
 from lora_utils.dataset.conventions import folder_class
 from lora_utils.dataset.folder_settings import DatasetSettings, FolderSettings, read_folder_settings
 from lora_utils.dataset.masks import Masks, match_masks
@@ -23,6 +24,7 @@ class DatasetFiles:
     regularisation: list[Path]  # of the images; left out where they aren't wanted
     own: list[Path]  # all but what archivers left
     settings: DatasetSettings
+    controls: ControlFiles
 
     @property
     def known(self) -> set[Path]:
@@ -33,6 +35,7 @@ class DatasetFiles:
             *self.masks.orphans,
             *self.regularisation,
             *self.settings.files,
+            *self.controls.files,
         }
 
 
@@ -41,6 +44,8 @@ def sort_files(folder: Path, config: TrainConfig) -> DatasetFiles:
     own = [path for path in files if not is_litter(PurePosixPath(path.relative_to(folder)))]
     readable = [path for path in own if path.suffix.lower() in IMAGE_ENDINGS]
     settings = read_folder_settings(folder, own)
+    controls = match_controls(folder, readable, own)
+    readable = [path for path in readable if path not in controls.files]
     regularisation = [path for path in readable if settings.of(path).regularisation]
     if len(regularisation) == len(readable):  # they are what there is to learn from
         regularisation = []
@@ -48,7 +53,7 @@ def sort_files(folder: Path, config: TrainConfig) -> DatasetFiles:
     masks = match_masks(folder, used)
     apart = {*masks.files.values(), *masks.orphans}
     images = [path for path in used if path not in apart]
-    return DatasetFiles(images, masks, [path for path in regularisation if path not in apart], own, settings)
+    return DatasetFiles(images, masks, [path for path in regularisation if path not in apart], own, settings, controls)
 
 
 @dataclass(frozen=True, slots=True)
