@@ -52,6 +52,16 @@ def parse_resolutions(text: str) -> str:
     return ",".join(map(str, sides_px))
 
 
+def parse_control_resolution(text: str) -> str:
+    """Return a side in pixels as a text, 'auto', or nothing. Raises UserError for anything else."""
+    plain = text.strip().lower()
+    if plain in ("", "auto"):
+        return plain
+    if not plain.isdecimal() or len(plain) > 4 or not 64 <= int(plain) <= 2048:
+        raise UserError(f"control_resolution takes auto, or a side of 64 to 2048 pixels, got {shown(text)!r}.")
+    return str(int(plain))
+
+
 def check_token_name(name: str) -> None:
     """Raise UserError for a name that a placeholder token can't have, whoever gives it."""
     if not PLACEHOLDER_PATTERN.fullmatch(name):
@@ -226,6 +236,13 @@ class TrainConfig:
     flip: str = option(
         "off", "Show images mirrored half of the time. on refuses captions with left or right, insist takes them too.",
         choices=("off", "on", "insist"),
+    )
+    control_resolution: str = option(
+        "1024", "Side in pixels of the square whose area images to edit are scaled to; auto: as the training "
+        "resolution, which is faster. Only for a base model that edits.", parse=parse_control_resolution,
+    )
+    control_dropout: float = option(
+        0.0, "Share of the images that train without their images to edit.", ge=0, le=1, group="advanced"
     )
     prior_loss_weight: float = option(
         1.0, "Weight of regularisation images, those in a folder called reg, beside the others. 0 leaves them out.",
@@ -438,6 +455,10 @@ class SampleRequest:
     megapixels: float | None = option(
         None, "Area of the image at that aspect ratio. Empty: the official size.", ge=0.05, le=4
     )
+    control_resolution: str = option(
+        "", "Side in pixels of the square whose area images to edit are scaled to; auto: the area of what is made. "
+        "Empty: as the LoRA was trained, else 1024.", parse=parse_control_resolution,
+    )
     extra_lora: str = option(
         "", "More LoRAs, one a line or separated by |: a URL, a path, or a hub repository as owner/name or "
         "owner/name/file.safetensors. Each may end in a strength of its own, like --scale 0.8.",
@@ -490,8 +511,14 @@ class SampleFiles:
         None, "weights.zip from a training, a tar of the same, or a .safetensors LoRA.", accept=WEIGHTS, group="main"
     )
     image: Path | None = option(
-        None, "An image to start from. It gives the aspect ratio where width and height don't.", accept="image/*"
+        None, "An image to start from or, with a base model that edits, to edit. It gives the aspect ratio where width "
+        "and height don't.", accept="image/*",
     )
+    image_2: Path | None = option(
+        None, "A second image to edit, which the prompt calls picture 2. Only for a base model that edits several.",
+        accept="image/*",
+    )
+    image_3: Path | None = option(None, "A third image to edit, picture 3.", accept="image/*")
     mask: Path | None = option(
         None, "What of image is generated again: white. The rest stays. Empty: all of it.", accept="image/*"
     )

@@ -85,7 +85,7 @@ def _first_line(error: Exception) -> str:
 def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
     """Return README.md as the hub reads it: what its search needs in front, then what a person wants to know."""
     # What it is a LoRA of, and the word that calls up what it was taught.
-    named = meta.base_model or ""
+    named, edits = meta.base_model or "", meta.pipeline in constants.EDIT_PIPELINES
     base = named if HUB_REPO_PATTERN.fullmatch(named) and not Path(named).is_dir() else None
     tokens = [described["token"] for described in meta.placeholders]
     trigger = tokens[0] if tokens else meta.config.get("trigger_word") or None
@@ -94,23 +94,27 @@ def model_card(repository: str, meta: Meta, sheets: Sequence[str]) -> str:
     header = [
         "---",
         "library_name: diffusers",
-        "pipeline_tag: text-to-image",
-        "tags: [lora, qwen-image, text-to-image]",
+        f"pipeline_tag: {'image-to-image' if edits else 'text-to-image'}",
+        f"tags: [lora, qwen-image, {'image-to-image' if edits else 'text-to-image'}]",
         *([f"base_model: {base}", "base_model_relation: adapter"] if base else []),
         *([f"instance_prompt: {json.dumps(trigger)}"] if trigger else []),
         "---",
     ]
 
     # The text, which people read.
-    settings = {name: value for name, value in meta.config.items() if value not in ("", None) and _tells(name)}
+    settings = {
+        name: value
+        for name, value in meta.config.items()
+        if value not in ("", None) and _tells(name) and (edits or not name.startswith("control_"))
+    }
     parts = [
         "\n".join(header),
         f"# {repository.rpartition('/')[2]}",
-        f"A LoRA of {base or 'Qwen-Image'}, rank {meta.rank}, {meta.training_steps} steps on {meta.num_images} "
-        f"images.{_named(tokens, trigger)}",
+        f"A LoRA of {base or ('Qwen-Image-Edit' if edits else 'Qwen-Image')}, rank {meta.rank}, "
+        f"{meta.training_steps} steps on {meta.num_images} images.{_named(tokens, trigger)}",
         *([f"![samples]({sheets[-1]})"] if sheets else []),
         "## Use it",
-        _with_diffusers(repository, base or "Qwen/Qwen-Image", tokens, trigger),
+        _with_diffusers(repository, base, str(meta.pipeline) if edits else "", tokens, trigger),
         f"`{ARCHIVE_NAME}` holds the same with `{META_MEMBER}`, for the Cog model that it was trained with: give it as "
         "`replicate_weights`, or this repository's name as `extra_lora`.",
         "## Settings",
@@ -133,15 +137,19 @@ def _named(tokens: Sequence[str], trigger: str | None) -> str:
     return f" What it was taught is called `{trigger}`." if trigger else ""
 
 
-def _with_diffusers(repository: str, base: str, tokens: Sequence[str], trigger: str | None) -> str:
+def _with_diffusers(repository: str, base: str | None, editing: str, tokens: Sequence[str], trigger: str | None) -> str:
+    """Return a program that uses the LoRA in diffusers; `editing` is the class of a pipeline that edits images."""
+    pipeline = editing or "QwenImagePipeline"
+    base = base or (constants.EDIT_MODEL if editing else constants.DEFAULT_BASE_MODEL)
     lines = [
         "```python",
         "import torch",
-        "from diffusers import QwenImagePipeline",
+        f"from diffusers import {pipeline}",
+        *(["from diffusers.utils import load_image"] if editing else []),
         *(["from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file"] if tokens else []),
         *(["from transformers import AddedToken"] if tokens else []),
         "",
-        f'pipeline = QwenImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
         f'pipeline.load_lora_weights("{repository}", weight_name="{LORA_NAME}")',
     ]
     if tokens:
@@ -153,6 +161,9 @@ def _with_diffusers(repository: str, base: str, tokens: Sequence[str], trigger: 
             "    matrix = pipeline.text_encoder.get_input_embeddings().weight",
             '    matrix.data[index] = embeddings[f"bundle_emb.{token}.lora.qwen25_7b"][0].to(matrix)',
         ]
-    prompt = f"a photo of {trigger}" if trigger else "a photo of a lighthouse"
-    lines += [f'pipeline("{prompt}", true_cfg_scale=4.0, negative_prompt=" ").images[0].save("image.png")', "```"]
+    usual = "make it winter" if editing else "a photo of a lighthouse"
+    prompt = (f"put {trigger} on the table" if editing else f"a photo of {trigger}") if trigger else usual
+    given = 'image=load_image("photo.jpg"), prompt=' if editing else ""
+    call = f'pipeline({given}"{prompt}", true_cfg_scale=4.0, negative_prompt=" ")'
+    lines += [f'{call}.images[0].save("image.png")', "```"]
     return "\n".join(lines)

@@ -57,10 +57,9 @@ _FOREIGN_LAYERS = {
     r"(^lora_te|text_encoder|language_model|text_model)": "a text encoder",
 }
 
-# What names of models, in headers and configs, are of another kind than Qwen-Image's text-to-image family. They are
-# compared without case, dots, dashes and spaces.
+# What names of models, in headers and configs, are of another kind than Qwen-Image. They are compared without case,
+# dots, dashes and spaces.
 _FOREIGN_NAMES = {
-    "qwenimageedit": "Qwen-Image-Edit",
     "qwenimagelayered": "Qwen-Image-Layered",
     "qwenimage21": "Qwen-Image-2.1",
     "flux": "FLUX",
@@ -135,6 +134,15 @@ def foreign_layers(keys: Iterable[str]) -> str | None:
 
 
 def foreign_name(name: str) -> str | None:
-    """Return which other model a name or path is of: None for Qwen-Image, 2512, and for names that tell nothing."""
-    plain = re.sub(r"[\s._-]", "", name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold())
-    return next((model for mark, model in _FOREIGN_NAMES.items() if mark in plain), None)
+    """Return which other model a name or path is of: None for Qwen-Image's own, and for names that tell nothing."""
+    return next((model for mark, model in _FOREIGN_NAMES.items() if mark in _plain_name(name)), None)
+
+
+def names_editing_model(name: str) -> bool:
+    """Return whether a name or path is that of a Qwen-Image which edits images."""
+    return "qwenimageedit" in _plain_name(name)
+
+
+def _plain_name(name: str) -> str:
+    last = name.replace("\\", "/").rstrip("/").removesuffix("/lora").rpartition("/")[2]
+    return re.sub(r"[\s._-]", "", last.casefold())

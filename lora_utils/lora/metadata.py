@@ -21,6 +21,7 @@ from PIL import Image
 from lora_utils.config import TrainConfig
 
 ARCHITECTURE, IMPLEMENTATION = "Qwen-Image/lora", "https://github.com/QwenLM/Qwen-Image"
+EDIT_ARCHITECTURE = "Qwen-Image-Edit/lora"
 MOST_THUMBNAIL_BYTES = 64_000  # of the data URI
 _KEPT = ("modelspec.", "ss_", "format")  # what a file that is rewritten keeps of its header
 _METHODS = {"lora": "networks.lora", "dora": "networks.lora", "lokr": "lycoris.kohya"}
@@ -38,6 +39,7 @@ class Described:
     final_loss: float | None
     title: str
     thumbnail: Image.Image | None = None
+    edits: bool = False  # the base model edits images
 
 
 def describe_training(config: TrainConfig, described: Described) -> dict[str, str]:
@@ -47,14 +49,14 @@ def describe_training(config: TrainConfig, described: Described) -> dict[str, st
     found = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURE,
+        "modelspec.architecture": EDIT_ARCHITECTURE if described.edits else ARCHITECTURE,
         "modelspec.implementation": IMPLEMENTATION,
         "modelspec.title": described.title,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.date": _today().isoformat(),
         "modelspec.trigger_phrase": ", ".join(config.triggers),
         "modelspec.thumbnail": thumbnail_uri(described.thumbnail) if described.thumbnail else "",
-        "ss_base_model_version": "qwen_image",
+        "ss_base_model_version": "qwen_image_edit" if described.edits else "qwen_image",
         "ss_sd_model_name": base,
         "ss_output_name": described.title,
         "ss_network_module": _METHODS[config.adapter],

@@ -155,6 +155,11 @@ def _check_number(value: object, what: str, whole: bool = False) -> None:
 
 def other_base(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> str | None:
     """Return which other model a file's header or config says that it was made for."""
-    named = [metadata[key].removesuffix("/lora") for key in _NAMED_BASES if key in metadata]  # as modelspec ends it
     base = (config or {}).get("base_model_name_or_path")
-    return next(filter(None, map(foreign_name, [*named, *([base] if isinstance(base, str) else [])])), None)
+    named = [*named_bases(metadata), *([base] if isinstance(base, str) else [])]
+    return next(filter(None, map(foreign_name, named)), None)
+
+
+def named_bases(metadata: Mapping[str, str]) -> list[str]:
+    """Return the models that a file's header says it was made for."""
+    return [metadata[key].removesuffix("/lora") for key in _NAMED_BASES if key in metadata]  # as modelspec ends it

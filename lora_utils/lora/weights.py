@@ -23,15 +23,17 @@ from lora_utils.io.download import base_model_name
 from lora_utils.io.files import disk_errors
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
 from lora_utils.lora.hooks import adapts_the_table, check_lora, move_lora
-from lora_utils.lora.keys import foreign_name
+from lora_utils.lora.keys import foreign_name, names_editing_model
 from lora_utils.lora.metadata import Described, describe_training
 from lora_utils.lora.ranks import cut_rank, rank_of, share_lost
+from lora_utils.lora.strength import named_bases
 from lora_utils.lora.updates import LowRank, does_nothing
 from lora_utils.lora.weights_zip import Meta, extract_weights, write_weights_zip
 from lora_utils.model import modulation
 from lora_utils.model.components import Components
 from lora_utils.model.device import release_memory
 from lora_utils.model.transformer import load_modulations
+from lora_utils.model.variant import TEXT_TO_IMAGE
 from lora_utils.placeholder.embedding import embedding_matrix, embedding_sha256
 from lora_utils.placeholder.tokens import Placeholders, assign_ids, no_placeholders
 
@@ -60,7 +62,7 @@ def package_versions() -> dict[str, str]:
 def read_weights(path: Path, name: str | None = None) -> tuple[LoraFile, Meta | None]:
     """Read a weights.zip, a tar of the same, a bare .safetensors or an adapter folder of peft's, with its meta.json.
 
-    Every use of a file goes through it. Raises UserError for what is no LoRA of Qwen-Image's text-to-image models.
+    Every use of a file goes through it. Raises UserError for what is no LoRA of Qwen-Image.
     """
     name = name or path.name
     with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +76,27 @@ def read_weights(path: Path, name: str | None = None) -> tuple[LoraFile, Meta | 
     if found.meta is not None and found.meta.base_model:
         _check_base_model(found.meta.base_model, name)
     return lora, found.meta
+
+
+def trained_to_edit(lora: LoraFile, meta: Meta | None) -> bool | None:
+    """Return whether weights were trained on a model that edits images; None where nothing says it."""
+    if meta is not None and meta.pipeline is not None:
+        return meta.pipeline in constants.EDIT_PIPELINES
+    named = named_bases(lora.metadata) + ([meta.base_model] if meta is not None and meta.base_model else [])
+    return any(map(names_editing_model, named)) if named else None
+
+
+def _check_variant(lora: LoraFile, meta: Meta | None, components: Components, name: str) -> None:
+    """Warn of weights of a text-to-image model on one that edits, or the other way round: both have the same layers."""
+    edits = trained_to_edit(lora, meta)
+    if edits is not None and edits != components.variant.edits:
+        kinds = ("makes images from text", "edits images")
+        log.warning(
+            "%s was trained on a model that %s, and the base model %s: it does there what it can",
+            name,
+            kinds[edits],
+            kinds[not edits],
+        )
 
 
 def _check_base_model(trained_on: str, name: str) -> None:
@@ -94,6 +117,7 @@ def load_weights(path: Path, components: Components, name: str | None = None) ->
     name = name or path.name
     lora, meta = read_weights(path, name)
     width = embedding_matrix(components.need_text_encoder()).shape[1]
+    _check_variant(lora, meta, components, name)
     _check_embeddings(lora, meta, width, name)
     check_lora(lora, components.transformer)
     table = modulation.table_of(components.transformer)
@@ -223,6 +247,7 @@ class TrainingFacts:
     captions: Sequence[str] = ()
     title: str = ""  # empty: what the run teaches
     thumbnail: Image.Image | None = None
+    pipeline: str = TEXT_TO_IMAGE.pipeline  # of the base model
 
 
 def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: TrainingFacts) -> None:
@@ -233,6 +258,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
     # What meta.json says.
     meta = Meta(
         base_model=facts.base_model,
+        pipeline=facts.pipeline,
         train_placeholder_token=config.train_placeholder_token,
         placeholder_token=config.placeholder_token if facts.placeholders else None,
         placeholder_token_id=_one_or_all([described["token_id"] for described in facts.placeholders]),
@@ -260,6 +286,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
         facts.final_loss,
         facts.title or ", ".join(config.triggers) or "Qwen-Image LoRA",
         facts.thumbnail,
+        facts.pipeline in constants.EDIT_PIPELINES,
     )
 
     # Write both beside the target, then rename: there is a complete archive or none.

@@ -33,6 +33,7 @@ class Meta:
     """What `meta.json` says of a training. Files of older versions lack fields: those read as None."""
 
     base_model: str | None = None
+    pipeline: str | None = None  # diffusers' class for it: whether it edits images
     train_placeholder_token: bool | None = None
     placeholder_token: str | None = None  # this and the next two are null in baseline mode
     placeholder_token_id: int | list[int] | None = None  # a list where a run trained several tokens; and so is the next

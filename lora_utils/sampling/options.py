@@ -11,14 +11,17 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from lora_utils import constants
-from lora_utils.config import SampleRequest
+from lora_utils.config import SampleFiles, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.io.images import load_pixels, mask_problem, open_crop, open_image, open_mask
 from lora_utils.lora.weights import Weights, is_lightning
 from lora_utils.model import flow
 from lora_utils.model.components import Components
+from lora_utils.model.controls import Controls, control_area_px, encode_controls
 from lora_utils.model.latents import Size, image_size, mask_shares
 from lora_utils.model.vae import encode_images
+from lora_utils.model.variant import Variant
+from lora_utils.model.vision import area_size
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +63,58 @@ class SamplingOptions:
     reuse_threshold: float | None = None  # of the first-block cache; None computes every block of every step
 
 
-def load_init_image(
-    components: Components, request: SampleRequest, image: Path | None, mask: Path | None
-) -> tuple[Size, InitImage | None]:
-    """Return the size of the images, and what they start from. Raises UserError for files that can't be used."""
-    if image is None:
-        if mask is not None:
-            raise UserError("mask says what of image is generated again, and there is no image; give both.")
-        return image_size(request.width, request.height, request.aspect_ratio, request.megapixels), None
-    for path in (image, mask):
+def check_files(files: SampleFiles, variant: Variant) -> None:
+    """Raise UserError for images that are missing, of no use to the base model, or no files."""
+    others = [name for name in ("image_2", "image_3") if getattr(files, name) is not None]
+    if files.mask is not None and files.image is None:
+        raise UserError("mask says what of image is generated again, and there is no image; give both.")
+    if others and not variant.edits:
+        raise UserError(
+            f"{others[0]} is an image to edit, and the base model makes images from text; leave it out, or set "
+            f"BASE_MODEL to {constants.EDIT_MODEL}."
+        )
+    if variant.edits and files.image is None:
+        raise UserError("the base model edits images, and there is none; give image.")
+    if files.image_3 is not None and files.image_2 is None:
+        raise UserError("image_3 is given without image_2; give them in order.")
+    if len(others) >= variant.most_controls > 0:
+        raise UserError(f"{others[0]} is one image too many: the base model edits {variant.most_controls} at once.")
+    for path in (files.image, files.image_2, files.image_3, files.mask):
         if path is not None and not path.is_file():
             raise UserError(f"there is no file {str(path)!r}; give a path, a URL or a data URI of an image.")
+
+
+def load_controls(
+    components: Components, request: SampleRequest, files: SampleFiles, loras: Sequence[Weights]
+) -> tuple[Size, Controls]:
+    """Return the size of the images that are made, and the images to edit.
+
+    The size is width and height if given, else the last image's aspect ratio in an area of 1024 x 1024, or of
+    `megapixels`. The images have the area that the request says, else the first LoRA's training, else 1024 x 1024.
+    """
+    paths = [path for path in (files.image, files.image_2, files.image_3) if path is not None]
+    images = [open_image(path) for path in paths]
+    if request.width is not None and request.height is not None:
+        size = image_size(request.width, request.height, request.aspect_ratio)
+    else:
+        area = request.megapixels * 1e6 if request.megapixels else constants.CONTROL_AREA_PX
+        size = Size(*area_size(*images[-1].size, round(area)))
+    trained = [each.meta.config.get("control_resolution") for each in loras if each.meta is not None]
+    resolution = request.control_resolution or next((own for own in trained if isinstance(own, str) and own), "")
+    return size, encode_controls(components, images, control_area_px(resolution, size))
+
+
+def load_init_image(
+    components: Components, request: SampleRequest, image: Path | None, mask: Path | None, size: Size | None = None
+) -> tuple[Size, InitImage | None]:
+    """Return the size of the images, this one if it is known, and what they start from.
+
+    Raises UserError for files that can't be used.
+    """
+    if image is None:
+        return image_size(request.width, request.height, request.aspect_ratio, request.megapixels), None
     opened = open_image(image)
-    size = image_size(request.width, request.height, request.aspect_ratio, request.megapixels, opened.size)
+    size = size or image_size(request.width, request.height, request.aspect_ratio, request.megapixels, opened.size)
     opened_mask = open_mask(mask) if mask is not None else None
     if opened_mask is not None and mask is not None and (problem := mask_problem(opened_mask, mask.name, opened.size)):
         raise UserError(problem)

@@ -31,7 +31,7 @@ from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import length_warning
 from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
-from lora_utils.sampling.options import choose_options, load_init_image
+from lora_utils.sampling.options import check_files, choose_options, load_controls, load_init_image
 from lora_utils.sampling.sampler import GeneratedImage, PromptCache, SamplingJob
 from lora_utils.triggers import expand_trigger, holds, holds_mark
 
@@ -172,15 +172,23 @@ class ModelPredictor:
         placeholders = self.placeholders(request, loras)
         if warning := length_warning(self.components.tokenizer, request.prompt, placeholders):
             log.warning("prompt %s", warning)
-        size, init_image = load_init_image(self.components, request, files.image, files.mask)
+        active = [lora.weights for lora in loras if lora.scale != 0]
+        check_files(files, self.components.variant)
+        controls, init_image = None, None
+        if self.components.variant.edits:  # `image` is to be edited, not to start from, unless a mask keeps some of it
+            size, controls = load_controls(self.components, request, files, active)
+            request = replace(request, strength=1.0)
+            if files.mask is not None:
+                _, init_image = load_init_image(self.components, request, files.image, files.mask, size)
+        else:
+            size, init_image = load_init_image(self.components, request, files.image, files.mask)
         if request.width and request.height and size.pixels != (request.width, request.height):
             log.info("size %dx%d rounded to %s: sides are multiples of 16", request.width, request.height, size)
         if not request.disable_metadata and self.settings(request, loras, size)[1]:
             log.warning("the prompt is too long for the settings in a %s file, and is cut there", request.output_format)
-        active = [lora.weights for lora in loras if lora.scale != 0]
         request, options = choose_options(request, active, init_image)
         log.info("seed %d, size %s", request.seed, size)
-        job = SamplingJob(request, size, placeholders, options)
+        job = SamplingJob(request, size, placeholders, options, controls)
         load_what_they_adapt([weights.lora for weights in active], self.components)
         with applied_loras(self.components.transformer, [(lora.weights.lora, lora.scale) for lora in loras]):
             images = sampler.sample(self.components, job, progress_lines(job), self.prompts)

@@ -21,9 +21,10 @@ from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.model import flow, fsdp, memory
 from lora_utils.model.components import Components
+from lora_utils.model.controls import Controls, text_key
 from lora_utils.model.device import free_bytes, release_memory, retry_after
 from lora_utils.model.latents import Size, pack_latents
-from lora_utils.model.text_encoder import TextEmbeddings, concatenate_embeddings, encode_text
+from lora_utils.model.text_encoder import Prompt, TextEmbeddings, concatenate_embeddings, encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.vae import decode_images
 from lora_utils.placeholder.tokens import Placeholders
@@ -40,12 +41,21 @@ PROMPTS_KEPT = 16
 
 @dataclass(frozen=True, slots=True)
 class SamplingJob:
-    """What is to be sampled: the request, the images' size, the tokens that its prompts may hold, and how."""
+    """What is to be sampled: the request, the images' size, the tokens that its prompts may hold, and how.
+
+    `controls` are the images to edit, for an editing model.
+    """
 
     request: SampleRequest
     size: Size
     placeholders: Placeholders
     options: SamplingOptions = field(default_factory=SamplingOptions)
+    controls: Controls | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many image tokens one image takes in the transformer: its own, and those of the images to edit."""
+        return self.size.tokens + (len(self.controls.latents.tokens) if self.controls else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +87,24 @@ class PromptCache:
     kept: dict[str, TextEmbeddings] = field(default_factory=dict)
     seconds: float = 0.0  # spent on encoding so far
 
-    def encode(self, components: Components, prompt: str, placeholders: Placeholders) -> TextEmbeddings:
-        """Return a prompt's embeddings, states [1, T, D]."""
-        used = placeholders.used_in([prompt])
-        if not used.tokens and prompt in self.kept:
-            return self.kept[prompt]
+    def encode(
+        self, components: Components, prompt: str, placeholders: Placeholders, controls: Controls | None = None
+    ) -> TextEmbeddings:
+        """Return a prompt's embeddings, states [1, T, D]; those with images to edit are kept if these have a key."""
+        used, key = placeholders.used_in([prompt]), text_key(prompt, controls)
+        keep = not used.tokens and (controls is None or bool(controls.key) or not controls.seen)
+        if keep and key in self.kept:
+            return self.kept[key]
         began = time.monotonic()
-        encoded = encode_text(components.need_text_encoder(), components.tokenizer, [prompt], used)
+        given = Prompt(prompt, controls.seen if controls else ())
+        encoder, tokenizer = components.need_text_encoder(), components.tokenizer
+        encoded = encode_text(encoder, tokenizer, [given], used, components.variant)
         text = encoded.on(components.placement.device)  # from the CPU, where the GPU had no room for the text encoder
         self.seconds += time.monotonic() - began
-        if not used.tokens:
+        if keep:
             while len(self.kept) >= PROMPTS_KEPT:
                 self.kept.pop(next(iter(self.kept)))
-            self.kept[prompt] = text
+            self.kept[key] = text
         return text
 
 
@@ -110,10 +125,12 @@ def sample(
     """
     request, prompts, images = job.request, prompts or PromptCache(), []
     with fsdp.sampling_mode(components.transformer):  # here, not at setup: Cog calls from another thread each time
-        text = prompts.encode(components, request.prompt, job.placeholders)
-        negative = prompts.encode(components, request.negative_prompt, job.placeholders) if request.guided else None
+        text = prompts.encode(components, request.prompt, job.placeholders, job.controls)
+        negative = None
+        if request.guided:  # the same images, under the negative prompt
+            negative = prompts.encode(components, request.negative_prompt, job.placeholders, job.controls)
         # What the cache reuses would depend on the other images.
-        together = 1 if job.options.reuse_threshold is not None else at_once(components, job.size)
+        together = 1 if job.options.reuse_threshold is not None else at_once(components, job.tokens)
 
         def next_group() -> range:
             return range(len(images), min(len(images) + together, request.num_outputs))
@@ -124,7 +141,7 @@ def sample(
         def recover(_kind: type[Exception], _reason: str) -> None:
             nonlocal together
             if len(next_group()) == 1:
-                raise too_large(components, job.size)
+                raise too_large(components, job)
             together = len(next_group()) // 2
             release_memory()
             log.warning("out of memory; from here on %d images are sampled together", together)
@@ -146,7 +163,7 @@ def _sample_group(
     noise = torch.cat([initial_noise(job.size, request.seed_of(index)) for index in group])
     with ExitStack() as stack:
         if job.options.reuse_threshold is not None:
-            branches = 2 if conditioning.negative is not None and not goes_together(job.size, count) else 1
+            branches = 2 if conditioning.negative is not None and not goes_together(job.tokens, count) else 1
             stack.enter_context(first_block_caching(components.transformer, job.options.reuse_threshold, branches))
         latents = denoise(components, job, noise, conditioning.repeated(count), lambda step: on_step(group, step))
     share_s, images = (time.monotonic() - began) / count, []
@@ -189,18 +206,20 @@ def denoise(
 
     # One velocity a step, of the prompt and the negative prompt together where that pays.
     negative = conditioning.negative
+    controls = [job.controls.latents] * count if job.controls else []
     both = None
-    if negative is not None and goes_together(size, count):
+    if negative is not None and goes_together(job.tokens, count):
         both = concatenate_embeddings(conditioning.text, negative)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         level = torch.full((count,), sigma)
         if both is not None:
-            joined = predict_velocity(components.transformer, latents.repeat(2, 1, 1), level.repeat(2), both, size)
-            velocity = flow.guide(*joined.chunk(2), request.guidance)
+            twice = latents.repeat(2, 1, 1), level.repeat(2), both, size, controls * 2
+            with_prompt, without = predict_velocity(components.transformer, *twice).chunk(2)
+            velocity = flow.guide(with_prompt, without, request.guidance)
         else:
-            velocity = predict_velocity(components.transformer, latents, level, conditioning.text, size)
+            velocity = predict_velocity(components.transformer, latents, level, conditioning.text, size, controls)
             if negative is not None:
-                without = predict_velocity(components.transformer, latents, level, negative, size)
+                without = predict_velocity(components.transformer, latents, level, negative, size, controls)
                 velocity = flow.guide(velocity, without, request.guidance)
         latents = flow.euler_step(latents, velocity, sigma, sigma_next)
         if repaint is not None:
@@ -209,24 +228,24 @@ def denoise(
     return latents
 
 
-def goes_together(size: Size, count: int) -> bool:
-    """Return whether guidance's two branches of so many images are one batch."""
-    return 2 * count * size.tokens <= TOGETHER_TOKENS
+def goes_together(tokens: int, count: int) -> bool:
+    """Return whether guidance's two branches of so many images of so many tokens each are one batch."""
+    return 2 * count * tokens <= TOGETHER_TOKENS
 
 
-def at_once(components: Components, size: Size) -> int:
-    """Return how many images the memory there is takes through the transformer together; at least one is tried."""
+def at_once(components: Components, tokens: int) -> int:
+    """Return how many images of so many tokens the memory there is takes together; at least one is tried."""
     transformer, placement = components.transformer, components.placement
-    needed = memory.sampling_bytes(size.tokens, transformer.inner_dim, placement.dtype.itemsize)
+    needed = memory.sampling_bytes(tokens, transformer.inner_dim, placement.dtype.itemsize)
     return max(1, int((free_bytes(placement.device) - memory.SPARE_BYTES) // needed))
 
 
-def too_large(components: Components, size: Size) -> UserError:
+def too_large(components: Components, job: SamplingJob) -> UserError:
     """Return what to say of an image that doesn't fit, with one that would."""
-    transformer, placement = components.transformer, components.placement
+    transformer, placement, size = components.transformer, components.placement, job.size
     release_memory()
     free, pixels = free_bytes(placement.device), size.width_px * size.height_px
-    forward = memory.sampling_bytes(size.tokens, transformer.inner_dim, placement.dtype.itemsize)
+    forward = memory.sampling_bytes(job.tokens, transformer.inner_dim, placement.dtype.itemsize)
     decode = memory.decode_bytes(pixels, placement.dtype.itemsize, components.need_vae().config["base_dim"])
     share = min(0.5, max(0.0, free - memory.SPARE_BYTES) / max(forward, decode))  # half, if the arithmetic is wrong
     return UserError(

@@ -57,9 +57,9 @@ def encoded(monkeypatch):
         counts["images"] += len(new)
         return batches(vae, new)
 
-    def counted_text(encoder, tokenizer, captions, placeholders):
+    def counted_text(encoder, tokenizer, captions, *given):
         counts["captions"] += len(captions)
-        return encode_text(encoder, tokenizer, captions, placeholders)
+        return encode_text(encoder, tokenizer, captions, *given)
 
     monkeypatch.setattr(cache, "_encoded", counted_batches)
     monkeypatch.setattr(cache, "encode_text", counted_text)

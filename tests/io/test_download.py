@@ -227,13 +227,13 @@ def test_a_download_keeps_its_name_for_messages(files, tmp_path):
 
 # --- models of another kind -----------------------------------------------------------------------------------------
 
-OTHERS = ["FluxPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"]
+OTHERS = ["FluxPipeline", "FluxKontextPipeline", "QwenImageLayeredPipeline"]
 
 
 @pytest.mark.parametrize("pipeline", [*OTHERS, "QwenImage21Pipeline", "StableDiffusionXLPipeline"])
 def test_a_folder_of_another_kind_is_refused_by_its_pipeline(pipeline, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    with pytest.raises(UserError, match=f"is a model of {pipeline}, and not a text-to-image Qwen-Image"):
+    with pytest.raises(UserError, match=f"is a model of {pipeline}, and not a Qwen-Image"):
         download.download_model(str(tmp_path))
 
 
@@ -248,10 +248,10 @@ def test_of_a_hub_model_of_another_kind_only_the_index_is_downloaded(tiny_model,
     repository = tmp_path / "repository"
     shutil.copytree(tiny_model, repository)
     index = json.loads((repository / "model_index.json").read_text())
-    (repository / "model_index.json").write_text(json.dumps({**index, "_class_name": "QwenImageEditPlusPipeline"}))
+    (repository / "model_index.json").write_text(json.dumps({**index, "_class_name": "QwenImageLayeredPipeline"}))
     with hub_server.serving(repository) as (endpoint, served):
         _, refused = fetch_in_a_fresh_process(hub_server.REPO, endpoint, tmp_path / "cache")
-    assert "is a model of QwenImageEditPlusPipeline" in refused
+    assert "is a model of QwenImageLayeredPipeline" in refused
     assert served == ["model_index.json"]
 
 

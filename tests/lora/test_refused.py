@@ -141,8 +141,11 @@ REFUSED = {
         None,
         "holds layers of Qwen-Image-2.1",
     ),
-    "Edit, by its header": (PAIR, {"modelspec.architecture": "Qwen-Image-Edit/lora"}, "made for Qwen-Image-Edit"),
-    "Edit 2511, by its header": (PAIR, {"ss_base_model_version": "qwen_image_edit_2511"}, "made for Qwen-Image-Edit"),
+    "layered, by its header": (
+        PAIR,
+        {"modelspec.architecture": "Qwen-Image-Layered/lora"},
+        "made for Qwen-Image-Layered",
+    ),
     "2.1, by its header": (PAIR, {"modelspec.architecture": "qwen-image-2.1"}, "made for Qwen-Image-2.1"),
     "FLUX, by its header": (PAIR, {"ss_base_model_version": "flux1"}, "made for FLUX"),
 }
@@ -208,7 +211,7 @@ def test_a_meta_json_that_cannot_be_is_refused(meta, message, tmp_path):
     ("trained_on", "outcome"),
     [
         ("black-forest-labs/FLUX.1-dev", "a FLUX model"),
-        ("Qwen/Qwen-Image-Edit-2509", "a Qwen-Image-Edit model"),
+        ("Qwen/Qwen-Image-Edit-2509", "warning"),
         ("Qwen/Qwen-Image-Layered", "a Qwen-Image-Layered model"),
         ("Qwen/Qwen-Image-2.1", "a Qwen-Image-2.1 model"),
         ("Qwen/Qwen-Image-2512", "warning"),

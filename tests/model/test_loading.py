@@ -119,12 +119,12 @@ def test_an_incomplete_folder_is_named(sharded, random_model, tmp_path):
         load_text_encoder(tmp_path / "empty", PLACE)
 
 
-@pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope"])
-def test_an_editing_or_layered_model_is_refused_by_name(option, random_model, tmp_path):
+@pytest.mark.parametrize("option", ["use_additional_t_cond", "use_layer3d_rope"])
+def test_a_layered_model_is_refused_by_name(option, random_model, tmp_path):
     shutil.copytree(random_model / "transformer", tmp_path / "transformer")
     config = tmp_path / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), option: True}))
-    with pytest.raises(UserError, match=f"isn't a text-to-image Qwen-Image: its transformer has {option}"):
+    with pytest.raises(UserError, match=f"isn't a Qwen-Image that this package knows: its transformer has {option}"):
         load_transformer(tmp_path, PLACE)
 
 
