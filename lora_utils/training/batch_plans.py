@@ -101,6 +101,7 @@ class BatchPlan(Generic[_Shown]):
     captions: tuple[str, ...]
     is_prior: bool  # it holds the class
     mirrored: tuple[bool, ...]  # by example
+    bare: tuple[bool, ...]  # by example: shown without its images to edit
 
 
 def holds_class(index: int, share: float) -> bool:
@@ -121,6 +122,7 @@ def plan_batches(
     """
     dropout, share = generator_for(config.seed, "dropout"), config.preservation_weight if prior_captions else 0.0
     chosen, sides = generator_for(config.seed, "caption"), generator_for(config.seed, "flip")
+    bared = generator_for(config.seed, "control")
     for index, batch in enumerate(bucket_batches(examples, config.batch_size, config.seed)):
         dropped = torch.rand(len(batch), generator=dropout) < config.caption_dropout
         is_prior = holds_class(index, share)
@@ -131,9 +133,20 @@ def plan_batches(
             else [constants.EMPTY_PROMPT if drop else text for drop, text in zip(dropped, texts, strict=True)]
         )
         mirrored = (torch.rand(len(batch), generator=sides) < 0.5).tolist()
-        yield BatchPlan(
-            batch, tuple(captions), is_prior, tuple(m and e.flip for m, e in zip(mirrored, batch, strict=True))
-        )
+        bare = torch.rand(len(batch), generator=bared) < config.control_dropout
+        turned = tuple(m and e.flip for m, e in zip(mirrored, batch, strict=True))
+        yield BatchPlan(batch, tuple(captions), is_prior, turned, tuple(bare.tolist()))
+
+
+def captions_by_example(config: TrainConfig, examples: Sequence[Shown], batches: int) -> list[list[str]]:
+    """Return the captions that so many batches will show of each example, made as the stream will; its own first."""
+    captions = [caption_choices(example.caption, config) for example in examples]
+    if config.caption_shuffle is not None:
+        own = {id(example): texts for example, texts in zip(examples, captions, strict=True)}
+        for plan in islice(plan_batches(replace(config, caption_dropout=0.0), examples, {}), batches):
+            for example, caption in zip(plan.examples, plan.captions, strict=True):
+                own[id(example)].append(caption)
+    return [list(dict.fromkeys(texts)) for texts in captions]
 
 
 def shown_captions(config: TrainConfig, examples: Sequence[Shown], batches: int) -> list[str]:

@@ -16,6 +16,7 @@ from lora_utils import constants
 from lora_utils.config import SampleRequest, TrainConfig
 from lora_utils.dataset.cache import CachedExample
 from lora_utils.model import flow, memory
+from lora_utils.model.controls import Controls, no_controls
 from lora_utils.model.latents import Size, image_size
 from lora_utils.training.batch_plans import Shown, bucket_batches, generator_for, plan_batches
 
@@ -37,6 +38,7 @@ class Batch:
     weights: Tensor | None = None  # of the loss, [B, N, C]; None where all count alike
     is_prior: bool = False  # it holds the class: the target is what the base model predicts for these captions
     image_weights: Tensor | None = None  # of each image's loss, [B]; None where all count alike
+    controls: tuple[Controls, ...] = ()  # the images to edit of each; empty where the base model edits none
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class LargestBatch:
     caption: str  # the one with most tokens of those that teach
     text_tokens: int  # of the longest caption that is shown, whether it teaches or holds the class
     step_size: memory.StepSize
+    control_tokens: int = 0  # image tokens of what is to be edited
 
 
 class BatchStream:
@@ -88,6 +91,7 @@ class BatchStream:
             None if plan.is_prior else loss_weights(examples, config.mask_floor),
             plan.is_prior,
             image_weights(examples, config.prior_loss_weight),
+            loaded_controls(examples, plan.bare),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -102,6 +106,16 @@ class BatchStream:
         self.count = int(state["drawn"])
         for purpose, generator in self.generators.items():
             generator.set_state(state[purpose])
+
+
+def loaded_controls(examples: Sequence[CachedExample], bare: Sequence[bool]) -> tuple[Controls, ...]:
+    """Return the images to edit of each example, none where it is shown bare; nothing where no example has any."""
+    if not any(example.controls for example in examples):
+        return ()
+    return tuple(
+        no_controls() if without or example.controls is None else example.controls.load()
+        for example, without in zip(examples, bare, strict=True)
+    )
 
 
 def image_weights(examples: Sequence[Shown], of_regularisation: float) -> Tensor | None:

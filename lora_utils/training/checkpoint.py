@@ -43,6 +43,8 @@ NEW_SETTINGS = {
     "caption_shuffle": None,
     "flip": "off",
     "prior_loss_weight": 1.0,
+    "control_resolution": "1024",
+    "control_dropout": 0.0,
 }
 _PREFIX, _PARTIAL = "step-", ".partial"
 _STATE_FILE, _SETTINGS_FILE = "state.safetensors", "settings.json"
@@ -127,7 +129,10 @@ def _tensors_and_numbers(state: TrainState) -> tuple[dict[str, Tensor], dict[str
 def _settings(state: TrainState) -> dict[str, Any]:
     """Return what must be the same for a run to be resumed."""
     # In the order in which the stream shows them.
-    data = [(example.key, example.caption, str(example.size)) for example in state.data.examples]
+    data = [
+        (example.key, example.caption, str(example.size), *([example.controls.key] if example.controls else []))
+        for example in state.data.examples
+    ]
     placement = state.components.placement
     return {
         **asdict(state.config),

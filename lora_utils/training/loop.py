@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_utils.config import TrainConfig
+from lora_utils.dataset.cache import CachedControls
 from lora_utils.errors import UserError
 from lora_utils.model import flops, fsdp
+from lora_utils.model.controls import Controls
 from lora_utils.model.latents import Size
 from lora_utils.model.transformer import transformer_shape
 from lora_utils.training import distributed
@@ -88,9 +90,9 @@ def take_step(state: TrainState, batches: Sequence[Batch], step: int) -> StepRep
     # This process's losses and gradients, then all processes'.
     own, needs_base = state.ranks.shard(batches), base_needed(state, batches)
     losses = within_memory(state, own, partial(forward_backward, state, own, needs_base))
-    state.flops += sum(
-        batch_flops(state, batch.size, batch.captions, base) for batch, base in zip(own, needs_base, strict=True)
-    )
+    for batch, with_base in zip(own, needs_base, strict=True):
+        extra = max((control_tokens(each) for each in batch.controls), default=(0, 0))
+        state.flops += batch_flops(state, batch.size, batch.captions, with_base, extra)
     image_losses = distributed.all_gather_losses(state.ranks, losses)
     distributed.all_reduce_gradients(state.ranks, [each for each in state.learned if each.requires_grad])
 
@@ -119,10 +121,23 @@ def base_needed(state: TrainState, batches: Sequence[Batch]) -> list[bool]:
     return [any(batch.is_prior for batch in group) for group in together]
 
 
-def batch_flops(state: TrainState, size: Size, captions: Sequence[str], with_base: bool) -> float:
-    """Count the operations of one batch's forward and backward, and of the base model's forward if it runs."""
+def control_tokens(controls: Controls | CachedControls) -> tuple[int, int]:
+    """Return how many image tokens and how many text tokens images to edit take."""
+    if isinstance(controls, CachedControls):
+        return controls.tokens, controls.text_tokens
+    return len(controls.latents.tokens), sum(image.rows * image.columns for image in controls.seen)
+
+
+def batch_flops(
+    state: TrainState, size: Size, captions: Sequence[str], with_base: bool, controls: tuple[int, int] = (0, 0)
+) -> float:
+    """Count the operations of one batch's forward and backward, and of the base model's forward if it runs.
+
+    `controls` are the image and text tokens that its images to edit take.
+    """
     shape = transformer_shape(state.components.transformer)
-    tokens = size.tokens, max(state.data.text_tokens[caption] for caption in captions)
+    longest = max(state.data.text_tokens[caption] for caption in captions)
+    tokens = size.tokens + controls[0], longest + controls[1]
     base = flops.forward_flops(shape, *tokens) if with_base else 0.0
     return len(captions) * (base + flops.training_flops(shape, *tokens, state.plan.checkpointed_blocks))
 
@@ -132,7 +147,10 @@ def mean_step_flops(state: TrainState) -> float:
     config, count = state.config, state.config.gradient_accumulation
     plans = plan_batches(config, state.data.examples, state.data.prior_captions)
     first = list(islice(plans, min(_LOOKED_AHEAD, config.steps * count * state.ranks.world_size)))
-    each = [batch_flops(state, plan.examples[0].size, plan.captions, plan.is_prior) for plan in first]
+    each = []
+    for plan in first:
+        extra = max((control_tokens(own.controls) for own in plan.examples if own.controls), default=(0, 0))
+        each.append(batch_flops(state, plan.examples[0].size, plan.captions, plan.is_prior, extra))
     return count * sum(each) / len(each)
 
 

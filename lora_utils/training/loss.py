@@ -10,27 +10,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_utils.lora.adapter import without_lora
+from lora_utils.model.controls import Controls, text_key
 from lora_utils.model.device import to_device
-from lora_utils.model.text_encoder import TextEmbeddings, encode_prompts, pad_embeddings
+from lora_utils.model.text_encoder import Prompt, TextEmbeddings, encode_prompts, pad_embeddings
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training.batches import Batch
 from lora_utils.training.state import TrainState
 
 
-def batch_text(state: TrainState, captions: Sequence[str]) -> TextEmbeddings:
-    """Return the captions' embeddings: fixed ones from the cache, those with a token encoded under gradient."""
-    device, texts, text_encoder = state.components.placement.device, state.data.texts, state.components.text_encoder
-    live = list(dict.fromkeys(caption for caption in captions if caption not in texts))
-    states = {caption: to_device(texts[caption], device) for caption in captions if caption in texts}
+def batch_text(state: TrainState, captions: Sequence[str], controls: Sequence[Controls] = ()) -> TextEmbeddings:
+    """Return the captions' embeddings: fixed ones from the cache, those with a token encoded under gradient.
+
+    With images to edit, what the vision tower made of them is fixed too: the language model alone runs at each step.
+    """
+    components, texts = state.components, state.data.texts
+    device, text_encoder = components.placement.device, components.text_encoder
+    given = {
+        text_key(caption, own): Prompt(caption, own.seen if own else ())
+        for caption, own in zip(captions, controls or [None] * len(captions), strict=True)
+    }
+    names = [text_key(*pair) for pair in zip(captions, controls or [None] * len(captions), strict=True)]
+    live = [name for name in given if name not in texts]
+    states = {name: to_device(texts[name], device) for name in given if name in texts}
     if live and text_encoder is not None:
-        used = state.placeholders.used_in(live)
-        encoded = encode_prompts(text_encoder, state.components.tokenizer, live, used)
+        prompts = [given[name] for name in live]
+        used = state.placeholders.used_in([prompt.text for prompt in prompts])
+        encoded = encode_prompts(text_encoder, components.tokenizer, prompts, used, components.variant)
         learns = torch.is_grad_enabled() and any(embedding.requires_grad for embedding in used.embeddings)
         if learns and not encoded[0].requires_grad:
             raise RuntimeError(f"no gradient reaches {', '.join(used.tokens)}: the text encoder ran without grad mode")
         moved = (each.to(device) for each in encoded)  # from the CPU, where the GPU had no room for the text encoder
         states.update(zip(live, moved, strict=True))
-    return pad_embeddings([states[caption] for caption in captions])
+    return pad_embeddings([states[name] for name in names])
 
 
 HUBER_C = 0.1  # kohya-ss/sd-scripts' default
@@ -55,13 +66,14 @@ def flow_matching_loss(state: TrainState, batch: Batch, needs_base: bool = False
     """
     placement, transformer = state.components.placement, state.components.transformer
     noisy = to_device(batch.noisy.to(placement.dtype), placement.device)
-    text = batch_text(state, batch.captions)
+    text = batch_text(state, batch.captions, batch.controls)
     target = to_device(batch.target, placement.device)
+    given = noisy, batch.sigma, text, batch.size, [own.latents for own in batch.controls]
     if needs_base:
         with torch.no_grad(), without_lora(transformer):
-            base = predict_velocity(transformer, noisy, batch.sigma, text, batch.size).float()
+            base = predict_velocity(transformer, *given).float()
         target = base if batch.is_prior else target
-    velocity = predict_velocity(transformer, noisy, batch.sigma, text, batch.size)
+    velocity = predict_velocity(transformer, *given)
     errors = velocity_errors(velocity.float(), target, loss)  # [B, N, C]
     if batch.weights is not None:
         errors = to_device(batch.weights, placement.device) * errors

@@ -25,7 +25,7 @@ from lora_utils.tracking import contact_sheet
 from lora_utils.tracking.metrics import MetricsLogger, StepMetrics, band_name
 from lora_utils.tracking.status import RunStatus, write_status
 from lora_utils.training.loop import StepReport, mean_step_flops
-from lora_utils.training.previews import PreviewRow, generate_previews, preview_due
+from lora_utils.training.previews import PreviewPair, PreviewRow, beside_pairs, generate_previews, preview_due
 from lora_utils.training.state import StepLoss, TrainState
 from lora_utils.training.validation import validate, validation_due
 
@@ -35,9 +35,11 @@ log = logging.getLogger(__name__)
 class TrainMonitor:
     """It looks at a run from where it is. On several GPUs all look, so that they stay in step; the main one writes."""
 
-    def __init__(self, state: TrainState, options: RunOptions, rows: Sequence[PreviewRow]):
-        """Take the run, and the previews that are to be sampled of it."""
-        self.state, self.options, self.rows = state, options, rows
+    def __init__(
+        self, state: TrainState, options: RunOptions, rows: Sequence[PreviewRow], pairs: Sequence[PreviewPair] = ()
+    ):
+        """Take the run, and the previews that are to be sampled of it; of an editing model's with their pairs."""
+        self.state, self.options, self.rows, self.pairs = state, options, rows, pairs
         self.folder = Path(options.run_dir) if options.run_dir and state.ranks.is_main else None
         self.metrics = MetricsLogger(self.folder, asdict(state.resolved_config))
         self.progress = Progress(state.config.steps)
@@ -163,6 +165,8 @@ class TrainMonitor:
         self.thumbnail = images[0][0]
         if self.folder:
             labels = [[request.prompt for request in row] for row in self.rows]
+            if self.pairs:
+                labels, images = beside_pairs(labels, images, self.pairs)
             stored = self.state.plan.quantization
             base = "" if stored == "none" else f", on a base in {stored}: predict agrees with QUANTIZATION={stored}"
             sheet = contact_sheet.draw_sheet(labels, images, f"after step {step}{base}")

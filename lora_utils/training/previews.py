@@ -8,19 +8,21 @@ import logging
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lora_utils.config import RunOptions, SampleRequest, TrainConfig, preview_request
-from lora_utils.dataset.caption_texts import prior_caption
+from lora_utils.dataset.caption_texts import caption_choices, prior_caption
+from lora_utils.dataset.examples import Dataset
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
 from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.model.controls import Controls, no_controls, text_key
 from lora_utils.model.device import release_memory
-from lora_utils.model.latents import image_size
+from lora_utils.model.latents import Size, image_size
 from lora_utils.model.text_encoder import pad_embeddings
 from lora_utils.model.vae import load_vae
 from lora_utils.placeholder.tokens import Placeholders, near_spellings
@@ -44,6 +46,70 @@ def preview_rows(config: TrainConfig, options: RunOptions) -> list[PreviewRow]:
         texts = dict.fromkeys([prompt, plain_prompt(prompt, config)])
         rows.append([replace(first, prompt=text) for text in texts])
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewPair:
+    """What a preview of an editing model is shown beside: the images to edit, and the target that they should become.
+
+    Row i has the i-th image held out, or learned where none is; they take turns.
+    """
+
+    before: tuple[Image.Image, ...]
+    target: Image.Image
+    caption: str
+    size: Size
+
+
+PAIR_CAPTION = "[caption]"  # in sample_prompts: the pair's own
+
+
+def preview_pairs(dataset: Dataset, config: TrainConfig, count: int) -> list[PreviewPair]:
+    """Return the pairs of so many rows."""
+    learned, held_out = dataset.split(config.validation_share)
+    examples = (held_out.examples or learned.examples)[:count]
+    return [
+        PreviewPair(
+            tuple(ImageOps.contain(control.shown(None), example.size.pixels) for control in example.controls),
+            example.crop(),
+            caption_choices(example.caption, config)[0],
+            example.size,
+        )
+        for example in examples
+    ]
+
+
+def paired_rows(rows: Sequence[PreviewRow], pairs: Sequence[PreviewPair], usual: Size) -> list[PreviewRow]:
+    """Return the rows as they are sampled of their pairs: at the target's size where they ask for none of their own.
+
+    `usual` is the size that a row has which asks for none.
+    """
+
+    def paired(request: SampleRequest, pair: PreviewPair) -> SampleRequest:
+        size = pair.size.pixels if (request.width, request.height) == usual.pixels else (request.width, request.height)
+        prompt = request.prompt.replace(PAIR_CAPTION, pair.caption)
+        return replace(request, prompt=prompt, width=size[0], height=size[1])
+
+    return [[paired(request, pairs[index % len(pairs)]) for request in row] for index, row in enumerate(rows)]
+
+
+def usual_size(config: TrainConfig) -> Size:
+    """Return the size of a preview that asks for none."""
+    side = max(config.resolutions_px)
+    return Size(side, side)
+
+
+def beside_pairs(
+    labels: Sequence[Sequence[str]], images: Sequence[Sequence[Image.Image]], pairs: Sequence[PreviewPair]
+) -> tuple[list[list[str]], list[list[Image.Image]]]:
+    """Return rows of labels and images with those to edit in front, and the target behind."""
+    all_labels, all_images = [], []
+    for index, (texts, row) in enumerate(zip(labels, images, strict=True)):
+        pair = pairs[index % len(pairs)]
+        before = ["before"] if len(pair.before) == 1 else [f"picture {i + 1}" for i in range(len(pair.before))]
+        all_labels.append([*before, *texts, "target"])
+        all_images.append([*pair.before, *row, pair.target])
+    return all_labels, all_images
 
 
 def plain_prompt(prompt: str, config: TrainConfig) -> str:
@@ -90,18 +156,37 @@ def _generate(state: TrainState, rows: Sequence[PreviewRow]) -> list[list[Image.
     placeholders = Placeholders(tokens, state.placeholders.ids, embeddings)
 
     # The prompts that were encoded beforehand, and the VAE.
-    texts = {text for row in rows for request in row for text in (request.prompt, request.negative_prompt)}
-    fixed = {text: pad_embeddings([state.data.texts[text]]) for text in texts if text in state.data.texts}
+    keys = preview_texts(state, rows)
+    fixed = {name: pad_embeddings([state.data.texts[name]]) for name in keys if name in state.data.texts}
     prompts = PromptCache({text: encoded.on(components.placement.device) for text, encoded in fixed.items()})
     components = replace(components, vae=load_vae(components.folder, components.placement))
 
-    def image(request: SampleRequest) -> Image.Image:
-        size = image_size(request.width, request.height, request.aspect_ratio)
-        with applied_loras(transformer, [(lora, request.lora_scale)]):
-            return sampler.sample(components, SamplingJob(request, size, placeholders), _ignore, prompts)[0].pixels
+    pairs = state.data.held_out or state.data.examples
 
+    def image(request: SampleRequest, controls: Controls | None) -> Image.Image:
+        size = image_size(request.width, request.height, request.aspect_ratio)
+        job = SamplingJob(request, size, placeholders, controls=controls)
+        with applied_loras(transformer, [(lora, request.lora_scale)]):
+            return sampler.sample(components, job, _ignore, prompts)[0].pixels
+
+    images = []
     with without_lora(transformer):
-        return [[image(request) for request in row] for row in rows]
+        for index, row in enumerate(rows):
+            own = pairs[index % len(pairs)].controls
+            controls = own.load() if own else None
+            images.append([image(request, controls) for request in row])
+    return images
+
+
+def preview_texts(state: TrainState, rows: Sequence[PreviewRow]) -> list[str]:
+    """Return what the embeddings of these rows' prompts are kept under."""
+    pairs, found = state.data.held_out or state.data.examples, list[str]()
+    for index, row in enumerate(rows):
+        own = pairs[index % len(pairs)].controls
+        controls = replace(no_controls(), key=own.key) if own else None
+        texts = [text for request in row for text in (request.prompt, request.negative_prompt)]
+        found += [text_key(text, controls) for text in texts]
+    return list(dict.fromkeys(found))
 
 
 def _ignore(_images: range, _step: int) -> None:

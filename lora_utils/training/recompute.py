@@ -9,11 +9,12 @@ from typing import TypeVar
 import torch
 
 from lora_utils import constants
+from lora_utils.dataset.caption_texts import caption_choices
 from lora_utils.errors import UserError
 from lora_utils.model import blocks, fsdp, memory
 from lora_utils.model.device import free_bytes, release_memory, retry_after
 from lora_utils.training.batch_plans import generator_for
-from lora_utils.training.batches import PROBE_SIGMA, Batch
+from lora_utils.training.batches import PROBE_SIGMA, Batch, loaded_controls
 from lora_utils.training.loss import forward_backward
 from lora_utils.training.state import TrainState
 
@@ -60,16 +61,22 @@ def plan_recompute(state: TrainState) -> None:
 
 
 def probe_batch(state: TrainState) -> Batch:
-    """Return a batch as large as the run's largest."""
+    """Return a batch as large as the run's largest: with images to edit, of the example that has most tokens."""
     largest, count = state.largest, state.config.batch_size
-    shape = (count, largest.size.tokens, constants.PACKED_CHANNELS)
+    size, caption, controls = largest.size, largest.caption, ()
+    if largest.control_tokens:
+        widest = max(state.data.examples, key=lambda e: e.size.tokens + (e.controls.tokens if e.controls else 0))
+        size, caption = widest.size, caption_choices(widest.caption, state.config)[0]
+        controls = loaded_controls([widest], [False]) * count
+    shape = (count, size.tokens, constants.PACKED_CHANNELS)
     return Batch(
         torch.randn(*shape, generator=generator_for(0, "probe")),
         torch.zeros(*shape),
         torch.full((count,), PROBE_SIGMA),
-        (largest.caption,) * count,
-        largest.size,
+        (caption,) * count,
+        size,
         ("the largest batch",),
+        controls=controls,
     )
 
 

@@ -50,6 +50,7 @@ def training_facts(started: StartedRun, inputs: TrainInputs, lora: LoraFile) -> 
         state.data.captions,
         inputs.options.hub_repo.rpartition("/")[2],
         started.monitor.thumbnail,
+        state.components.variant.pipeline,
     )
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 
 from lora_utils.config import RunOptions, TrainConfig, TrainInputs
@@ -24,6 +23,7 @@ from lora_utils.lora.weights import read_init_weights
 from lora_utils.model.device import default_placement
 from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
+from lora_utils.model.variant import read_variant
 from lora_utils.presets import preset_for
 from lora_utils.tracking import html_report
 from lora_utils.tracking.status import RunStatus, read_status, write_status
@@ -38,7 +38,7 @@ from lora_utils.training.checkpoint import (
 )
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.monitor import TrainMonitor
-from lora_utils.training.previews import hint_at_tokens, preview_rows
+from lora_utils.training.previews import hint_at_tokens, paired_rows, preview_pairs, preview_rows, usual_size
 from lora_utils.training.results import (
     StartedRun,
     list_step_weights,
@@ -138,10 +138,12 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         # The data and the prompts, with the tokenizer alone.
         images = extracted(files.dataset, folder)
         base_model = base_model_name()
-        tokenizer = load_tokenizer(download_model(base_model, ("tokenizer",)))
+        model_index = download_model(base_model, ("tokenizer",))
+        tokenizer = load_tokenizer(model_index)
         rows = preview_rows(config, options)
         hint_at_tokens(rows, config)
-        dataset = inspect(images, config, tokenizer)
+        variant = read_variant(model_index)
+        dataset = inspect(images, config, tokenizer, variant)
         report = describe_dataset(dataset, config)
         for line in [*describe_goal(config), *report]:
             log.info(line)
@@ -151,6 +153,8 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
             hub.ensure_repository(options.hub_repo, files.hub_token, options.hub_private)
 
         crops = worst_crops(dataset) if options.run_dir and ranks.is_main else []
+        pairs = preview_pairs(dataset, config, len(rows)) if variant.edits else []
+        rows = paired_rows(rows, pairs, usual_size(config)) if pairs else rows
 
         # The model.
         model = download_model(base_model)
@@ -163,10 +167,11 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
             tokenizer,
             shapes,
             ranks,
-            list(chain(*rows)),
+            rows,
             options.shard_base,
             resumed.plan if resumed else None,
             init_weights,
+            variant=variant,
         )
         state = setup(job)
     if resumed:
@@ -174,9 +179,8 @@ def start(inputs: TrainInputs, ranks: Ranks) -> StartedRun:
         log.info("resuming from %s, after step %d", resumed.path, state.step)
     elif options.resume == "auto":
         log.info("no checkpoint in %s; starting from the first step", options.run_dir)
-    return StartedRun(
-        state, TrainMonitor(state, options, rows), dataset.num_images, report, bucket_counts(dataset), crops
-    )
+    monitor = TrainMonitor(state, options, rows, pairs)
+    return StartedRun(state, monitor, dataset.num_images, report, bucket_counts(dataset), crops)
 
 
 def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, learned_before: Container[str]) -> None:

@@ -8,8 +8,9 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,11 +19,19 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
 from lora_utils import constants
-from lora_utils.config import SampleRequest, TrainConfig
+from lora_utils.config import TrainConfig
 from lora_utils.dataset.autocaption import write_captions
-from lora_utils.dataset.cache import CachedExample, cache_examples, encode_captions, find_captions
+from lora_utils.dataset.cache import (
+    CachedExample,
+    CachedFeatures,
+    cache_examples,
+    cache_features,
+    encode_captions,
+    find_captions,
+    seen_of,
+)
 from lora_utils.dataset.caption_texts import caption_choices, prior_caption
-from lora_utils.dataset.examples import Dataset, listed_names
+from lora_utils.dataset.examples import ControlImage, Dataset, Example, listed_names
 from lora_utils.dataset.scan import check_captions
 from lora_utils.io.tensor_store import TensorStore, open_tensor_store
 from lora_utils.lora.adapter import AdapterSettings, attach_adapter, start_from_weights
@@ -30,18 +39,22 @@ from lora_utils.lora.formats import LoraFile
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.adapter_sizes import adapted_layers, nearest_preset
 from lora_utils.model.components import Components, load_schedule, model_key
+from lora_utils.model.controls import text_key
 from lora_utils.model.device import Placement, release_memory, reset_peak
 from lora_utils.model.memory_estimate import ModelShapes
 from lora_utils.model.memory_plan import MemoryPlan
-from lora_utils.model.text_encoder import load_text_encoder, prompt_ids
+from lora_utils.model.text_encoder import Prompt, load_text_encoder, prompt_ids
 from lora_utils.model.transformer import Storage, load_transformer
+from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
+from lora_utils.model.vision import area_size, feature_count, load_processor
 from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words, new_placeholders
 from lora_utils.placeholder.tokens import Placeholders, no_placeholders, placeholders_without_embeddings
 from lora_utils.training import distributed
-from lora_utils.training.batch_plans import generator_for, shown_captions
+from lora_utils.training.batch_plans import captions_by_example, generator_for, shown_captions
 from lora_utils.training.batches import BatchStream, LargestBatch, other_timesteps, run_timesteps
 from lora_utils.training.distributed import SINGLE_PROCESS, Ranks
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
+from lora_utils.training.previews import PreviewRow
 from lora_utils.training.state import TrainData, TrainState
 
 log = logging.getLogger(__name__)
@@ -58,11 +71,12 @@ class TrainJob:
     tokenizer: Qwen2Tokenizer
     shapes: ModelShapes  # of the model
     ranks: Ranks = SINGLE_PROCESS
-    previews: Sequence[SampleRequest] = ()  # each with width and height; their prompts are encoded too
+    previews: Sequence[PreviewRow] = ()  # each request with width and height; their prompts are encoded too
     shard_base: str = "auto"  # see `RunOptions`
     plan: MemoryPlan | None = None  # of the run that is resumed, which is kept; None: one is chosen
     init_weights: LoraFile | None = None  # to continue learning from
     any_timestep: bool = False  # others than the run's own will be shown, so a table of the modulations won't do
+    variant: Variant = TEXT_TO_IMAGE  # of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +116,7 @@ def setup(job: TrainJob) -> TrainState:
     batches = job.config.steps * job.config.gradient_accumulation * job.ranks.world_size
     shown = shown_captions(job.config, learned.examples, batches)
     prior = prior_captions(shown, job.config)
-    text_tokens = _text_tokens(job.config, [*shown, *prior.values()], tokenizer)
+    text_tokens = _text_tokens(job, [*shown, *prior.values()], tokenizer)
 
     # The plan.
     timesteps = _timesteps(job, learned, schedule)
@@ -111,8 +125,13 @@ def setup(job: TrainJob) -> TrainState:
 
     # Texts and latents.
     store, planning_s = open_tensor_store(), clock.lap()
-    encoded = _encode_texts(job, plan, tokenizer, store, [*shown, *prior.values(), *held_out.captions])
-    cached = _encode_images(job, [learned, held_out], store)
+    features = _see_controls(job, plan, [learned, held_out], store)
+    if job.variant.edits:
+        prompts = _edit_prompts(job, learned, held_out, prior, features)
+    else:
+        prompts = _text_prompts(job, [*shown, *prior.values(), *held_out.captions])
+    encoded = _encode_texts(job, plan, tokenizer, store, prompts)
+    cached = _encode_images(job, [learned, held_out], store, features)
     log.info("%d images and %d captions are ready", len(cached), len(encoded.texts) - 1)
     examples, encoding_s = cached[: len(learned.examples)], clock.lap()
 
@@ -133,7 +152,7 @@ def setup(job: TrainJob) -> TrainState:
         ),
         largest=largest,
         components=Components(
-            tokenizer, schedule, encoded.text_encoder, None, transformer, job.placement, job.model_folder
+            tokenizer, schedule, encoded.text_encoder, None, transformer, job.placement, job.model_folder, job.variant
         ),
         plan=plan,
         lora=lora,
@@ -175,12 +194,12 @@ def prior_captions(captions: Sequence[str], config: TrainConfig) -> dict[str, st
     return {caption: prior_caption(caption, config) for caption in captions} if config.class_word else {}
 
 
-def _text_tokens(config: TrainConfig, captions: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:
-    """Return the text tokens T that the transformer sees of each caption."""
-    placeholders = placeholders_without_embeddings(config.tokens, tokenizer)
+def _text_tokens(job: TrainJob, captions: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """Return the text tokens T that the transformer sees of each caption, but for those of images to edit."""
+    placeholders = placeholders_without_embeddings(job.config.tokens, tokenizer)
     shown = dict.fromkeys((*captions, constants.EMPTY_PROMPT))
-    dropped = constants.TEMPLATE_PREFIX_TOKENS
-    return {caption: len(prompt_ids(tokenizer, caption, placeholders)) - dropped for caption in shown}
+    dropped = job.variant.prefix_tokens
+    return {caption: len(prompt_ids(tokenizer, caption, placeholders, job.variant)) - dropped for caption in shown}
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
@@ -190,17 +209,39 @@ def largest_batch(
     job: TrainJob, learned: Dataset, text_tokens: Mapping[str, int], shown: Sequence[str]
 ) -> LargestBatch:
     """Return the batch that needs most memory: the largest size, with the longest caption that is shown."""
-    shapes, size = job.shapes, max((example.size for example in learned.examples), key=lambda size: size.tokens)
-    longest = max(text_tokens.values())
+    image, text = _control_tokens(job, learned)
+    widest = max(learned.examples, key=lambda example: example.size.tokens + image[example])
+    size, controls = widest.size, image[widest]
+    longest = max(text_tokens.values()) + max(text.values())
     step = memory_estimate.step_size(
         job.config,
-        shapes.transformer,
-        job.config.batch_size * (size.tokens + longest),
+        job.shapes.transformer,
+        job.config.batch_size * (size.tokens + controls + longest),
         job.placement.dtype.itemsize,
         bytes_per_weight(job.config),
     )
     caption = max(shown, key=lambda caption: text_tokens[caption])
-    return LargestBatch(size, caption, longest, step)
+    return LargestBatch(size, caption, longest, step, controls)
+
+
+def _control_tokens(job: TrainJob, learned: Dataset) -> tuple[dict[Example, int], dict[Example, int]]:
+    """Return how many image tokens and how many text tokens each example's images to edit take."""
+    if not job.variant.edits:
+        none = dict.fromkeys(learned.examples, 0)
+        return none, none
+    processor, area = load_processor(job.model_folder), job.variant.vision_area_px
+    marks = {
+        count: len(job.tokenizer(job.variant.prompt("", count)).input_ids) - count
+        for count in {len(example.controls) for example in learned.examples}
+    }
+    image, text = dict[Example, int](), dict[Example, int]()
+    for example in learned.examples:
+        sizes = [control.size for control in example.controls]
+        image[example] = sum(size.tokens for size in sizes)
+        seen = [size.pixels if area is None else area_size(*size.pixels, area) for size in sizes]
+        features = sum(feature_count(processor, *each) for each in seen)
+        text[example] = features + marks[len(sizes)] - len(job.tokenizer(job.variant.prompt("", 0)).input_ids)
+    return image, text
 
 
 def _timesteps(job: TrainJob, learned: Dataset, schedule: flow.Schedule) -> Tensor | None:
@@ -209,7 +250,8 @@ def _timesteps(job: TrainJob, learned: Dataset, schedule: flow.Schedule) -> Tens
         return None
     dtype = job.placement.dtype
     own = run_timesteps(job.config, learned.examples, schedule, dtype, job.ranks.world_size)
-    return torch.cat([own, other_timesteps(job.config, job.previews, schedule, dtype)]).unique()
+    previews = list(chain(*job.previews))
+    return torch.cat([own, other_timesteps(job.config, previews, schedule, dtype)]).unique()
 
 
 def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None) -> MemoryPlan:
@@ -232,7 +274,7 @@ def _timing(job: TrainJob, largest: LargestBatch) -> memory_plan.Timing | None:
     config, card = job.config, roofline.find_card(job.placement.device)
     if card is None:
         return None
-    tokens, size = (largest.size.tokens, largest.text_tokens), largest.step_size
+    tokens, size = (largest.size.tokens + largest.control_tokens, largest.text_tokens), largest.step_size
     targets = nearest_preset(adapted_layers(config.lora_targets, job.shapes.blocks))
     step = roofline.Step(job.shapes.of_flops, *tokens, targets, size.lora_parameters)
     images = config.steps * config.gradient_accumulation * config.batch_size
@@ -242,23 +284,68 @@ def _timing(job: TrainJob, largest: LargestBatch) -> memory_plan.Timing | None:
 # --- texts and latents ----------------------------------------------------------------------------------------------
 
 
+def _see_controls(
+    job: TrainJob, plan: MemoryPlan, parts: Sequence[Dataset], store: TensorStore
+) -> dict[ControlImage, CachedFeatures]:
+    """Return what the text encoder sees of these datasets' images to edit; nothing where there are none."""
+    placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
+    examples = [example for part in parts for example in part.examples]
+    with distributed.main_process_first(job.ranks):
+        return cache_features(examples, job.model_folder, job.variant, placement, store)
+
+
+def _text_prompts(job: TrainJob, captions: Sequence[str]) -> dict[str, Prompt]:
+    """Return all prompts that a text-to-image run will show, by their `text_key`."""
+    previews = [text for row in job.previews for request in row for text in (request.prompt, request.negative_prompt)]
+    return {text: Prompt(text) for text in (*captions, *previews, constants.EMPTY_PROMPT)}
+
+
+def _edit_prompts(
+    job: TrainJob,
+    learned: Dataset,
+    held_out: Dataset,
+    prior: Mapping[str, str],
+    features: Mapping[ControlImage, CachedFeatures],
+) -> dict[str, Prompt]:
+    """Return all prompts that an editing run will show with the images that they speak of, by their `text_key`."""
+    config, found = job.config, dict[str, Prompt]()
+
+    def add(texts: Iterable[str], controls: Sequence[ControlImage]) -> None:
+        own = seen_of(controls, features)
+        found.update({text_key(text, own): Prompt(text, own.seen) for text in texts})
+
+    batches = config.steps * config.gradient_accumulation * job.ranks.world_size
+    captions = captions_by_example(config, learned.examples, batches)
+    for example, own in zip(learned.examples, captions, strict=True):
+        texts = [*own, constants.EMPTY_PROMPT, *(prior[text] for text in own if text in prior)]
+        add(texts, example.controls)
+        if example.flip:
+            add(texts, [replace(control, mirrored=True) for control in example.controls])
+        if config.control_dropout:
+            add(texts, ())
+    for example in held_out.examples:
+        add([example.caption], example.controls)
+    pairs = (held_out.examples or learned.examples) if job.previews else []
+    for index, row in enumerate(job.previews):
+        texts = [text for request in row for text in (request.prompt, request.negative_prompt)]
+        add(texts, pairs[index % len(pairs)].controls)
+    return found
+
+
 def _encode_texts(
-    job: TrainJob, plan: MemoryPlan, tokenizer: Qwen2Tokenizer, store: TensorStore, captions: Sequence[str]
+    job: TrainJob, plan: MemoryPlan, tokenizer: Qwen2Tokenizer, store: TensorStore, prompts: Mapping[str, Prompt]
 ) -> _Texts:
-    """Encode the texts that hold no token: what the text encoder makes of them never changes.
+    """Encode the prompts that hold no token: what the text encoder makes of them never changes.
 
     The text encoder is loaded only if it is needed, and freed unless a token is trained.
     """
     # Which texts are still to be encoded.
     config, began = job.config, time.monotonic()
     placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
-    prompts = [text for request in job.previews for text in (request.prompt, request.negative_prompt)]
-    fixed = [
-        text
-        for text in (*captions, *prompts, constants.EMPTY_PROMPT)
-        if not any(token in text for token in config.tokens)
-    ]
-    found = find_captions(fixed, tokenizer, job.model_folder, placement, store)
+    fixed = {
+        name: prompt for name, prompt in prompts.items() if not any(token in prompt.text for token in config.tokens)
+    }
+    found = find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant)
 
     # The text encoder, and the embeddings that it will read.
     text_encoder: Qwen2_5_VLTextModel | None = None
@@ -273,19 +360,21 @@ def _encode_texts(
     # Encode: the main process first, so that the others find its work in the store.
     with distributed.main_process_first(job.ranks):
         if not job.ranks.is_main:
-            found = find_captions(fixed, tokenizer, job.model_folder, placement, store)
-        texts = encode_captions(found, text_encoder, tokenizer, store)
+            found = find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant)
+        texts = encode_captions(found, text_encoder, tokenizer, store, job.variant)
     if not config.tokens:
         text_encoder = None
     release_memory()
     return _Texts(texts, text_encoder, placeholders, load_s)
 
 
-def _encode_images(job: TrainJob, parts: Sequence[Dataset], store: TensorStore) -> list[CachedExample]:
+def _encode_images(
+    job: TrainJob, parts: Sequence[Dataset], store: TensorStore, features: Mapping[ControlImage, CachedFeatures]
+) -> list[CachedExample]:
     """Encode the examples of these datasets, in their order."""
     examples = [example for part in parts for example in part.examples]
     with distributed.main_process_first(job.ranks):
-        cached = cache_examples(examples, job.model_folder, job.placement, store)
+        cached = cache_examples(examples, job.model_folder, job.placement, store, features)
     if job.ranks.is_main:
         store.trim()
     return cached

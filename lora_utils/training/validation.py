@@ -13,7 +13,7 @@ import torch
 from lora_utils.dataset.cache import CachedExample
 from lora_utils.model import flow
 from lora_utils.training.batch_plans import generator_for
-from lora_utils.training.batches import VALIDATION_SIGMAS, Batch, loss_weights
+from lora_utils.training.batches import VALIDATION_SIGMAS, Batch, loaded_controls, loss_weights
 from lora_utils.training.loss import flow_matching_loss
 from lora_utils.training.state import TrainState
 
@@ -49,6 +49,7 @@ def validation_batches(examples: Sequence[CachedExample], batch_size: int, mask_
                 example.size,
                 (example.image_name,) * count,
                 loss_weights([example] * count, mask_floor),
+                controls=loaded_controls([example] * count, [False] * count),
             )
 
 
