@@ -14,7 +14,7 @@ from lora_utils.model.transformer import Storage, load_transformer, predict_velo
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import sampler
 from lora_utils.sampling.sampler import Conditioning, SamplingJob
-from tests.editing.conftest import CPU, KINDS
+from tests.editing.material import CPU, KINDS
 
 AREA_PX = 64 * 64
 PROMPT = "put it on a pink background"

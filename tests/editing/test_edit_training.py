@@ -18,7 +18,7 @@ from lora_utils.training.batches import BatchStream
 from lora_utils.training.checkpoint import list_checkpoints, save_checkpoint
 from lora_utils.training.loss import batch_text, flow_matching_loss
 from lora_utils.training.recompute import change_plan
-from tests.editing.conftest import CPU, extracted_pairs, write_pairs
+from tests.editing.material import CPU, extracted_pairs, write_pairs
 from tests.helpers import lora_of, losses, make_state, resume_state, same_result, train_archive
 
 CONFIG = TrainConfig(
