@@ -86,6 +86,11 @@ class CachedExample:
     mirror_controls: CachedControls | None = None
 
     @property
+    def layout(self) -> tuple[Size, ...]:
+        """The sizes of all images that the transformer is given: the bucket's, and those of the images to edit."""
+        return (self.size, *(self.controls.sizes if self.controls else ()))
+
+    @property
     def flip(self) -> bool:
         """Whether it may be shown mirrored."""
         return self.mirror is not None

@@ -57,6 +57,11 @@ class Example:
     regularisation: bool = False  # it shows the class, not what is taught
     controls: tuple[ControlImage, ...] = ()  # that it was made of, for a base model that edits
 
+    @property
+    def layout(self) -> tuple[Size, ...]:
+        """The sizes of all images that the transformer is given: the bucket's, and those of the images to edit."""
+        return (self.size, *(control.size for control in self.controls))
+
     def crop(self) -> Image.Image:
         """Return the image as it fills the bucket. Raises UserError for a file that can't be read any more."""
         return open_crop(self.image_path, self.size.pixels)

@@ -34,6 +34,11 @@ class Shown(Protocol):
         ...
 
     @property
+    def layout(self) -> tuple[Size, ...]:
+        """The sizes of all images that the transformer is given: the bucket's, and those of the images to edit."""
+        ...
+
+    @property
     def caption(self) -> str:
         """The image's caption."""
         ...
@@ -58,25 +63,26 @@ _Shown = TypeVar("_Shown", bound=Shown)
 
 
 def bucket_batches(examples: Sequence[_Shown], batch_size: int, seed: int) -> Iterator[list[_Shown]]:
-    """Yield endless batches, each of one bucket. An epoch shows every example `repeats` times.
+    """Yield endless batches, each of one bucket and one layout. An epoch shows every example `repeats` times.
 
-    Of regularisation images it shows as many as of the others, in turns. A bucket's last batch may be short.
+    So a batch is one forward, and several GPUs take part in as many. Of regularisation images an epoch shows as many as
+    of the others, in turns. A bucket's last batch may be short.
     """
     rng = random.Random(seed)
     repeated = [example for example in examples if not example.regularisation for _ in range(example.repeats)]
     regularisation = _in_turns([e for e in examples if e.regularisation for _ in range(e.repeats)], seed)
-    by_size = _by_size(repeated)
+    by_layout = _by_layout(repeated)
     while True:
         epoch = []
-        for group in _by_size([*repeated, *islice(regularisation, len(repeated))]) if regularisation else by_size:
+        for group in _by_layout([*repeated, *islice(regularisation, len(repeated))]) if regularisation else by_layout:
             rng.shuffle(group)
             epoch += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
         rng.shuffle(epoch)
         yield from epoch
 
 
-def _by_size(examples: Sequence[_Shown]) -> list[list[_Shown]]:
-    return [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.size), key=lambda e: e.size)]
+def _by_layout(examples: Sequence[_Shown]) -> list[list[_Shown]]:
+    return [list(group) for _, group in groupby(sorted(examples, key=lambda e: e.layout), key=lambda e: e.layout)]
 
 
 def _in_turns(examples: list[_Shown], seed: int) -> Iterator[_Shown] | None:
@@ -101,7 +107,7 @@ class BatchPlan(Generic[_Shown]):
     captions: tuple[str, ...]
     is_prior: bool  # it holds the class
     mirrored: tuple[bool, ...]  # by example
-    bare: tuple[bool, ...]  # by example: shown without its images to edit
+    bare: bool  # shown without the images to edit
 
 
 def holds_class(index: int, share: float) -> bool:
@@ -133,9 +139,9 @@ def plan_batches(
             else [constants.EMPTY_PROMPT if drop else text for drop, text in zip(dropped, texts, strict=True)]
         )
         mirrored = (torch.rand(len(batch), generator=sides) < 0.5).tolist()
-        bare = torch.rand(len(batch), generator=bared) < config.control_dropout
+        bare = bool(torch.rand(1, generator=bared) < config.control_dropout)
         turned = tuple(m and e.flip for m, e in zip(mirrored, batch, strict=True))
-        yield BatchPlan(batch, tuple(captions), is_prior, turned, tuple(bare.tolist()))
+        yield BatchPlan(batch, tuple(captions), is_prior, turned, bare)
 
 
 def captions_by_example(config: TrainConfig, examples: Sequence[Shown], batches: int) -> list[list[str]]:

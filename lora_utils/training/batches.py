@@ -108,14 +108,11 @@ class BatchStream:
             generator.set_state(state[purpose])
 
 
-def loaded_controls(examples: Sequence[CachedExample], bare: Sequence[bool]) -> tuple[Controls, ...]:
-    """Return the images to edit of each example, none where it is shown bare; nothing where no example has any."""
+def loaded_controls(examples: Sequence[CachedExample], bare: bool = False) -> tuple[Controls, ...]:
+    """Return the images to edit of each example, or no images where they are shown bare; () where there are none."""
     if not any(example.controls for example in examples):
         return ()
-    return tuple(
-        no_controls() if without or example.controls is None else example.controls.load()
-        for example, without in zip(examples, bare, strict=True)
-    )
+    return tuple(no_controls() if bare or e.controls is None else e.controls.load() for e in examples)
 
 
 def image_weights(examples: Sequence[Shown], of_regularisation: float) -> Tensor | None:

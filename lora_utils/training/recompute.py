@@ -67,7 +67,7 @@ def probe_batch(state: TrainState) -> Batch:
     if largest.control_tokens:
         widest = max(state.data.examples, key=lambda e: e.size.tokens + (e.controls.tokens if e.controls else 0))
         size, caption = widest.size, caption_choices(widest.caption, state.config)[0]
-        controls = loaded_controls([widest], [False]) * count
+        controls = loaded_controls([widest]) * count
     shape = (count, size.tokens, constants.PACKED_CHANNELS)
     return Batch(
         torch.randn(*shape, generator=generator_for(0, "probe")),

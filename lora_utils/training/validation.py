@@ -49,7 +49,7 @@ def validation_batches(examples: Sequence[CachedExample], batch_size: int, mask_
                 example.size,
                 (example.image_name,) * count,
                 loss_weights([example] * count, mask_floor),
-                controls=loaded_controls([example] * count, [False] * count),
+                controls=loaded_controls([example] * count),
             )
 
 

@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.dataset import load
 from lora_utils.dataset.cache import CachedControls
+from lora_utils.io.archive import extract_archive
 from lora_utils.model import flow, modulation
-from lora_utils.model.controls import encode_controls, text_key
+from lora_utils.model.controls import encode_controls, no_controls, text_key
+from lora_utils.model.latents import Size
 from lora_utils.model.text_encoder import Prompt, encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.variant import EDIT, EDIT_PLUS
@@ -82,7 +86,8 @@ def test_gradients_of_unequal_images_are_those_of_one_by_one(edit_models, token_
     """In one batch: an example with two images to edit, and one whose images were dropped."""
     state = state_of(replace(TOKEN, control_dropout=0.5, caption_dropout=0.0), token_pairs, edit_models["2511"])
     torch.nn.init.normal_(state.lora[1], std=0.1)
-    batch = next(b for b in state.stream if len({own.latents.sizes for own in b.controls}) == 2)
+    batch = next(b for b in state.stream if b.controls[0].seen and len(b.names) == 2)
+    batch = replace(batch, controls=(batch.controls[0], no_controls()))
     learned = [*state.lora, *state.placeholders.embeddings]
 
     def gradients(parts):
@@ -108,6 +113,38 @@ def test_gradients_of_unequal_images_are_those_of_one_by_one(edit_models, token_
         assert (together is None) == (alone is None)
         if together is not None and alone is not None:
             torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_is_one_forward_whatever_its_images_sizes(edit_models, tmp_path):
+    """On a sharded base every process has to take part in as many forwards."""
+    config = replace(CONFIG, control_dropout=0.4, batch_size=3)
+    dataset = extracted_pairs(tmp_path, config, count=8)
+    examples = [
+        replace(e, controls=(replace(e.controls[0], size=Size(96, 64)),)) if index % 2 else e
+        for index, e in enumerate(dataset.examples)
+    ]
+    state = state_of(config, replace(dataset, examples=examples), edit_models["2511"])
+    batches = [next(state.stream) for _ in range(30)]
+    assert all(len({own.latents.sizes for own in batch.controls}) == 1 for batch in batches)
+    shown = {batch.controls[0].latents.sizes for batch in batches}
+    assert shown == {(), (Size(64, 64),), (Size(96, 64),)}
+    assert max(len(batch.names) for batch in batches) == 3
+
+
+def test_the_loss_outside_a_targets_mask_counts_less(edit_models, tmp_path):
+    config = replace(CONFIG, mask_from="file", mask_floor=0.0)
+    extract_archive(write_pairs(tmp_path / "pairs.zip"), tmp_path / "images")
+    for index in range(6):
+        mask = Image.new("L", (64, 64), 0)
+        mask.paste(255, (0, 0, 32, 64))
+        mask.save(tmp_path / "images" / f"{index}.mask.png")
+    state = state_of(config, load(tmp_path / "images", config, variant=EDIT_PLUS), edit_models["2511"])
+    batch = next(state.stream)
+    assert batch.weights is not None
+    assert batch.weights.shape == batch.target.shape, "the target's tokens alone have weights"
+    outside = batch.weights == 0
+    changed = replace(batch, target=torch.where(outside, batch.target + 7, batch.target))
+    torch.testing.assert_close(flow_matching_loss(state, changed), flow_matching_loss(state, batch))
 
 
 def test_dropped_captions_keep_their_images(edit_models, pairs):

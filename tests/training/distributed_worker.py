@@ -17,6 +17,7 @@ from lora_utils.lora.updates import tensors_of
 from lora_utils.model.device import Placement
 from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
+from lora_utils.model.variant import read_variant
 from lora_utils.training import distributed, loop
 from lora_utils.training.setup import TrainJob, setup
 from lora_utils.training.state import final_lora
@@ -26,17 +27,18 @@ def main(model: Path, images: Path, given: str, shard_base: str) -> None:
     torch.set_num_threads(1)
     ranks = distributed.init()
     config = TrainConfig(**json.loads(given))
-    placement = Placement(torch.device("cpu"), torch.float32)
+    placement, variant = Placement(torch.device("cpu"), torch.float32), read_variant(model)
     run = setup(
         TrainJob(
             config,
-            load(images, config),
+            load(images, config, variant=variant),
             model,
             placement,
             load_tokenizer(model),
             read_shapes(model),
             ranks,
             shard_base=shard_base,
+            variant=variant,
         )
     )
     frozen = [
