@@ -2,6 +2,7 @@
 
     python -m examples.pretrain                 # all stages; resumes where it was stopped
     python -m examples.pretrain --stage vae     # one stage
+    python -m examples.pretrain --edit          # `tiny_qwen_image_edit`, from the small model: see pretrain_edit.py
 
 Each stage logs to standard output and keeps its checkpoints in `build/pretrain/`; the finished folder is written by
 the last one.
@@ -27,7 +28,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
-from examples import shapes, small_model
+from examples import pretrain_edit, shapes, small_model
 from examples.pretrain_vae import (
     WORK,
     VaeSettings,
@@ -201,14 +202,19 @@ def write_model(out: Path, settings: ModelSettings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["vae", "model", "write"], help="one stage alone; all of them if left out")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--edit", action="store_true", help="make the editing model in place of all that")
+    parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.edit:
+        pretrain_edit.train_edit(pretrain_edit.EditSettings())
+        pretrain_edit.write_edit(arguments.out or pretrain_edit.OUT)
+        return
     if arguments.stage in (None, "vae"):
         train_vae(VaeSettings())
     if arguments.stage in (None, "model"):
         train_model(ModelSettings())
     if arguments.stage in (None, "write"):
-        write_model(arguments.out, ModelSettings())
+        write_model(arguments.out or OUT, ModelSettings())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ GRID = (1, 4, 4)  # of an image's tokens
 
 @dataclass(frozen=True, slots=True)
 class EditSettings:
-    steps: int = 5000
+    steps: int = 3400
     captions: int = 32  # a batch: so many edits ...
     draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
     learning_rate: float = 1.2e-3
@@ -265,6 +265,6 @@ def write_edit(out: Path) -> None:
     text_encoder.half().save_pretrained(out / "text_encoder")
     transformer = cast(QwenImageTransformer2DModel, network["transformer"])
     transformer.half().save_pretrained(out / "transformer")
-    shutil.copy(Path(__file__).parent / "edit_model_index.json", out / "model_index.json")
+    (out / "model_index.json").write_text(small_model.edit_model_index(EDIT_PLUS.pipeline))
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     log(f"wrote {out}: {size / 1e6:.1f} MB of safetensors")

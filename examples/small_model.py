@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any, cast
 
+import diffusers
 import numpy as np
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -140,6 +141,19 @@ def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
         time_shift_type="exponential",
         use_dynamic_shifting=True,
     )
+
+
+def edit_model_index(pipeline: str) -> str:
+    """model_index.json of an editing model, as diffusers would write it for this pipeline."""
+    parts = {
+        "processor": ["transformers", "Qwen2VLProcessor"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+    return json.dumps({"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **parts}, indent=2) + "\n"
 
 
 def new_vae(latents_mean: list[float] | None = None, latents_std: list[float] | None = None) -> AutoencoderKLQwenImage:

@@ -1,6 +1,5 @@
 """What tests of editing are made with: models with random weights, one of each kind, and datasets of pairs."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,7 @@ def write_model(folder: Path, kind: str) -> Path:
         part.save_pretrained(folder / name)
     small_model.new_processor().save_pretrained(folder / "processor")
     tokenizer.save_pretrained(folder / "processor")
-    index = json.loads((Path(small_model.__file__).parent / "edit_model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": variant.pipeline}))
+    (folder / "model_index.json").write_text(small_model.edit_model_index(variant.pipeline))
     return folder
 
 

@@ -46,14 +46,21 @@ def estimate_of(config, folder, tokens):
 
 
 def demand(free, side_px=1024):
-    size = size_of(side_px)
+    return demand_of(size_of(side_px), free)
+
+
+def demand_of(size, free):
     work = size.needed_bytes(60) + 4.0 * size.lora_parameters
     return memory_estimate.MemoryEstimate(free, TEXT, TRANSFORMER, work, 506, host_free=1e12)
 
 
 def checkpointed(chosen, free, side_px, live_text):
+    return checkpointed_of(chosen, free, size_of(side_px), live_text)
+
+
+def checkpointed_of(chosen, free, size, live_text):
     """Of 60, with what is left when all is loaded."""
-    size, stays = size_of(side_px), live_text and chosen.text_encoder_on_device
+    stays = live_text and chosen.text_encoder_on_device
     left = free - TRANSFORMER[chosen.quantization] - 4.0 * size.lora_parameters - TEXT * stays
     return memory.blocks_to_checkpoint(size, left)
 
