@@ -14,10 +14,9 @@ the world's 32768 images took 3 minutes; the 5000 steps of text encoder and tran
 """
 
 import argparse
-import copy
 import random
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +32,11 @@ from examples.pretrain_vae import (
     WORK,
     VaeSettings,
     log,
-    muon_and_adamw,
     save_checkpoint,
-    set_rates,
     to_tensor,
+    train_averaged,
     train_vae,
     trained_vae,
-    update,
 )
 from lora_utils import constants
 from lora_utils.model import flow
@@ -126,57 +123,37 @@ def learning_rate_factor(step: int, settings: ModelSettings) -> float:
 
 def train_model(settings: ModelSettings) -> Path:
     """Text encoder and transformer together, by flow matching on the frozen VAE's latents."""
-    checkpoint = WORK / "model.pt"
     world = encode_world(trained_vae(), settings.images)
     torch.manual_seed(0)
     tokenizer = small_model.train_tokenizer()
     text_encoder, transformer = small_model.new_text_encoder(tokenizer), small_model.new_transformer()
     network = nn.ModuleDict({"text": text_encoder.model.language_model, "transformer": transformer})
-    ema = copy.deepcopy(network).requires_grad_(False)
-    optimizers = muon_and_adamw(network.named_parameters(), settings.learning_rate)
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        start = state["step"]
-        log(f"model: resumed at step {start}")
-    schedule = flow.Schedule()
-    grid = [(1, 4, 4)]
-    rng, generator = random.Random(start + 1), torch.Generator().manual_seed(start + 1)
-    began, losses = time.monotonic(), []
-    for step in range(start, settings.steps):
-        set_rates(optimizers, settings.learning_rate * learning_rate_factor(step, settings))
-        chosen = torch.randint(len(world.wordings), (settings.captions,), generator=generator)
-        captions = [said(world.wordings[i], rng, settings.caption_dropout) for i in chosen]
-        text, mask = encode_captions(network["text"], tokenizer, captions)
-        rows = torch.arange(settings.captions).repeat(settings.draws)
-        clean = world.latents[chosen][rows]
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = flow.sample_sigmas(len(rows), schedule.mu(clean.shape[1]), generator)
-        velocity = transformer(
-            hidden_states=flow.add_noise(clean, noise, sigma),
-            timestep=flow.model_time(sigma, torch.float32),
-            encoder_hidden_states=text[rows],
-            encoder_hidden_states_mask=mask[rows],
-            img_shapes=[grid] * len(rows),
-            return_dict=False,
-        )[0]
-        loss = F.mse_loss(velocity, flow.velocity_target(clean, noise))
-        update(optimizers, loss, network)
-        decay = min(settings.ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            seconds = (time.monotonic() - began) / (step + 1 - start)
-            log(f"model step {step + 1}/{settings.steps} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step")
-        if (step + 1) % 500 == 0 or step + 1 == settings.steps:
-            kept = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"network": network.state_dict(), "ema": ema.state_dict(), "optimizers": kept, "step": step + 1}
-            save_checkpoint(checkpoint, state)
-    return checkpoint
+    schedule, grid = flow.Schedule(), [(1, 4, 4)]
+
+    def new_loss(start: int) -> Callable[[], Tensor]:
+        rng, generator = random.Random(start + 1), torch.Generator().manual_seed(start + 1)
+
+        def loss() -> Tensor:
+            chosen = torch.randint(len(world.wordings), (settings.captions,), generator=generator)
+            captions = [said(world.wordings[i], rng, settings.caption_dropout) for i in chosen]
+            text, mask = encode_captions(network["text"], tokenizer, captions)
+            rows = torch.arange(settings.captions).repeat(settings.draws)
+            clean = world.latents[chosen][rows]
+            noise = torch.randn(clean.shape, generator=generator)
+            sigma = flow.sample_sigmas(len(rows), schedule.mu(clean.shape[1]), generator)
+            velocity = transformer(
+                hidden_states=flow.add_noise(clean, noise, sigma),
+                timestep=flow.model_time(sigma, torch.float32),
+                encoder_hidden_states=text[rows],
+                encoder_hidden_states_mask=mask[rows],
+                img_shapes=[grid] * len(rows),
+                return_dict=False,
+            )[0]
+            return F.mse_loss(velocity, flow.velocity_target(clean, noise))
+
+        return loss
+
+    return train_averaged("model", network, settings, lambda s: learning_rate_factor(s, settings), new_loss, 500)
 
 
 def write_model(out: Path, settings: ModelSettings) -> None:

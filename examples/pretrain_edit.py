@@ -4,10 +4,9 @@ It learns by flow matching on pairs of images with an instruction: the language 
 the vision tower sees, the transformer has the images' latents beside the noise. `examples.pretrain --edit` runs it.
 """
 
-import copy
 import random
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from examples import edits, shapes, small_model
-from examples.pretrain_vae import WORK, log, muon_and_adamw, save_checkpoint, set_rates, to_tensor, update
+from examples.pretrain_vae import WORK, log, save_checkpoint, to_tensor, train_averaged
 from lora_utils import constants
 from lora_utils.model import flow
 from lora_utils.model.device import Placement
@@ -39,7 +38,7 @@ GRID = (1, 4, 4)  # of an image's tokens
 
 @dataclass(frozen=True, slots=True)
 class EditSettings:
-    steps: int = 3400
+    steps: int = 3000
     captions: int = 32  # a batch: so many edits ...
     draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
     learning_rate: float = 1.2e-3
@@ -183,41 +182,20 @@ def learning_rate_factor(step: int, settings: EditSettings) -> float:
 
 def train_edit(settings: EditSettings) -> Path:
     """Text encoder with its vision tower, and transformer, together."""
-    checkpoint = WORK / "edit.pt"
-    world = encode_pairs(settings)
-    tokenizer = small_model.train_tokenizer(edit=True)
+    world, tokenizer = encode_pairs(settings), small_model.train_tokenizer(edit=True)
     network, _ = _network(tokenizer)
-    ema = copy.deepcopy(network).requires_grad_(False)
-    optimizers = muon_and_adamw(network.named_parameters(), settings.learning_rate)
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        start = state["step"]
-        log(f"edit: resumed at step {start}")
     groups = [[i for i, given in enumerate(world.images) if len(given) == count] for count in (1, 2)]
-    rng = random.Random(start + 1)
-    generator = torch.Generator().manual_seed(start + 1)
-    began, losses = time.monotonic(), []
-    for step in range(start, settings.steps):
-        set_rates(optimizers, settings.learning_rate * learning_rate_factor(step, settings))
-        pairs = rng.sample(groups[rng.random() < settings.two_images], settings.captions)
-        loss = _loss(network, tokenizer, world, pairs, settings, rng, generator)
-        update(optimizers, loss, network)
-        decay = min(settings.ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            seconds = (time.monotonic() - began) / (step + 1 - start)
-            log(f"edit step {step + 1}/{settings.steps} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step")
-        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
-            kept = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"network": network.state_dict(), "ema": ema.state_dict(), "optimizers": kept, "step": step + 1}
-            save_checkpoint(checkpoint, state)
-    return checkpoint
+
+    def new_loss(start: int) -> Callable[[], Tensor]:
+        rng, generator = random.Random(start + 1), torch.Generator().manual_seed(start + 1)
+
+        def loss() -> Tensor:
+            pairs = rng.sample(groups[rng.random() < settings.two_images], settings.captions)
+            return _loss(network, tokenizer, world, pairs, settings, rng, generator)
+
+        return loss
+
+    return train_averaged("edit", network, settings, lambda s: learning_rate_factor(s, settings), new_loss, 250)
 
 
 def _loss(

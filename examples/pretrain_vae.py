@@ -3,11 +3,13 @@
 Half the images are the world's, half are random drawings, for users' objects must survive it too.
 """
 
+import copy
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -77,6 +79,56 @@ def update(optimizers: list[torch.optim.Optimizer], loss: Tensor, network: nn.Mo
     nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
+
+
+class Stage(Protocol):
+    """What the settings of a stage with an averaged network say."""
+
+    steps: int
+    learning_rate: float
+    ema_decay: float
+
+
+def train_averaged(
+    name: str,
+    network: nn.Module,
+    settings: Stage,
+    rate_factor: Callable[[int], float],
+    new_loss: Callable[[int], Callable[[], Tensor]],
+    save_every: int,
+) -> Path:
+    """Train a network and keep its moving average; resumes where it was stopped. -> the checkpoint
+
+    `new_loss(start)` returns what computes the loss of each step from step `start` on. A checkpoint is written every
+    `save_every` steps, and after the last one.
+    """
+    checkpoint = WORK / f"{name}.pt"
+    ema = copy.deepcopy(network).requires_grad_(False)
+    optimizers, start = muon_and_adamw(network.named_parameters(), settings.learning_rate), 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        start = state["step"]
+        log(f"{name}: resumed at step {start}")
+    next_loss, began, losses = new_loss(start), time.monotonic(), []
+    for step in range(start, settings.steps):
+        set_rates(optimizers, settings.learning_rate * rate_factor(step))
+        loss = next_loss()
+        update(optimizers, loss, network)
+        decay = min(settings.ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            seconds = (time.monotonic() - began) / (step + 1 - start)
+            log(f"{name} step {step + 1}/{settings.steps} loss {np.mean(losses[-100:]):.4f} {seconds:.3f} s/step")
+        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+            kept = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"network": network.state_dict(), "ema": ema.state_dict(), "optimizers": kept, "step": step + 1}
+            save_checkpoint(checkpoint, state)
+    return checkpoint
 
 
 # --- the autoencoder ----------------------------------------------------------------------------------------------

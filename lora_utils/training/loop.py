@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset.cache import CachedControls
+from lora_utils.dataset.feature_cache import CachedControls
 from lora_utils.errors import UserError
 from lora_utils.model import flops, fsdp
 from lora_utils.model.controls import Controls

@@ -8,85 +8,41 @@ Legend: T text tokens, D the text encoder's width, S timesteps.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.autocaption import write_captions
-from lora_utils.dataset.cache import (
-    CachedExample,
-    CachedFeatures,
-    cache_examples,
-    cache_features,
-    encode_captions,
-    find_captions,
-    seen_of,
-)
 from lora_utils.dataset.caption_texts import caption_choices, prior_caption
-from lora_utils.dataset.examples import ControlImage, Dataset, Example, listed_names
+from lora_utils.dataset.examples import Dataset, Example, listed_names
 from lora_utils.dataset.scan import check_captions
-from lora_utils.io.tensor_store import TensorStore, open_tensor_store
+from lora_utils.io.tensor_store import open_tensor_store
 from lora_utils.lora.adapter import AdapterSettings, attach_adapter, start_from_weights
-from lora_utils.lora.formats import LoraFile
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.adapter_sizes import adapted_layers, nearest_preset
 from lora_utils.model.components import Components, load_schedule, model_key
-from lora_utils.model.controls import text_key
-from lora_utils.model.device import Placement, release_memory, reset_peak
-from lora_utils.model.memory_estimate import ModelShapes
+from lora_utils.model.device import release_memory, reset_peak
 from lora_utils.model.memory_plan import MemoryPlan
-from lora_utils.model.text_encoder import Prompt, load_text_encoder, prompt_ids
+from lora_utils.model.text_encoder import prompt_ids
 from lora_utils.model.transformer import Storage, load_transformer
-from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
 from lora_utils.model.vision import area_size, feature_count, load_processor
-from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words, new_placeholders
-from lora_utils.placeholder.tokens import Placeholders, no_placeholders, placeholders_without_embeddings
+from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words
+from lora_utils.placeholder.tokens import placeholders_without_embeddings
 from lora_utils.training import distributed
-from lora_utils.training.batch_plans import captions_by_example, generator_for, shown_captions
+from lora_utils.training.batch_plans import generator_for, shown_captions
 from lora_utils.training.batches import BatchStream, LargestBatch, other_timesteps, run_timesteps
-from lora_utils.training.distributed import SINGLE_PROCESS, Ranks
+from lora_utils.training.encoding import TrainJob, edit_prompts, encode_images, encode_texts, see_controls, text_prompts
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
-from lora_utils.training.previews import PreviewRow
 from lora_utils.training.state import TrainData, TrainState
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainJob:
-    """What a run is set up from."""
-
-    config: TrainConfig
-    dataset: Dataset  # checked
-    model_folder: Path
-    placement: Placement
-    tokenizer: Qwen2Tokenizer
-    shapes: ModelShapes  # of the model
-    ranks: Ranks = SINGLE_PROCESS
-    previews: Sequence[PreviewRow] = ()  # each request with width and height; their prompts are encoded too
-    shard_base: str = "auto"  # see `RunOptions`
-    plan: MemoryPlan | None = None  # of the run that is resumed, which is kept; None: one is chosen
-    init_weights: LoraFile | None = None  # to continue learning from
-    any_timestep: bool = False  # others than the run's own will be shown, so a table of the modulations won't do
-    variant: Variant = TEXT_TO_IMAGE  # of the model
-
-
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """The encoded captions, and what is left of the text encoder: it stays only while a token is trained."""
-
-    texts: Mapping[str, Tensor]
-    text_encoder: Qwen2_5_VLTextModel | None
-    placeholders: Placeholders
-    load_s: float
 
 
 @dataclass(slots=True)
@@ -125,13 +81,13 @@ def setup(job: TrainJob) -> TrainState:
 
     # Texts and latents.
     store, planning_s = open_tensor_store(), clock.lap()
-    features = _see_controls(job, plan, [learned, held_out], store)
+    features = see_controls(job, plan, [learned, held_out], store)
     if job.variant.edits:
-        prompts = _edit_prompts(job, learned, held_out, prior, features)
+        prompts = edit_prompts(job, learned, held_out, prior, features)
     else:
-        prompts = _text_prompts(job, [*shown, *prior.values(), *held_out.captions])
-    encoded = _encode_texts(job, plan, tokenizer, store, prompts)
-    cached = _encode_images(job, [learned, held_out], store, features)
+        prompts = text_prompts(job, [*shown, *prior.values(), *held_out.captions])
+    encoded = encode_texts(job, plan, tokenizer, store, prompts)
+    cached = encode_images(job, [learned, held_out], store, features)
     log.info("%d images and %d captions are ready", len(cached), len(encoded.texts) - 1)
     examples, encoding_s = cached[: len(learned.examples)], clock.lap()
 
@@ -279,105 +235,6 @@ def _timing(job: TrainJob, largest: LargestBatch) -> memory_plan.Timing | None:
     step = roofline.Step(job.shapes.of_flops, *tokens, targets, size.lora_parameters)
     images = config.steps * config.gradient_accumulation * config.batch_size
     return memory_plan.Timing(card, step, size, images)
-
-
-# --- texts and latents ----------------------------------------------------------------------------------------------
-
-
-def _see_controls(
-    job: TrainJob, plan: MemoryPlan, parts: Sequence[Dataset], store: TensorStore
-) -> dict[ControlImage, CachedFeatures]:
-    """Return what the text encoder sees of these datasets' images to edit; nothing where there are none."""
-    placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
-    examples = [example for part in parts for example in part.examples]
-    with distributed.main_process_first(job.ranks):
-        return cache_features(examples, job.model_folder, job.variant, placement, store)
-
-
-def _text_prompts(job: TrainJob, captions: Sequence[str]) -> dict[str, Prompt]:
-    """Return all prompts that a text-to-image run will show, by their `text_key`."""
-    previews = [text for row in job.previews for request in row for text in (request.prompt, request.negative_prompt)]
-    return {text: Prompt(text) for text in (*captions, *previews, constants.EMPTY_PROMPT)}
-
-
-def _edit_prompts(
-    job: TrainJob,
-    learned: Dataset,
-    held_out: Dataset,
-    prior: Mapping[str, str],
-    features: Mapping[ControlImage, CachedFeatures],
-) -> dict[str, Prompt]:
-    """Return all prompts that an editing run will show with the images that they speak of, by their `text_key`."""
-    config, found = job.config, dict[str, Prompt]()
-
-    def add(texts: Iterable[str], controls: Sequence[ControlImage]) -> None:
-        own = seen_of(controls, features)
-        found.update({text_key(text, own): Prompt(text, own.seen) for text in texts})
-
-    batches = config.steps * config.gradient_accumulation * job.ranks.world_size
-    captions = captions_by_example(config, learned.examples, batches)
-    for example, own in zip(learned.examples, captions, strict=True):
-        texts = [*own, constants.EMPTY_PROMPT, *(prior[text] for text in own if text in prior)]
-        add(texts, example.controls)
-        if example.flip:
-            add(texts, [replace(control, mirrored=True) for control in example.controls])
-        if config.control_dropout:
-            add(texts, ())
-    for example in held_out.examples:
-        add([example.caption], example.controls)
-    pairs = (held_out.examples or learned.examples) if job.previews else []
-    for index, row in enumerate(job.previews):
-        texts = [text for request in row for text in (request.prompt, request.negative_prompt)]
-        add(texts, pairs[index % len(pairs)].controls)
-    return found
-
-
-def _encode_texts(
-    job: TrainJob, plan: MemoryPlan, tokenizer: Qwen2Tokenizer, store: TensorStore, prompts: Mapping[str, Prompt]
-) -> _Texts:
-    """Encode the prompts that hold no token: what the text encoder makes of them never changes.
-
-    The text encoder is loaded only if it is needed, and freed unless a token is trained.
-    """
-    # Which texts are still to be encoded.
-    config, began = job.config, time.monotonic()
-    placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
-    fixed = {
-        name: prompt for name, prompt in prompts.items() if not any(token in prompt.text for token in config.tokens)
-    }
-    found = find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant)
-
-    # The text encoder, and the embeddings that it will read.
-    text_encoder: Qwen2_5_VLTextModel | None = None
-    if config.tokens or found.new:
-        text_encoder = load_text_encoder(job.model_folder, placement)
-    load_s = time.monotonic() - began
-    placeholders = no_placeholders()
-    if config.tokens and text_encoder is not None:
-        generator = generator_for(config.seed, "row")
-        placeholders = new_placeholders(config, tokenizer, text_encoder, generator)
-
-    # Encode: the main process first, so that the others find its work in the store.
-    with distributed.main_process_first(job.ranks):
-        if not job.ranks.is_main:
-            found = find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant)
-        texts = encode_captions(found, text_encoder, tokenizer, store, job.variant)
-    if not config.tokens:
-        text_encoder = None
-    release_memory()
-    return _Texts(texts, text_encoder, placeholders, load_s)
-
-
-def _encode_images(
-    job: TrainJob, parts: Sequence[Dataset], store: TensorStore, features: Mapping[ControlImage, CachedFeatures]
-) -> list[CachedExample]:
-    """Encode the examples of these datasets, in their order."""
-    examples = [example for part in parts for example in part.examples]
-    with distributed.main_process_first(job.ranks):
-        cached = cache_examples(examples, job.model_folder, job.placement, store, features)
-    if job.ranks.is_main:
-        store.trim()
-    return cached
 
 
 # --- transformer ----------------------------------------------------------------------------------------------------

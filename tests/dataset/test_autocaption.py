@@ -80,7 +80,7 @@ def test_it_is_freed_before_anything_else_is_loaded(random_model, found, monkeyp
         assert all(reference() is None for reference in seen)
         return load(*given)
 
-    monkeypatch.setattr("lora_utils.training.setup.load_text_encoder", loading)
+    monkeypatch.setattr("lora_utils.training.encoding.load_text_encoder", loading)
     run = make_state(CONFIG, found, random_model)
     assert {example.caption for example in run.data.examples} == set(run.data.captions)
     assert sum("[drawn]" in caption for caption in run.data.captions) == 2

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lora_utils.config import TrainConfig
-from lora_utils.dataset import cache, load
+from lora_utils.dataset import cache, load, text_cache
 from lora_utils.dataset.cache import _encoded, cache_examples, encode_batch_size
 from lora_utils.io import tensor_store
 from lora_utils.io.tensor_store import TensorStore, content_key, folder_fingerprint, open_tensor_store
@@ -51,7 +51,7 @@ def folder_of_cache(tmp_path, monkeypatch):
 def encoded(monkeypatch):
     """How many images and captions were encoded since the last look, blanks not counted."""
     counts = {"images": 0, "captions": 0, "vae": 0, "text_encoder": 0}
-    batches, encode_text = _encoded, cache.encode_text
+    batches, encode_text = _encoded, text_cache.encode_text
 
     def counted_batches(vae, new):
         counts["images"] += len(new)
@@ -62,9 +62,9 @@ def encoded(monkeypatch):
         return encode_text(encoder, tokenizer, captions, *given)
 
     monkeypatch.setattr(cache, "_encoded", counted_batches)
-    monkeypatch.setattr(cache, "encode_text", counted_text)
+    monkeypatch.setattr(text_cache, "encode_text", counted_text)
     for part in ("vae", "text_encoder"):
-        home = cache if part == "vae" else sys.modules["lora_utils.training.setup"]
+        home = cache if part == "vae" else sys.modules["lora_utils.training.encoding"]
         load = getattr(home, f"load_{part}")
         monkeypatch.setattr(
             home,

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.dataset import load
-from lora_utils.dataset.cache import CachedControls
+from lora_utils.dataset.feature_cache import CachedControls
 from lora_utils.io.archive import extract_archive
 from lora_utils.model import flow, modulation
 from lora_utils.model.controls import encode_controls, no_controls, text_key

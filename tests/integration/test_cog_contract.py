@@ -75,9 +75,10 @@ def test_the_written_files_are_up_to_date_and_a_stale_one_is_found(monkeypatch, 
     assert (ROOT / "train.py").read_text() == SOURCES["train"], "a check writes nothing"
 
 
-@pytest.mark.parametrize(("name", "most"), [("train", 100), ("predict", 60)])
+@pytest.mark.parametrize(("name", "most"), [("train", 40), ("predict", 40)])
 def test_the_entry_points_are_thin(name, most):
-    assert len(SOURCES[name].splitlines()) <= most
+    inputs = [line for line in SOURCES[name].splitlines() if "= Input(" in line]
+    assert len(SOURCES[name].splitlines()) - len(inputs) <= most, "beside a line for each input"
 
 
 def test_cog_yaml_has_what_every_cog_takes():

@@ -242,8 +242,8 @@ def test_weights_that_cannot_be_written_where_they_were_asked_for_are_written_el
 
 
 def test_a_token_that_no_batch_shows_is_refused_before_a_model_is_loaded(train_alone, monkeypatch):
-    for part in ("load_transformer", "load_text_encoder"):
-        monkeypatch.setattr(f"lora_utils.training.setup.{part}", lambda *_, **__: pytest.fail("loaded"))
+    for loader in ("setup.load_transformer", "encoding.load_text_encoder"):
+        monkeypatch.setattr(f"lora_utils.training.{loader}", lambda *_, **__: pytest.fail("loaded"))
     seed = next(seed for seed in range(100) if all(dropped_first(seed)))
     with pytest.raises(UserError, match=r"none of the 1 batches of this run shows <zwx>.*set steps to \d+ or more"):
         train_alone(steps=1, caption_dropout=0.9, seed=seed)

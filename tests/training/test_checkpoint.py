@@ -306,8 +306,8 @@ def test_a_checkpoint_that_fails_is_a_warning(archive, random_model, tmp_path, m
 def no_model(random_model, monkeypatch):
     """The model is there, and mustn't be loaded: what is refused is refused before."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
-    for part in ("load_transformer", "load_text_encoder"):
-        monkeypatch.setattr(f"lora_utils.training.setup.{part}", lambda *_, **__: pytest.fail("loaded"))
+    for loader in ("setup.load_transformer", "encoding.load_text_encoder"):
+        monkeypatch.setattr(f"lora_utils.training.{loader}", lambda *_, **__: pytest.fail("loaded"))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -204,8 +204,8 @@ def test_captions_without_the_token_are_refused_before_a_model_is_loaded(archive
 @pytest.fixture
 def without_models(monkeypatch):
     """Whoever loads one fails the test."""
-    for name in ("load_text_encoder", "cache_examples", "load_transformer"):
-        monkeypatch.setattr(f"lora_utils.training.setup.{name}", lambda *_, name=name: pytest.fail(name))
+    for name in ("encoding.load_text_encoder", "encoding.cache_examples", "setup.load_transformer"):
+        monkeypatch.setattr(f"lora_utils.training.{name}", lambda *_, name=name: pytest.fail(name))
 
 
 @pytest.mark.parametrize("config", [BASELINE, TOKEN], ids=["baseline", "token"])
