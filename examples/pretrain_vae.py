@@ -84,9 +84,14 @@ def update(optimizers: list[torch.optim.Optimizer], loss: Tensor, network: nn.Mo
 class Stage(Protocol):
     """What the settings of a stage with an averaged network say."""
 
-    steps: int
-    learning_rate: float
-    ema_decay: float
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def ema_decay(self) -> float: ...
 
 
 def train_averaged(
