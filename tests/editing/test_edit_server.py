@@ -131,6 +131,7 @@ def test_a_cancelled_edit_leaves_no_trace(predictor):
     given = {**SMALL, "image": data_uri(png("green"), "image/png")}
     before = image_of(predictor.post("/predictions", given).json()).tobytes()
     long = {**given, "steps": 100, "width": 512, "height": 512}
+    predictor.wait_until_ready(30)
     started = predictor.client.put(
         "/predictions/long", json={"id": "long", "input": long}, headers={"Prefer": "respond-async"}
     )

@@ -300,7 +300,7 @@ def test_an_image_that_never_fits_is_refused_with_one_that_would(components, mon
 def test_the_negative_prompt_is_encoded_once(components, monkeypatch):
     prompts, encoded = sampler.PromptCache(), []
     encode = encode_text
-    monkeypatch.setattr(sampler, "encode_text", lambda *given: encoded.append(given[2][0]) or encode(*given))
+    monkeypatch.setattr(sampler, "encode_text", lambda *given: encoded.append(given[2][0].text) or encode(*given))
     for prompt in ("a red circle", "a blue ring", "a red circle"):
         request = replace(REQUEST, prompt=prompt)
         sampler.sample(components, job_of(request, SIZE), lambda *_: None, prompts)
