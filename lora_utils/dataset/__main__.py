@@ -31,14 +31,16 @@ def print_report(inputs: TrainInputs) -> None:
 
     configure_libraries()
     from lora_utils.model.text_encoder import load_tokenizer  # noqa: PLC0415
+    from lora_utils.model.variant import TEXT_TO_IMAGE, read_variant  # noqa: PLC0415
 
     try:
-        tokenizer = load_tokenizer(download_model(base_model_name(), ("tokenizer",)))
+        model = download_model(base_model_name(), ("tokenizer",))
+        tokenizer, variant = load_tokenizer(model), read_variant(model)
     except UserError as error:
         print(f"the captions' tokens aren't counted: {error}", file=sys.stderr)
-        tokenizer = None
+        tokenizer, variant = None, TEXT_TO_IMAGE
     with temporary_folder("data") as folder:
-        found = inspect(extracted(inputs.files.dataset, folder), inputs.config, tokenizer)
+        found = inspect(extracted(inputs.files.dataset, folder), inputs.config, tokenizer, variant)
         print("\n".join([*describe_dataset(found, inputs.config), *(f"  warning: {each}" for each in warnings)]))
         raise_problems(found.problems)
 

@@ -13,7 +13,7 @@ from lora_utils.dataset.captions import TABLES, read_rows, same_name
 from lora_utils.dataset.examples import ControlImage, Example
 from lora_utils.errors import UserError
 from lora_utils.io.images import open_image
-from lora_utils.model.controls import control_area_px, control_sizes
+from lora_utils.model.controls import aspect_problem, control_area_px, control_sizes
 from lora_utils.model.variant import Variant
 
 _MARK = re.compile(r"(.+)\.control(?:_(\d))?", re.IGNORECASE)  # `NAME.control.png`, `NAME.control_1.png`
@@ -158,10 +158,10 @@ def unreadable_controls(found: ControlFiles) -> list[str]:
     problems = []
     for path in sorted(found.files - set(found.orphans)):
         try:
-            open_image(path)
+            problems.append(aspect_problem(path.name, *open_image(path).size))
         except UserError as error:
             problems.append(str(error))
-    return problems
+    return [problem for problem in problems if problem]
 
 
 def _listed(folder: Path, paths: Sequence[Path]) -> str:

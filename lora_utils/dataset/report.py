@@ -24,6 +24,10 @@ def describe_dataset(dataset: Dataset, config: TrainConfig) -> list[str]:
     sizes = Counter(example.size for example in dataset.examples)
     for size, count in sorted(sizes.most_common(SIZES_SHOWN)):
         lines.append(f"  bucket {size}: {count} images")
+    edited = Counter(control.size for example in dataset.examples for control in example.controls)
+    if edited:
+        shown = ", ".join(f"{size} ({count})" for size, count in sorted(edited.most_common(5)))
+        lines.append(f"  to edit: {len(dataset.examples[0].controls)} for each, {shown}")
     if len(sizes) > SIZES_SHOWN:
         lines.append(f"  and {len(sizes) - SIZES_SHOWN} more buckets")
     to_come = dataset.uncaptioned if config.autocaption else frozenset()

@@ -145,6 +145,10 @@ def scan(folder: Path, config: TrainConfig, variant: Variant = TEXT_TO_IMAGE) ->
     problems += mask_problems(folder, masks, facts, config.mask_from) + caption_errors
     problems += uncaptioned_problems(folder, chosen.without_caption, config)
     problems += control_problems(folder, images, files.controls, variant) + unreadable_controls(files.controls)
+    if variant.edits and config.autocaption:
+        problems.append(
+            "autocaption describes images, and pairs need instructions; write them, or set default_caption."
+        )
 
     # The examples of what is sound, each in its buckets.
     sound = {path: one for path, one in facts.items() if not one.problem and path in captions}

@@ -46,6 +46,19 @@ def control_area_px(resolution: str, like: Size) -> int:
     return int(resolution) ** 2 if resolution else constants.CONTROL_AREA_PX
 
 
+MOST_ASPECT = 50  # of an image to edit; transformers' processor refuses 200 once it is scaled
+
+
+def aspect_problem(name: str, width_px: int, height_px: int) -> str:
+    """Return what is wrong with an image that is too long for its width to be edited; nothing for any other."""
+    if max(width_px, height_px) <= MOST_ASPECT * min(width_px, height_px):
+        return ""
+    return (
+        f"{name} has {width_px}x{height_px} pixels, and an image to edit may be {MOST_ASPECT} times as long as it is "
+        "wide; crop it."
+    )
+
+
 def control_sizes(images_px: Sequence[tuple[int, int]], area_px: int) -> tuple[Size, ...]:
     """Return the sizes at which images of these widths and heights are encoded: in an area, their aspect ratio kept."""
     return tuple(Size(*area_size(*pixels, area_px)) for pixels in images_px)

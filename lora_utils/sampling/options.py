@@ -17,7 +17,7 @@ from lora_utils.io.images import load_pixels, mask_problem, open_crop, open_imag
 from lora_utils.lora.weights import Weights, is_lightning
 from lora_utils.model import flow
 from lora_utils.model.components import Components
-from lora_utils.model.controls import Controls, control_area_px, encode_controls
+from lora_utils.model.controls import Controls, aspect_problem, control_area_px, encode_controls
 from lora_utils.model.latents import Size, image_size, mask_shares
 from lora_utils.model.vae import encode_images
 from lora_utils.model.variant import Variant
@@ -94,6 +94,9 @@ def load_controls(
     """
     paths = [path for path in (files.image, files.image_2, files.image_3) if path is not None]
     images = [open_image(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if problem := aspect_problem(path.name, *image.size):
+            raise UserError(problem)
     if request.width is not None and request.height is not None:
         size = image_size(request.width, request.height, request.aspect_ratio)
     else:

@@ -1,12 +1,15 @@
 """Pairs in every layout that users have: which image is edited into which, and what is refused at once, by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
+from lora_utils.dataset.__main__ import main
+from lora_utils.dataset.report import describe_dataset
 from lora_utils.errors import UserError
 from lora_utils.model.latents import Size
 from lora_utils.model.variant import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
@@ -112,6 +115,29 @@ def test_what_does_not_pair_up_is_named_before_anything_is_loaded(files, variant
     with pytest.raises(UserError) as refused:
         load(tmp_path, CONFIG, variant=variant)
     assert message in str(refused.value)
+
+
+def test_an_image_that_is_too_long_and_a_caption_to_be_written_are_refused(tmp_path):
+    write(tmp_path, "a.png")
+    write(tmp_path, "a.control.png", size=(640, 8))
+    with pytest.raises(UserError, match=r"a\.control\.png has 640x8 pixels, and an image to edit may be 50 times"):
+        load(tmp_path, CONFIG, variant=EDIT_PLUS)
+    write(tmp_path, "a.control.png")
+    with pytest.raises(UserError, match="autocaption describes images, and pairs need instructions"):
+        load(tmp_path, replace(CONFIG, autocaption=True), variant=EDIT_PLUS)
+
+
+def test_the_report_says_what_is_edited(tmp_path):
+    write(tmp_path, "a.png", "a.control.png", "b.png", "b.control.png")
+    found = load(tmp_path, CONFIG, variant=EDIT_PLUS)
+    assert "  to edit: 1 for each, 64x64 (2)" in describe_dataset(found, CONFIG)
+
+
+def test_the_datasets_command_knows_pairs_of_an_editing_base(edit_models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BASE_MODEL", str(edit_models["2511"]))
+    write(tmp_path / "images", "a.png", "a.control.png", "b.png")
+    assert main([str(tmp_path / "images"), "--resolution", "64"]) == 1
+    assert "b.png: no image to edit" in capsys.readouterr().err
 
 
 def test_all_that_is_wrong_with_pairs_is_named_at_once(tmp_path):
