@@ -102,7 +102,7 @@ def test_a_package_without_the_feature_trains_the_same_baseline(new_run, monkeyp
     def missing(*_):
         raise AssertionError("the baseline asked for something of the token")
 
-    for name in ("setup.new_placeholders", "setup.embedding_learning_rate", "state.describe_embeddings"):
+    for name in ("encoding.new_placeholders", "setup.embedding_learning_rate", "state.describe_embeddings"):
         monkeypatch.setattr(f"lora_utils.training.{name}", missing)
     monkeypatch.setattr("lora_utils.model.text_encoder.spliced_embeddings", lambda *_: contextlib.nullcontext())
     run = new_run(BASELINE)
@@ -129,7 +129,8 @@ def test_captions_with_the_token_are_encoded_at_every_step_and_the_others_once(n
     assert set(run.data.texts) == {"a red circle", constants.EMPTY_PROMPT}
     encoded, encode = [], encode_prompts
     monkeypatch.setattr(
-        "lora_utils.training.loss.encode_prompts", lambda *given: encoded.append(given[2]) or encode(*given)
+        "lora_utils.training.loss.encode_prompts",
+        lambda *given: encoded.append([p.text for p in given[2]]) or encode(*given),
     )
     losses(run)
     probe, *steps = encoded
