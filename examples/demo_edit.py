@@ -1,4 +1,6 @@
-"""Teach the small editing model an edit and a subject: what `make demo-edit` runs, through train.py and predict.py.
+"""Teach the small editing model an edit and a subject, through train.py and predict.py themselves.
+
+`python -m examples.pretrain --edit` makes that model; it isn't shipped yet.
 
 The edit is a golden frame, which the model has never seen. The subject is a house, which it has no name for: a token
 is taught to stand for it in "replace it with <zwx>". Writes out/demo_edit.png, and with --score measures both.
