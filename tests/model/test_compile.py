@@ -143,7 +143,7 @@ def test_every_kind_of_batch_is_compiled_to_the_end_of_a_run(dataset, random_mod
         image = torch.randn(batch, 16, width, requires_grad=image_learns)
         text = torch.randn(batch, text_tokens, width, requires_grad=text_learns)
         mask = torch.ones(batch, text_tokens, dtype=torch.bool) if masked else None
-        table = rope([[(1, 4, 4)]] * batch, text_tokens, image.device)
+        table = rope([[(1, 4, 4)]] * batch, text_tokens, image.device).rope
         modulations = torch.randn(batch, 6 * width), torch.randn(batch, 6 * width)
         given = (block, project, kernels.join_in_steps, image, text, mask, *modulations, table)
         for one, other in zip(compute(*given), blocks.compute_block(*given), strict=True):
