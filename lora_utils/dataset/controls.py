@@ -3,8 +3,10 @@
 An image that is learned is the target; its controls are what it was made of. They are found by name or in a table.
 """
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ class ControlFiles:
     of_image: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     orphans: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    sizes_px: dict[Path, tuple[int, int]] = field(default_factory=dict)  # width and height, once they are measured
 
     @property
     def files(self) -> set[Path]:
@@ -42,7 +45,7 @@ def match_controls(folder: Path, images: Sequence[Path], files: Sequence[Path]) 
 
     The image of `control/a.png` may stand beside the folder, or in any other if no other has its name.
     """
-    found, by_number = ControlFiles(), dict[Path, dict[int, Path]]()
+    found, by_number = ControlFiles(), dict[Path, dict[int, list[Path]]]()
     owners = {path: own for path in images if (own := _owner(path.relative_to(folder))) is not None}
     targets = [path for path in images if path not in owners]
     by_name = {same_name(str(path.relative_to(folder).with_suffix(""))): path for path in reversed(targets)}
@@ -55,8 +58,12 @@ def match_controls(folder: Path, images: Sequence[Path], files: Sequence[Path]) 
         if target is None:
             found.orphans.append(path)
         else:
-            by_number.setdefault(target, {}).setdefault(number, path)
-    found.of_image = {path: tuple(own[number] for number in sorted(own)) for path, own in by_number.items()}
+            by_number.setdefault(target, {}).setdefault(number, []).append(path)
+    for target, numbered in by_number.items():
+        found.of_image[target] = tuple(path for number in sorted(numbered) for path in numbered[number])
+        for same in (paths for paths in numbered.values() if len(paths) > 1):
+            names = " and ".join(str(path.relative_to(folder)) for path in same)
+            found.problems.append(f"{names} are the same image to edit of {target.name}; number them, or keep one.")
     for table in (path for path in files if path.name.casefold() in TABLES):
         _read_table(folder, table, images, found)
     return found
@@ -143,25 +150,30 @@ def control_problems(folder: Path, images: Collection[Path], found: ControlFiles
 
 def with_controls(examples: Sequence[Example], found: ControlFiles, resolution: str) -> list[Example]:
     """Return the examples with their images to edit, at the sizes that sampling gives them too."""
-    sizes_px = {path: open_image(path).size for path in found.files}
 
     def controls(example: Example) -> tuple[ControlImage, ...]:
         paths = found.of_image[example.image_path]
-        sizes = control_sizes([sizes_px[path] for path in paths], control_area_px(resolution, example.size))
+        sizes = control_sizes([found.sizes_px[path] for path in paths], control_area_px(resolution, example.size))
         return tuple(ControlImage(path, size) for path, size in zip(paths, sizes, strict=True))
 
     return [replace(example, controls=controls(example)) for example in examples]
 
 
-def unreadable_controls(found: ControlFiles) -> list[str]:
-    """Return what is wrong with the files of controls themselves."""
-    problems = []
-    for path in sorted(found.files - set(found.orphans)):
-        try:
-            problems.append(aspect_problem(path.name, *open_image(path).size))
-        except UserError as error:
-            problems.append(str(error))
-    return [problem for problem in problems if problem]
+def measure_controls(found: ControlFiles) -> list[str]:
+    """Read the sizes of all controls, each of which is decoded once. -> what is wrong with their files"""
+    paths = sorted(found.files - set(found.orphans))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders leave the interpreter free
+        read = list(pool.map(_size_or_problem, paths))
+    found.sizes_px = {path: own for path, own in zip(paths, read, strict=True) if isinstance(own, tuple)}
+    problems = [own for own in read if isinstance(own, str)]
+    return problems + [text for path, own in found.sizes_px.items() if (text := aspect_problem(path.name, *own))]
+
+
+def _size_or_problem(path: Path) -> tuple[int, int] | str:
+    try:
+        return open_image(path).size
+    except UserError as error:
+        return str(error)
 
 
 def _listed(folder: Path, paths: Sequence[Path]) -> str:

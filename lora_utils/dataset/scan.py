@@ -17,7 +17,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset.buckets import assign_buckets
 from lora_utils.dataset.caption_texts import caption_choices, caption_problems, count_tokens, missing_tokens
 from lora_utils.dataset.captions import read_captions
-from lora_utils.dataset.controls import control_problems, unreadable_controls, with_controls
+from lora_utils.dataset.controls import control_problems, measure_controls, with_controls
 from lora_utils.dataset.conventions import convention_notes
 from lora_utils.dataset.examples import Dataset, Example
 from lora_utils.dataset.remarks import (
@@ -144,7 +144,7 @@ def scan(folder: Path, config: TrainConfig, variant: Variant = TEXT_TO_IMAGE) ->
     problems = files.settings.problems + found.problems + [one.problem for one in facts.values() if one.problem]
     problems += mask_problems(folder, masks, facts, config.mask_from) + caption_errors
     problems += uncaptioned_problems(folder, chosen.without_caption, config)
-    problems += control_problems(folder, images, files.controls, variant) + unreadable_controls(files.controls)
+    problems += control_problems(folder, images, files.controls, variant) + measure_controls(files.controls)
     if variant.edits and config.autocaption:
         problems.append(
             "autocaption describes images, and pairs need instructions; write them, or set default_caption."

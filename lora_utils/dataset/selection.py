@@ -45,7 +45,8 @@ def sort_files(folder: Path, config: TrainConfig) -> DatasetFiles:
     readable = [path for path in own if path.suffix.lower() in IMAGE_ENDINGS]
     settings = read_folder_settings(folder, own)
     controls = match_controls(folder, readable, own)
-    readable = [path for path in readable if path not in controls.files]
+    # One that a table names as both is both: an edited image may be edited again.
+    readable = [path for path in readable if path not in controls.files or path in controls.of_image]
     regularisation = [path for path in readable if settings.of(path).regularisation]
     if len(regularisation) == len(readable):  # they are what there is to learn from
         regularisation = []

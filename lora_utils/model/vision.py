@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from lora_utils.errors import UserError
 from lora_utils.model.device import Placement, freeze_on_device
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
 
@@ -68,8 +69,15 @@ def _vision_name(stored: str) -> str | None:
 
 
 def load_processor(folder: Path) -> Qwen2VLImageProcessorPil:
-    """Read the settings of a model folder's image processor. Pillow resizes, so torchvision isn't needed."""
-    settings = json.loads((folder / "processor" / "preprocessor_config.json").read_text())
+    """Read the settings of a model folder's image processor. Pillow resizes, so torchvision isn't needed.
+
+    Raises UserError for a file that isn't JSON.
+    """
+    path = folder / "processor" / "preprocessor_config.json"
+    try:
+        settings = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be read ({error}); download the model again.") from error
     known = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     size = settings.get("size") or {}
     least, most = size.get("shortest_edge"), size.get("longest_edge")

@@ -85,6 +85,16 @@ def test_a_table_orders_several_images_and_one_may_serve_many(tmp_path):
     assert controls(tmp_path) == {"t.png": ["s/1.png", "s/2.png"], "u.png": ["s/2.png", "s/1.png"]}
 
 
+def test_an_edited_image_may_be_edited_again(tmp_path):
+    write(tmp_path, "a.png", "b.png", "c.png")
+    rows = [
+        {"file_name": "b.png", "text": "x", "control": "a.png"},
+        {"file_name": "c.png", "text": "x", "control": "b.png"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert controls(tmp_path) == {"b.png": ["a.png"], "c.png": ["b.png"]}
+
+
 def test_images_to_edit_keep_their_aspect_ratio_in_the_area_that_sampling_uses(tmp_path):
     write(tmp_path, "a.png")
     write(tmp_path, "a.control.png", size=(90, 30))
@@ -100,6 +110,11 @@ REFUSED = [
     (("a.png", "a.control.png", "c.control.png"), EDIT_PLUS, "c.control.png: an image to edit without the image"),
     (("a.png", "b.png"), EDIT_PLUS, "the base model edits images, and the dataset holds none to edit"),
     (("a.png", "a.control.png"), TEXT_TO_IMAGE, "a.control.png are images to edit, and the base model makes images"),
+    (
+        ("a.png", "a.control.png", "control/a.png"),
+        EDIT_PLUS,
+        "a.control.png and control/a.png are the same image to edit of a.png; number them, or keep one",
+    ),
     (("a.png", "a.control_1.png", "a.control_2.png"), EDIT, "have 2 to edit each, and the base model takes 1"),
     (
         ("a.png", "a.control.png", "b.png", "b.control.png", "c.png", "c.control_1.png", "c.control_2.png"),
