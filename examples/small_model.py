@@ -111,10 +111,10 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer, vision: dict[str, Any] = VISION)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def new_transformer(zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
-    """6 blocks of width 128; `zero_cond_t` as Qwen-Image-Edit-2511 has it."""
+def new_transformer(zero_cond_t: bool = False, blocks: int = 6) -> QwenImageTransformer2DModel:
+    """Return blocks of width 128; `zero_cond_t` as Qwen-Image-Edit-2511 has it."""
     return QwenImageTransformer2DModel(
-        num_layers=6,
+        num_layers=blocks,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=128,

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from examples import edits, shapes, small_model
 from lora_utils.config import TrainConfig
@@ -28,14 +27,7 @@ def write_model(folder: Path, kind: str) -> Path:
     variant, zero_cond_t = KINDS[kind]
     torch.manual_seed(1)
     tokenizer = small_model.train_tokenizer(edit=True)
-    transformer = QwenImageTransformer2DModel(
-        num_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        axes_dims_rope=(8, 12, 12),
-        zero_cond_t=zero_cond_t,
-    )
+    transformer = small_model.new_transformer(zero_cond_t, blocks=2)
     text_encoder = small_model.new_text_encoder(tokenizer, small_model.EDIT_VISION)
     for part in (transformer, text_encoder.model.visual):
         for parameter in part.parameters():  # away from the tame initialisation, so that differences show

@@ -165,9 +165,11 @@ def test_images_have_the_area_that_the_lora_was_trained_with(editor, photos, wei
 
 
 def test_go_fast_reuses_steps_and_several_loras_are_applied(editor, photos, weights, caplog):
-    given = {"image": photos[0], "replicate_weights": str(weights), "extra_lora": f"{weights} --scale 0.5"}
-    made = sampled(editor, **given, go_fast=True, steps=8)
-    assert made[0].size == (64, 64)
+    given = {"image": photos[0], "replicate_weights": str(weights), "steps": 8}
+    alone, with_more = (sampled(editor, **given, **more)[0] for more in ({}, {"extra_lora": f"{weights} --scale 0.5"}))
+    assert alone.tobytes() != with_more.tobytes()
+    assert "go_fast" not in caplog.text
+    assert sampled(editor, **given, go_fast=True)[0].size == (64, 64)
     assert "go_fast: steps that change little reuse earlier work" in caplog.text
 
 
