@@ -91,12 +91,27 @@ def cache_examples(
 
     The VAE is loaded only if some of them are new, and is freed at the end. `features` are those of `cache_features`.
     """
+    features = features or {}
     turned = [replace(example, mirrored=True) for example in examples if example.flip]
-    controls = list(features or {})
-    images: list[Example | ControlImage] = [*examples, *turned, *controls]
+    latents = _cache_latents([*examples, *turned, *features], folder, placement, store)
+    return [_cached(example, latents, features) for example in examples]
+
+
+@dataclass(frozen=True, slots=True)
+class _Latents:
+    """An image's entry of the cache, and its key."""
+
+    tensors: Tensors
+    key: str
+
+
+def _cache_latents(
+    images: Sequence[Example | ControlImage], folder: Path, placement: Placement, store: TensorStore
+) -> dict[Example | ControlImage, _Latents]:
+    """Return the latents of each image, and encode those that are new."""
     keys = _example_keys(images, folder / "vae", placement)
     found = {key: store.get(key) for key in dict.fromkeys(keys)}
-    new = {key: example for key, example in zip(keys, images, strict=True) if found[key] is None}
+    new = {key: image for key, image in zip(keys, images, strict=True) if found[key] is None}
     if new:
         vae, progress = load_vae(folder, placement), Progress(len(new), _LOG_EVERY_S)
         for count, (key, tensors) in enumerate(_encoded(vae, new), start=1):
@@ -107,43 +122,42 @@ def cache_examples(
         release_memory()
     if len(new) < len(found):
         log.info("%d of %d encoded images were in the cache", len(found) - len(new), len(found))
-    mirrors = iter(keys[len(examples) :])
-    control_latents = dict(zip(controls, keys[len(keys) - len(controls) :], strict=True))
+    entries = {key: _Latents(tensors, key) for key, tensors in found.items() if tensors is not None}
+    return {image: entries[key] for key, image in zip(keys, images, strict=True)}
 
-    def given(example: Example, mirrored: bool) -> CachedControls | None:
-        """Return an example's images to edit; None where there are none."""
-        if not example.controls:
-            return None
+
+def _cached(
+    example: Example,
+    latents: Mapping[Example | ControlImage, _Latents],
+    features: Mapping[ControlImage, CachedFeatures],
+) -> CachedExample:
+    """Put an example together, with its mirrored image and its images to edit."""
+
+    def controls(mirrored: bool) -> CachedControls | None:
         own = [replace(control, mirrored=mirrored) for control in example.controls]
-        latents = [found[control_latents[control]] for control in own]
-        seen = [(features or {})[control] for control in own]
+        seen = [features[control] for control in own]
+        if not own:
+            return None
         return CachedControls(
-            tuple(each for each in latents if each is not None),
+            tuple(latents[control].tensors for control in own),
             tuple(each.tensors for each in seen),
             tuple(control.size for control in own),
             tuple((each.rows, each.columns) for each in seen),
             " ".join(each.key for each in seen),
         )
 
-    cached = []
-    for key, example in zip(keys, examples, strict=False):
-        tensors, mirror = found[key], found[next(mirrors)] if example.flip else None
-        assert tensors is not None
-        cached.append(
-            CachedExample(
-                tensors,
-                example.caption,
-                example.size,
-                example.image_path.name,
-                key,
-                example.repeats,
-                mirror,
-                example.regularisation,
-                given(example, mirrored=False),
-                given(example, mirrored=True) if example.flip else None,
-            )
-        )
-    return cached
+    return CachedExample(
+        latents[example].tensors,
+        example.caption,
+        example.size,
+        example.image_path.name,
+        latents[example].key,
+        example.repeats,
+        latents[replace(example, mirrored=True)].tensors if example.flip else None,
+        example.regularisation,
+        controls(mirrored=False),
+        controls(mirrored=True) if example.flip else None,
+    )
 
 
 def _example_keys(examples: Sequence[Example | ControlImage], vae: Path, placement: Placement) -> list[str]:

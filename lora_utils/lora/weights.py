@@ -19,14 +19,12 @@ from PIL import Image
 from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError
-from lora_utils.io.download import base_model_name
 from lora_utils.io.files import disk_errors
+from lora_utils.lora.base_models import check_base_model, check_variant
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
 from lora_utils.lora.hooks import adapts_the_table, check_lora, move_lora
-from lora_utils.lora.keys import foreign_name, names_editing_model
 from lora_utils.lora.metadata import Described, describe_training
 from lora_utils.lora.ranks import cut_rank, rank_of, share_lost
-from lora_utils.lora.strength import named_bases
 from lora_utils.lora.updates import LowRank, does_nothing
 from lora_utils.lora.weights_zip import Meta, extract_weights, write_weights_zip
 from lora_utils.model import modulation
@@ -74,38 +72,8 @@ def read_weights(path: Path, name: str | None = None) -> tuple[LoraFile, Meta | 
             f"{name} is zero in all of its {len(lora.names)} layers: it would generate what the base model does."
         )
     if found.meta is not None and found.meta.base_model:
-        _check_base_model(found.meta.base_model, name)
+        check_base_model(found.meta.base_model, name)
     return lora, found.meta
-
-
-def trained_to_edit(lora: LoraFile, meta: Meta | None) -> bool | None:
-    """Return whether weights were trained on a model that edits images; None where nothing says it."""
-    if meta is not None and meta.pipeline is not None:
-        return meta.pipeline in constants.EDIT_PIPELINES
-    named = named_bases(lora.metadata) + ([meta.base_model] if meta is not None and meta.base_model else [])
-    return any(map(names_editing_model, named)) if named else None
-
-
-def _check_variant(lora: LoraFile, meta: Meta | None, components: Components, name: str) -> None:
-    """Warn of weights of a text-to-image model on one that edits, or the other way round: both have the same layers."""
-    edits = trained_to_edit(lora, meta)
-    if edits is not None and edits != components.variant.edits:
-        kinds = ("makes images from text", "edits images")
-        log.warning(
-            "%s was trained on a model that %s, and the base model %s: it does there what it can",
-            name,
-            kinds[edits],
-            kinds[not edits],
-        )
-
-
-def _check_base_model(trained_on: str, name: str) -> None:
-    """Warn of weights that were trained on another base model. Raises UserError for one of another kind."""
-    if model := foreign_name(trained_on):
-        raise UserError(f"{name} was trained on {trained_on}, a {model} model; use weights of Qwen-Image.")
-    ours, theirs = (each.rstrip("/").rpartition("/")[2] for each in (base_model_name(), trained_on))
-    if ours != theirs:
-        log.warning("%s was trained on %s, and the base model is %s: images may differ", name, theirs, ours)
 
 
 def load_weights(path: Path, components: Components, name: str | None = None) -> Weights:
@@ -117,7 +85,7 @@ def load_weights(path: Path, components: Components, name: str | None = None) ->
     name = name or path.name
     lora, meta = read_weights(path, name)
     width = embedding_matrix(components.need_text_encoder()).shape[1]
-    _check_variant(lora, meta, components, name)
+    check_variant(lora, meta, components, name)
     _check_embeddings(lora, meta, width, name)
     check_lora(lora, components.transformer)
     table = modulation.table_of(components.transformer)

@@ -46,6 +46,11 @@ def control_area_px(resolution: str, like: Size) -> int:
     return int(resolution) ** 2 if resolution else constants.CONTROL_AREA_PX
 
 
+def prompt_of(key: str) -> str:
+    """Return the prompt that embeddings are kept under by this key."""
+    return key.partition("\0")[0]
+
+
 MOST_ASPECT = 50  # of an image to edit; transformers' processor refuses 200 once it is scaled
 
 

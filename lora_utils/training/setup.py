@@ -28,6 +28,7 @@ from lora_utils.lora.adapter import AdapterSettings, attach_adapter, start_from_
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.adapter_sizes import adapted_layers, nearest_preset
 from lora_utils.model.components import Components, load_schedule, model_key
+from lora_utils.model.controls import prompt_of
 from lora_utils.model.device import release_memory, reset_peak
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import prompt_ids
@@ -82,13 +83,14 @@ def setup(job: TrainJob) -> TrainState:
     # Texts and latents.
     store, planning_s = open_tensor_store(), clock.lap()
     features = see_controls(job, plan, [learned, held_out], store)
-    if job.variant.edits:
-        prompts = edit_prompts(job, learned, held_out, prior, features)
-    else:
-        prompts = text_prompts(job, [*shown, *prior.values(), *held_out.captions])
+    prompts = (
+        edit_prompts(job, learned, held_out, prior, features)
+        if job.variant.edits
+        else text_prompts(job, [*shown, *prior.values(), *held_out.captions])
+    )
     encoded = encode_texts(job, plan, tokenizer, store, prompts)
     cached = encode_images(job, [learned, held_out], store, features)
-    log.info("%d images and %d captions are ready", len(cached), len(encoded.texts) - 1)
+    log.info("%d images and %d captions are ready", len(cached), len({prompt_of(key) for key in encoded.texts}) - 1)
     examples, encoding_s = cached[: len(learned.examples)], clock.lap()
 
     # The transformer with its LoRA, and what moves it.
