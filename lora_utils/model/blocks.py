@@ -76,21 +76,21 @@ def modulate_parts(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor, 
     """Modulate tokens [B, N, D]. With `generated`, shift and scale are [2 B, D]: the second half is the others'."""
     if generated is None:
         return modulate(x, norm, shift, scale)
-    own, others = (modulate(x[:, at], norm, shift[rows], scale[rows]) for at, rows in _parts(x, generated))
-    return torch.cat([own, others], dim=1)
+    parts = zip(_parts(x, generated), shift.chunk(2), scale.chunk(2), strict=True)
+    return torch.cat([modulate(tokens, norm, *modulation) for tokens, *modulation in parts], dim=1)
 
 
 def add_gated(x: Tensor, gate: Tensor, change: Tensor, generated: int | None) -> Tensor:
     """Return x + gate * change, [B, N, D]. With `generated`, the gate is [2 B, D]: the second half is the others'."""
     if generated is None:
         return torch.addcmul(x, gate[:, None], change)
-    added = [torch.addcmul(x[:, at], gate[rows, None], change[:, at]) for at, rows in _parts(x, generated)]
-    return torch.cat(added, dim=1)
+    parts = zip(_parts(x, generated), gate.chunk(2), _parts(change, generated), strict=True)
+    return torch.cat([torch.addcmul(own, rows[:, None], added) for own, rows, added in parts], dim=1)
 
 
-def _parts(x: Tensor, generated: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Return the tokens of what is generated and of the others, each with its rows of the modulations."""
-    return (slice(None, generated), slice(None, len(x))), (slice(generated, None), slice(len(x), None))
+def _parts(x: Tensor, generated: int) -> tuple[Tensor, ...]:
+    """Split tokens [B, N, D] into what is generated and the others. The gradients of both are joined in one pass."""
+    return x.split([generated, x.shape[1] - generated], dim=1)
 
 
 def attend(
