@@ -2,7 +2,7 @@
 
 What differs from a folder that today's libraries would write: several weight files with an index, the text encoder's
 key names and config from before transformers 4.52, a tokenizer without tokenizer.json, and a transformer's config with
-a field that nothing reads. Facts: diffusers 0.42.1, and the repository Qwen/Qwen-Image.
+a field that nothing reads. Facts: diffusers 0.42.1, and the repositories Qwen/Qwen-Image and Qwen-Image-Edit-2511.
 """
 
 import json
@@ -50,6 +50,7 @@ class HubModel:
     )
     vae: dict[str, Any] = field(default_factory=lambda: {"base_dim": 96, "num_res_blocks": 2})
     shard_bytes: int = SHARD_BYTES
+    edits: bool = False  # as Qwen-Image-Edit-2511
     nested_text_config: bool = False  # as the repository has it since transformers 4.5x, beside the flat fields
     dtype: torch.dtype = torch.bfloat16
 
@@ -71,6 +72,25 @@ SMALL = HubModel(
     shard_bytes=250_000,
 )
 
+# processor/preprocessor_config.json of Qwen2.5-VL.
+PROCESSOR_CONFIG: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "processor_class": "Qwen2VLProcessor",
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "temporal_patch_size": 2,
+}
+
 
 def transformer_config(model: HubModel) -> dict[str, Any]:
     """Return transformer/config.json."""
@@ -87,6 +107,7 @@ def transformer_config(model: HubModel) -> dict[str, Any]:
         "out_channels": 16,
         "patch_size": 2,
         "pooled_projection_dim": 768,  # nothing reads it
+        **({"zero_cond_t": True} if model.edits else {}),
     }
 
 
@@ -186,7 +207,12 @@ def write_folder(folder: Path, model: HubModel) -> None:
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLQwenImage"],
     }
-    index = {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.34.0.dev0", **classes}
+    pipeline = "QwenImagePipeline"
+    if model.edits:
+        _write_tokenizer(folder / "processor", vocabulary)
+        (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR_CONFIG, indent=2))
+        pipeline, classes["processor"] = "QwenImageEditPlusPipeline", ["transformers", "Qwen2VLProcessor"]
+    index = {"_class_name": pipeline, "_diffusers_version": "0.34.0.dev0", **classes}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

@@ -44,9 +44,10 @@ def new_run(job: train.Job) -> TrainState:
     exact = replace(job, quantization="none")
     run = train.new_run(exact, table=False)
     transformer = run.components.transformer
-    shape = (1, job.shape.blocks, len(modulation.STREAMS), 6 * job.shape.width)
+    rows = 2 * job.batch if job.edit else 1  # those of images to edit behind the others
+    shape = (rows, job.shape.blocks, len(modulation.STREAMS), 6 * job.shape.width)
     table = modulation.ModulationTable(
-        torch.zeros(1), torch.empty(shape, dtype=job.placement.dtype), torch.device("cpu")
+        torch.zeros(rows), torch.empty(shape, dtype=job.placement.dtype), torch.device("cpu")
     )
     table.current = table.rows
     for index, block in enumerate(transformer.transformer_blocks):
@@ -88,7 +89,7 @@ def trace_training(job: train.Job, method: str) -> Trace:
 def trace_sampling(job: train.Job) -> Trace:
     """Trace one sampling step with guidance: two forwards, the guidance and the Euler step."""
     with on_paper(), torch.no_grad():
-        run, text = new_run(job), train.batch_of(job)[1]
+        run, (batch, text) = new_run(job), train.batch_of(job)
         latents = torch.empty(job.batch, job.size.tokens, constants.PACKED_CHANNELS, dtype=job.placement.dtype)
         prompt = TextEmbeddings(text.expand(job.batch, -1, -1), None)
         sigma = torch.full((job.batch,), train.SIGMA)
@@ -96,10 +97,10 @@ def trace_sampling(job: train.Job) -> Trace:
         for block in blocks.forwards_of(transformer):
             block.project = blocks.project_each
         with without_lora(transformer):
-            predict_velocity(transformer, latents, sigma, prompt, job.size)
+            given = latents, sigma, prompt, job.size, [own.latents for own in batch.controls]
+            predict_velocity(transformer, *given)
             with LiveMemory() as live, Recorder() as recorder:
-                velocity = predict_velocity(transformer, latents, sigma, prompt, job.size)
-                unconditional = predict_velocity(transformer, latents, sigma, prompt, job.size)
+                velocity, unconditional = (predict_velocity(transformer, *given) for _ in range(2))
                 flow.euler_step(latents, flow.guide(velocity, unconditional, 4.0), 0.5, 0.4)
     return Trace(recorder.kernels, 0.0, live.peak_bytes)
 
@@ -229,12 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpointed", type=int, default=0, help="blocks that are activation-checkpointed")
     parser.add_argument("--quantization", choices=["none", *quantization.WEIGHT_BYTES], default="none")
     parser.add_argument("--compiled", action="store_true", help="compiled blocks too; takes a minute and 4 GB")
+    parser.add_argument("--edit", action="store_true", help="Qwen-Image-Edit-2511, with an image of the target's size")
     parser.add_argument("--token", action="store_true", help="a token in the caption")
     parser.add_argument(
         "--sampling", action="store_true", help="a sampling step with guidance in place of a training step"
     )
     parser.add_argument("--operations", type=int, default=12, help="how many operations to list")
     given = parser.parse_args(arguments)
+    if given.edit and given.compiled:
+        parser.error("--compiled plans blocks of text-to-image; leave out --edit")
     job = job_of(given)
     if given.sampling:
         traces = {"ours": trace_sampling(job)}
@@ -260,7 +264,9 @@ def job_of(given: argparse.Namespace) -> train.Job:
     if given.resolution:
         preset = replace(preset, side_px=given.resolution)
     placement = Placement(torch.device("cpu"), torch.bfloat16)
-    return train.Job(preset, placement, given.rank, given.batch, given.checkpointed, given.quantization)
+    return train.Job(
+        preset, placement, given.rank, given.batch, given.checkpointed, given.quantization, edit=given.edit
+    )
 
 
 if __name__ == "__main__":

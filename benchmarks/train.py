@@ -41,8 +41,9 @@ from lora_utils.config import TrainConfig
 from lora_utils.lora.adapter import AdapterSettings, attach_adapter
 from lora_utils.model import flops, flow, quantization, roofline
 from lora_utils.model.components import Components
+from lora_utils.model.controls import Controls
 from lora_utils.model.device import Placement, peak_bytes
-from lora_utils.model.latents import Size
+from lora_utils.model.latents import ControlLatents, Size
 from lora_utils.model.loading import fill_parameters
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import load_tokenizer
@@ -58,6 +59,7 @@ from lora_utils.training.state import TrainData, TrainState
 
 SOURCE = Path("random weights")
 SIGMA = 0.5
+SEEN_TOKENS = 204  # of an image of 384 x 384: 14 x 14 features, its marks and its label
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -108,10 +110,26 @@ class Job:
     quantization: str = "none"  # ours alone
     compiled: bool = False  # ours alone
     lora_targets: str = "attention"  # ours alone
+    edit: bool = False  # as Qwen-Image-Edit-2511, with an image to edit of the target's size
 
     @property
     def size(self) -> Size:
         return Size(self.preset.side_px, self.preset.side_px)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the transformer."""
+        return {**self.preset.config, "zero_cond_t": True} if self.edit else self.preset.config
+
+    @property
+    def image_tokens(self) -> int:
+        """Of the target, and of the image to edit."""
+        return self.size.tokens * (2 if self.edit else 1)
+
+    @property
+    def text_tokens(self) -> int:
+        """Of the caption, and of what the text encoder sees of the image to edit."""
+        return self.preset.text_tokens + (SEEN_TOKENS if self.edit else 0)
 
     @property
     def shape(self) -> flops.Shape:
@@ -123,16 +141,14 @@ class Job:
         """Seconds of a step at least, by a GPU's data sheet."""
         width = self.shape.width
         lora = self.shape.blocks * self.rank * width * 2 * len(constants.LORA_TARGETS[self.lora_targets])
-        tokens = self.size.tokens, self.preset.text_tokens
+        tokens = self.image_tokens, self.text_tokens
         step = roofline.Step(self.shape, *tokens, self.lora_targets, lora, self.checkpointed, self.quantization)
         return self.batch * replace(step, compiled=self.compiled).seconds(card)
 
     @property
     def flops(self) -> float:
         """Of a step."""
-        return self.batch * flops.training_flops(
-            self.shape, self.size.tokens, self.preset.text_tokens, self.checkpointed
-        )
+        return self.batch * flops.training_flops(self.shape, self.image_tokens, self.text_tokens, self.checkpointed)
 
 
 def weights_of(config: dict[str, Any], placement: Placement) -> WeightStream:
@@ -157,20 +173,24 @@ def batch_of(job: Job) -> tuple[Batch, Tensor]:
     """One batch and its caption's states [T, D], on the CPU."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, job.batch, job.size.tokens, constants.PACKED_CHANNELS, generator=generator)
-    text = torch.randn(job.preset.text_tokens, job.shape.text_width, generator=generator).to(job.placement.dtype)
-    sigma = torch.full((job.batch,), SIGMA)
-    return Batch(latents[0], latents[1], sigma, ("",) * job.batch, job.size, ("",) * job.batch), text
+    text = torch.randn(job.text_tokens, job.shape.text_width, generator=generator).to(job.placement.dtype)
+    sigma, controls = torch.full((job.batch,), SIGMA), ()
+    if job.edit:
+        shown = ControlLatents(torch.randn(*latents.shape[2:], generator=generator), (job.size,))
+        controls = (Controls(shown, ()),) * job.batch
+    captions = ("",) * job.batch
+    return Batch(latents[0], latents[1], sigma, captions, job.size, captions, controls=controls), text
 
 
 def new_run(job: Job, table: bool = True) -> TrainState:
     """Return a run as `setup` does, with an empty caption's text at hand; with a table of the modulations or not."""
     times = flow.model_time(torch.tensor([SIGMA]), job.placement.dtype) if table else None
-    stream, storage = weights_of(job.preset.config, job.placement), Storage(job.quantization, times)
-    transformer = build_transformer(job.preset.config, stream, SOURCE, job.placement, storage)
+    stream, storage = weights_of(job.config, job.placement), Storage(job.quantization, times)
+    transformer = build_transformer(job.config, stream, SOURCE, job.placement, storage)
     config = TrainConfig(rank=job.rank, batch_size=job.batch, lora_targets=job.lora_targets, seed=0)
     lora = attach_adapter(transformer, AdapterSettings(config.lora_targets, job.rank), torch.Generator().manual_seed(0))
     plan = MemoryPlan(job.quantization, True, job.compiled, checkpointed_blocks=job.checkpointed)
-    tokens, unused = job.preset.text_tokens, cast(Any, None)
+    tokens, unused = job.text_tokens, cast(Any, None)
     run = TrainState(
         config=config,
         ranks=SINGLE_PROCESS,
@@ -218,10 +238,8 @@ def with_token(job: Job, run: TrainState) -> tuple[TrainState, Batch]:
     )
     run.placeholders = Placeholders((demo.TOKEN,), (len(run.components.tokenizer),), (row,))
     run.optimizers = new_optimizers(run.config, run.lora, run.placeholders.embeddings, 5e-4)
-    caption = demo.TOKEN * (
-        job.preset.text_tokens - constants.TEMPLATE_SUFFIX_TOKENS
-    )  # as long as the other methods' text
-    run.data = replace(run.data, text_tokens={caption: job.preset.text_tokens})
+    caption = demo.TOKEN * (job.text_tokens - constants.TEMPLATE_SUFFIX_TOKENS)  # as long as the other methods' text
+    run.data = replace(run.data, text_tokens={caption: job.text_tokens})
     return run, replace(batch, captions=(caption,) * job.batch)
 
 
@@ -245,8 +263,8 @@ def plain(job: Job) -> Callable[[], float]:
 def plain_loss(job: Job) -> tuple[nn.Module, Callable[[], Tensor]]:
     """-> the transformer as that example adapts it, and what computes its loss"""
     with init_empty_weights():
-        transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.preset.config))
-    fill_parameters(transformer, weights_of(job.preset.config, job.placement)(lambda name: name), SOURCE)
+        transformer = cast(QwenImageTransformer2DModel, QwenImageTransformer2DModel.from_config(job.config))
+    fill_parameters(transformer, weights_of(job.config, job.placement)(lambda name: name), SOURCE)
     cast(nn.Module, transformer).to(job.placement.device).requires_grad_(False)
     targets = [layer.removeprefix("attn.") for layer in constants.ATTENTION_TARGETS]
     transformer.add_adapter(
@@ -258,16 +276,20 @@ def plain_loss(job: Job) -> tuple[nn.Module, Callable[[], Tensor]]:
     batch, text = batch_of(job)
     mixed = job.placement.dtype != torch.float32
 
+    shown = [own.latents.tokens for own in batch.controls]
+    given = torch.cat([batch.noisy, torch.stack(shown)], dim=1) if shown else batch.noisy
+    shapes = [(1, *job.size.grid)] * (2 if shown else 1)
+
     def loss_of() -> Tensor:
         with torch.autocast(job.placement.device.type, job.placement.dtype) if mixed else contextlib.nullcontext():
             velocity = transformer(
-                hidden_states=batch.noisy.to(job.placement.device, job.placement.dtype),
+                hidden_states=given.to(job.placement.device, job.placement.dtype),
                 encoder_hidden_states=text.to(job.placement.device).expand(job.batch, -1, -1),
                 encoder_hidden_states_mask=None,
                 timestep=batch.sigma.to(job.placement.device),
-                img_shapes=[[(1, *job.size.grid)]] * job.batch,
+                img_shapes=[shapes] * job.batch,
                 return_dict=False,
-            )[0]
+            )[0][:, : job.size.tokens]
         return F.mse_loss(velocity.float(), batch.target.to(job.placement.device))
 
     return cast(nn.Module, transformer), loss_of
@@ -296,7 +318,7 @@ def memory_of(method: str, arguments: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "benchmarks.train", "--memory-of", method]
     for name in ("preset", "dtype", "rank", "batch", "checkpointed", "quantization", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    command += ["--compiled"] * arguments.compiled
+    command += ["--compiled"] * arguments.compiled + ["--edit"] * arguments.edit
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -384,6 +406,7 @@ def main() -> None:
         "--quantization", choices=["none", *quantization.WEIGHT_BYTES], default="none", help="of our base alone"
     )
     parser.add_argument("--compiled", action="store_true", help="our blocks alone")
+    parser.add_argument("--edit", action="store_true", help="Qwen-Image-Edit-2511, with an image of the target's size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     parser.add_argument("--memory-of", choices=list(METHODS), help=argparse.SUPPRESS)
@@ -397,6 +420,7 @@ def main() -> None:
         arguments.checkpointed,
         arguments.quantization,
         arguments.compiled,
+        edit=arguments.edit,
     )
     if arguments.memory_of:
         print_memory(arguments.memory_of, job)

@@ -19,7 +19,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from examples import demo
 SPARE_DISK_BYTES = 2 * 10**9  # for the dataset, the cache of its latents and the results
 SAMPLED_S = 0.1
 CAPTION = f"a photo of {demo.TOKEN} on a table"
+TO_EDIT = "to_edit.png"
 
 
 @dataclass(slots=True)
@@ -89,15 +90,18 @@ def _watch(pid: int, watched: Watched, ended: threading.Event, began: float) -> 
             watched.reads.append((time.monotonic() - began, float(found.group(1))))
 
 
-def write_dataset(path: Path, side_px: int) -> None:
-    """Write two images with captions that hold the token."""
-    rng = np.random.default_rng(0)
-    with zipfile.ZipFile(path, "w") as packed:
+def write_dataset(folder: Path, side_px: int, pairs: bool) -> Path:
+    """Write two images with captions that hold the token, each with one to edit if `pairs`. -> the archive"""
+    rng, archive = np.random.default_rng(0), folder / "dataset.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
         for index in range(2):
-            coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
-            with packed.open(f"{index}.png", "w") as file:
-                coarse.resize((side_px, side_px), Image.Resampling.BICUBIC).save(file, "png")
+            for name in (f"{index}.png", f"{index}.control.png")[: 1 + pairs]:
+                coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+                image = coarse.resize((side_px, side_px), Image.Resampling.BICUBIC)
+                image.save(folder / TO_EDIT)
+                packed.write(folder / TO_EDIT, name)
             packed.writestr(f"{index}.txt", CAPTION)
+    return archive
 
 
 def forget_files(folder: Path) -> None:
@@ -127,19 +131,21 @@ def rehearse(folder: Path, model: HubModel, steps: int, side_px: int, quantizati
         "HF_HUB_OFFLINE": "1",
         "QUANTIZATION": quantization,
     }
-    write_dataset(folder / "dataset.zip", side_px)
+    dataset = write_dataset(folder, side_px, model.edits)
     forget_files(folder)
     own = disk_speed(folder)
     forget_files(folder)
     command, weights = [sys.executable, "-m", "lora_utils"], str(folder / "weights.zip")
     token = ["--train_placeholder_token", "--placeholder_token", demo.TOKEN, "--seed", "0"]
     size = ["--resolution", str(side_px), "--quantization", quantization, "--steps", str(steps)]
-    trained = run_watched(
-        [*command, "train", str(folder / "dataset.zip"), "--output", weights, *token, *size], environment
-    )
+    if model.edits:
+        size += ["--control_resolution", "auto"]
+    trained = run_watched([*command, "train", str(dataset), "--output", weights, *token, *size], environment)
     forget_files(folder)
     what = ["--prompt", CAPTION, "--replicate_weights", weights, "--seed", "0", "--steps", "2"]
     size = ["--width", str(side_px), "--height", str(side_px)]
+    if model.edits:
+        size += ["--image", str(folder / TO_EDIT)]
     predicted = run_watched(
         [*command, "sample", *what, *size, "--output", str(folder / "images")],
         environment,
@@ -187,10 +193,11 @@ def main(arguments: Sequence[str] | None = None, model: HubModel | None = None) 
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--side", type=int, default=512, help="of the images, in pixels")
     parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--edit", action="store_true", help="a model that edits images, and pairs to train on")
     given = parser.parse_args(arguments)
     if given.folder.exists():
         parser.error(f"{given.folder} is there already; name a new folder")
-    sized = resized(model or HubModel(), given.blocks, given.text_layers)
+    sized = replace(resized(model or HubModel(), given.blocks, given.text_layers), edits=given.edit)
     needed = folder_bytes(sized) + SPARE_DISK_BYTES
     given.folder.mkdir(parents=True)
     try:

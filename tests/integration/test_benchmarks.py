@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,10 +135,11 @@ def test_the_time_to_a_first_step_and_a_first_image_is_measured(random_model, mo
 
 
 @pytest.mark.slow
-def test_the_rehearsal_trains_and_predicts_and_leaves_nothing(tmp_path, capsys):
+@pytest.mark.parametrize("edit", [[], ["--edit"]], ids=["from text", "editing"])
+def test_the_rehearsal_trains_and_predicts_and_leaves_nothing(edit, tmp_path, capsys):
     """At small widths, through the very commands and files of the true size."""
     folder = tmp_path / "rehearsal"
-    assert true_size.main([str(folder), "--blocks", "2", "--text-layers", "2", "--side", "64"], SMALL) == 0
+    assert true_size.main([str(folder), "--blocks", "2", "--text-layers", "2", "--side", "64", *edit], SMALL) == 0
     said = capsys.readouterr().out
     assert "GB of disk are needed" in said
     assert "| memory that can't be taken back, at most | 0." in said
@@ -164,6 +166,17 @@ def test_the_trace_prints_where_a_step_goes_and_what_each_gpu_takes(capsys):
     assert re.search(r"\| H200 \| \d+ \| \d+ \| [\d.]+ \| \d+ \| [\d.]+ \|", said)
     trace.main(["--preset", "tiny", "--sampling"])
     assert "norm_rope" in capsys.readouterr().out
+
+
+def test_a_step_that_edits_has_the_stock_models_products_and_moves_less():
+    """Of tokens with two levels of noise, as Qwen-Image-Edit-2511 has them."""
+    job = train.Job(train.PRESETS["tiny"], Placement(torch.device("cpu"), torch.bfloat16), 4, 2, 0, edit=True)
+    ours, plain = (trace.trace_training(job, method) for method in ("ours", "plain"))
+    assert ours.flops == pytest.approx(plain.flops, rel=0.01)
+    assert ours.bytes < 0.7 * plain.bytes
+    assert ours.kept_bytes < 0.7 * plain.kept_bytes
+    sampled = trace.trace_sampling(job)
+    assert sampled.flops > 1.5 * trace.trace_sampling(replace(job, edit=False)).flops
 
 
 @pytest.mark.slow

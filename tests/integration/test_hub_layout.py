@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import QwenImagePipeline
+from PIL import Image
 from safetensors import safe_open
 
 from benchmarks.hub_layout import SMALL, write_folder
@@ -22,7 +23,10 @@ from lora_utils.errors import UserError
 from lora_utils.io.download import download_model
 from lora_utils.model.device import default_placement
 from lora_utils.model.text_encoder import load_text_encoder, load_tokenizer, read_text_config
+from lora_utils.model.variant import EDIT_PLUS, read_variant
+from lora_utils.model.vision import load_processor
 from lora_utils.sampling.predictor import ModelPredictor
+from tests.editing.material import write_pairs
 from tests.helpers import lora_of, train_archive
 
 CONFIG = TrainConfig(steps=3, rank=4, learning_rate=1e-3, resolution="64", seed=0, train_placeholder_token=True)
@@ -91,8 +95,6 @@ def test_it_trains_a_token_and_generates_with_it(hub_model, archive, tmp_path, m
 
 
 def test_it_describes_images(hub_model, write_zip, tmp_path):
-    from PIL import Image  # noqa: PLC0415
-
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
@@ -102,6 +104,28 @@ def test_it_describes_images(hub_model, write_zip, tmp_path):
     written = autocaption.write_captions(found, config, hub_model, tokenizer, default_placement())
     assert not written.uncaptioned
     assert all(caption.strip() for caption in written.captions)
+
+
+def test_a_model_that_edits_trains_on_pairs_and_edits_an_image(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_folder(folder, replace(SMALL, edits=True))
+    assert read_variant(folder) is EDIT_PLUS
+    processor = load_processor(folder)
+    assert (processor.size["longest_edge"], processor.patch_size, processor.merge_size) == (12845056, 14, 2)
+
+    monkeypatch.setenv("BASE_MODEL", str(folder))
+    pairs = write_pairs(tmp_path / "pairs.zip", count=2, caption="make it like <zwx>")
+    weights = train_archive(replace(CONFIG, control_resolution="auto"), pairs, tmp_path / "weights.zip")
+    assert lora_of(weights)[1]["placeholder"]["token_id"] == 151665
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    predictor = ModelPredictor()
+    try:
+        request = SampleRequest("make it like <zwx>", width=64, height=64, steps=2, seed=0)
+        files = SampleFiles(replicate_weights=str(weights), image=tmp_path / "photo.png")
+        (path,) = predictor.predict(SampleInputs(files, request)).paths
+        assert path.stat().st_size > 0
+    finally:
+        predictor.close()
 
 
 # --- the hub's cache, without a hub -----------------------------------------------------------------------------------
