@@ -14,10 +14,13 @@ from PIL import Image
 
 from examples import fields, shapes
 from examples.fields import SIDE_PX, Pixels
-from examples.shapes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES_PX, TOK, Part, Scene
+from examples.shapes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES_PX, TOK, Scene
 
 OF_ONE_IMAGE = ("colour", "background", "place", "size", "add", "replace")
 OF_TWO_IMAGES = ("background of", "colour of")  # picture 2
+# A shape that is added stands in the corner at the top right. Smaller than this, 16 latent tokens don't show its form.
+ADDED_RADIUS_PX = 9.0
+ADDED_CENTRE_PX = (SIDE_PX - ADDED_RADIUS_PX - shapes.EDGE_GAP_PX, ADDED_RADIUS_PX + shapes.EDGE_GAP_PX)
 MOST_OFF_PX = 4.0  # that the centre of an object may move where it is to stay
 MOST_SCALED = 0.15  # of its radius that it may grow or shrink
 
@@ -38,7 +41,7 @@ class Instruction:
             "background": [f"put it on a {self.word} background", f"change the background to {self.word}"],
             "place": [f"move it to the {self.word}", f"put it at the {self.word}"],
             "size": [f"make it {self.word}", f"make the object {self.word}"],
-            "add": [f"add a small {thing}", f"put a small {thing} on it"],
+            "add": [f"add a small {thing}", f"put a small {thing} in the corner"],
             "replace": [f"replace it with {_article(self.noun)}{thing}", f"turn it into {_article(self.noun)}{thing}"],
             "background of": ["picture 1 with the background of picture 2"],
             "colour of": ["picture 1 in the colour of picture 2"],
@@ -79,13 +82,22 @@ def apply(instruction: Instruction, source: Scene, other: Scene | None = None) -
             radius_px = SIZES_PX[word]
             changes = {"radius_px": radius_px, "centre_px": clamped_px(source.centre_px, radius_px)}
         case "add":
-            changes = {"parts": (*source.parts, Part(instruction.noun, word, "inside").layer())}
+            centre, size = _added(source)
+            changes = {
+                "parts": (*source.parts, (fields.placed(SHAPES[instruction.noun], *centre, size), COLOURS[word]))
+            }
         case "replace":
             changes = {"kind": instruction.noun, "colour": word or None, "parts": ()}
     if other is not None:
         name = instruction.action.removesuffix(" of")
         changes = {name: getattr(other, name)}
     return replace(source, **changes)
+
+
+def _added(scene: Scene) -> tuple[tuple[float, float], float]:
+    """Return centre and radius of an added shape in units of the object's radius, from the object's centre."""
+    x, y = ((added - own) / scene.radius_px for added, own in zip(ADDED_CENTRE_PX, scene.centre_px, strict=True))
+    return (x, y), ADDED_RADIUS_PX / scene.radius_px
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -169,7 +181,7 @@ def score(image: Image.Image, edit: Edit) -> EditScore:
     pixels = np.asarray(image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX), float)
     action, target = edit.instruction.action, edit.target
     added = action == "add"
-    reading = shapes.read(_without_part(pixels, edit) if added else pixels)
+    reading = shapes.read(_without_added(pixels, edit) if added else pixels)
     near = math.dist(reading.centre_px, target.centre_px) <= MOST_OFF_PX
     right = {
         "kind": reading.kind == target.kind,
@@ -190,37 +202,35 @@ def score(image: Image.Image, edit: Edit) -> EditScore:
     }[action]
     # An object that grows is moved into the image, and one that is replaced has another outline.
     loose = {"size": ("place",), "replace": ("size",)}.get(action, ())
-    changed = _shows_part(pixels, edit) if added else all(right[name] for name in asked)
+    changed = _shows_added(pixels, edit) if added else all(right[name] for name in asked)
     return EditScore(changed, all(fine for name, fine in right.items() if name not in (*asked, *loose)))
 
 
-def _part_cover(scene: Scene, noun: str) -> Pixels:
+def _added_cover(noun: str) -> Pixels:
     """Return how much of each pixel the added shape covers, [H, W, 1]."""
-    field = fields.placed(SHAPES[noun], *shapes.PART_PLACES["inside"], shapes.PART_RADIUS)
-    x, y = fields.grid(scene.centre_px, scene.radius_px)
-    return fields.coverage(field, x, y, scene.radius_px)[..., None]
+    x, y = fields.grid(ADDED_CENTRE_PX, ADDED_RADIUS_PX)
+    return fields.coverage(SHAPES[noun], x, y, ADDED_RADIUS_PX)[..., None]
 
 
-def _part_disc(scene: Scene) -> Pixels:
+def _added_area() -> Pixels:
     """Return the area in which an added shape lies, [H, W, 1], 0 to 1."""
-    field = fields.disc(0, 0, shapes.PART_RADIUS * 1.4)
-    x, y = fields.grid(scene.centre_px, scene.radius_px)
-    return fields.coverage(field, x, y, scene.radius_px)[..., None]
+    x, y = fields.grid(ADDED_CENTRE_PX, ADDED_RADIUS_PX)
+    return fields.coverage(fields.disc(0, 0, 1.4), x, y, ADDED_RADIUS_PX)[..., None]
 
 
-def _without_part(pixels: Pixels, edit: Edit) -> Pixels:
+def _without_added(pixels: Pixels, edit: Edit) -> Pixels:
     """Return the image with picture 1 where the added shape lies."""
-    area = _part_disc(edit.sources[0])
+    area = _added_area()
     return pixels * (1 - area) + shapes.draw(edit.sources[0]) * area
 
 
-def _shows_part(pixels: Pixels, edit: Edit) -> bool:
+def _shows_added(pixels: Pixels, edit: Edit) -> bool:
     """Return whether of all shapes in all colours, and none, the one asked for is the nearest to what was added."""
     source = edit.sources[0]
-    area, before = _part_disc(source), shapes.draw(source)
+    area, before = _added_area(), shapes.draw(source)
     off: dict[tuple[str, str], float] = {("", ""): float(np.sum(area * (pixels - before) ** 2))}
     for noun in SHAPES:
-        cover = _part_cover(source, noun)
+        cover = _added_cover(noun)
         for colour, value in COLOURS.items():
             drawn = before * (1 - cover) + np.array(value, float) * cover
             off[colour, noun] = float(np.sum(area * (pixels - drawn) ** 2))

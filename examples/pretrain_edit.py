@@ -38,7 +38,7 @@ GRID = (1, 4, 4)  # of an image's tokens
 
 @dataclass(frozen=True, slots=True)
 class EditSettings:
-    steps: int = 3000
+    steps: int = 4000
     captions: int = 32  # a batch: so many edits ...
     draws: int = 3  # ... at so many draws of noise and sigma; the text encoder runs once for all of them
     learning_rate: float = 1.2e-3
@@ -47,7 +47,7 @@ class EditSettings:
     # Batches in which image tokens have a text's positions, as diffusers 0.42 gives them with transformers 5 (its issue
     # 14194). So the model reads both, and the stock pipeline samples with it whatever its age.
     plain_positions: float = 0.25
-    two_images: float = 0.2  # of the batches
+    two_images: float = 0.25  # of the batches
     ema_decay: float = 0.999
     pairs: int = 20000
 
