@@ -1,31 +1,29 @@
 """From the experiment's runs to ZERO_PRIOR.md: tables, paired tests, one figure and a contact sheet.
 
-It owns the statistics and doesn't know how a run is made.
+It doesn't know how a run is made.
 """
 
 import datetime
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
+from benchmarks.experiment import Run, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
 from examples import demo
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-Run = dict[str, Any]
 MATCHED_FIDELITY = 0.7
 REFERENCE = "fresh token, trained"
 AT_THE_END = ("fidelity", "background", "leakage", "intrusion", "base_accuracy", "prior_meaning", "drift")
 AT_MATCHED = ("step", "background", "leakage", "intrusion", "base_accuracy", "prior_meaning", "drift")
-EXACT_UP_TO = 14  # pairs: 2^14 sign flips are all tried, above that 20 000 are drawn
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -41,53 +39,7 @@ def at_fidelity(points: Sequence[dict[str, float]], metric: str, fidelity: float
     return None
 
 
-def mean_and_error(values: Sequence[float]) -> str:
-    """'0.83 ± 0.02': mean and standard error of the mean."""
-    if not values:
-        return "–"
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    digits = 0 if max(map(abs, values)) >= 10 else 2
-    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p of a paired sign-flip test: how often random signs give a mean as far from zero as this one."""
-    given = np.asarray(differences, float)
-    if len(given) <= EXACT_UP_TO:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(given))))
-    else:
-        signs = np.random.default_rng(0).choice((-1.0, 1.0), (20_000, len(given)))
-    means = np.abs((signs * given).mean(axis=1))
-    return float((means >= abs(given.mean()) - 1e-12).mean())
-
-
-def _pair(run: Run) -> tuple[str, int]:
-    return run["kind"], run["seed"]
-
-
-def paired_differences(
-    runs: Iterable[Run], reference: Iterable[Run], value: Callable[[Run], float | None]
-) -> list[float]:
-    """Run minus reference, over the objects and seeds that both have a value for."""
-    other = {_pair(run): value(run) for run in reference}
-    pairs = ((value(run), other.get(_pair(run))) for run in runs)
-    return [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
-
-
 # --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def _by_arm(runs: Sequence[Run], group: str) -> dict[str, list[Run]]:
-    arms: dict[str, list[Run]] = {}
-    for run in runs:
-        if run["group"] == group:
-            arms.setdefault(run["arm"], []).append(run)
-    return arms
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def end_table(arms: dict[str, list[Run]]) -> str:
@@ -96,7 +48,9 @@ def end_table(arms: dict[str, list[Run]]) -> str:
         values = [[run["points"][-1][metric] for run in runs] for metric in AT_THE_END]
         shares = [run["points"][-1]["row_share"] for run in runs if run["points"][-1]["row_share"] is not None]
         rows.append([arm, *map(mean_and_error, values), mean_and_error(shares), str(len(runs))])
-    return _table(["", *(name.replace("_", " ") for name in AT_THE_END), "embedding / median word", "runs"], rows)
+    return markdown_table(
+        ["", *(name.replace("_", " ") for name in AT_THE_END), "embedding / median word", "runs"], rows
+    )
 
 
 def matched_table(arms: dict[str, list[Run]]) -> str:
@@ -105,7 +59,7 @@ def matched_table(arms: dict[str, list[Run]]) -> str:
         values = [[at_fidelity(run["points"], metric) for run in runs] for metric in AT_MATCHED]
         reached = [[value for value in column if value is not None] for column in values]
         rows.append([arm, *map(mean_and_error, reached), f"{len(reached[0])} of {len(runs)}"])
-    return _table(["", *(name.replace("_", " ") for name in AT_MATCHED), "reached by"], rows)
+    return markdown_table(["", *(name.replace("_", " ") for name in AT_MATCHED), "reached by"], rows)
 
 
 def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
@@ -125,7 +79,7 @@ def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
             differences = paired_differences(runs, reference, value)
             cells.append(f"{np.mean(differences):+.3f} (p {sign_flip_p(differences):.3f})" if differences else "–")
         rows.append([arm, *cells])
-    return _table(["minus the trained fresh token", *measured], rows)
+    return markdown_table(["minus the trained fresh token", *measured], rows)
 
 
 # --- images -------------------------------------------------------------------------------------------------------
@@ -170,7 +124,7 @@ def draw_sheet(arms: dict[str, list[Run]], folder: Path, path: Path) -> None:
 
 def write(runs: list[Run], folder: Path, target: Path) -> Path:
     """ZERO_PRIOR.md, zero_prior.png and zero_prior_sheet.png in `target`."""
-    arms = _by_arm(runs, "arms")
+    arms = by_arm(runs, "arms")
     draw_figure(arms, target / "zero_prior.png")
     draw_sheet(arms, folder, target / "zero_prior_sheet.png")
     reference = arms.get(REFERENCE, [])
@@ -194,7 +148,7 @@ def write(runs: list[Run], folder: Path, target: Path) -> Path:
         ("sweep", "The embedding's rate and its first size"),
         ("remedies", "Remedies for the trained embedding"),
     ):
-        if found := _by_arm(runs, group):
+        if found := by_arm(runs, group):
             page += [f"## {title}", end_table(found), matched_table(found), paired_table(found, reference)]
     page += ["## Images of the first seed", "![images](zero_prior_sheet.png)"]
     path = target / "ZERO_PRIOR.md"

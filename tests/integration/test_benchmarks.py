@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import start, trace, train, true_size, zero_prior, zero_prior_report, zero_prior_run
+from benchmarks import experiment, start, trace, train, true_size, zero_prior, zero_prior_report, zero_prior_run
 from benchmarks.hub_layout import SMALL
 from examples import demo
 from lora_utils.model.components import load_components
@@ -28,10 +28,10 @@ def test_a_metric_at_matched_fidelity_lies_on_the_line_between_two_measurements(
 
 
 def test_the_sign_flip_test_counts_every_way_to_draw_the_signs():
-    assert zero_prior_report.sign_flip_p([1.0, 1.0, 1.0]) == 2 / 8
-    assert zero_prior_report.sign_flip_p([1.0, -1.0]) == 1.0
-    assert zero_prior_report.sign_flip_p([0.0] * 30) == 1.0
-    assert zero_prior_report.sign_flip_p([1.0] * 30) < 1e-3
+    assert experiment.sign_flip_p([1.0, 1.0, 1.0]) == 2 / 8
+    assert experiment.sign_flip_p([1.0, -1.0]) == 1.0
+    assert experiment.sign_flip_p([0.0] * 30) == 1.0
+    assert experiment.sign_flip_p([1.0] * 30) < 1e-3
 
 
 def test_differences_are_paired_by_object_and_seed():
@@ -40,7 +40,7 @@ def test_differences_are_paired_by_object_and_seed():
 
     mine = [run("house", 0, 0.5), run("house", 1, 0.7), run("fish", 0, None)]
     theirs = [run("house", 1, 0.4), run("house", 0, 0.5), run("fish", 0, 0.1)]
-    differences = zero_prior_report.paired_differences(mine, theirs, lambda one: one["value"])
+    differences = experiment.paired_differences(mine, theirs, lambda one: one["value"])
     assert differences == pytest.approx([0.0, 0.3])
 
 
@@ -52,7 +52,7 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     specs = zero_prior.plan(["arms", "remedies"], ["house"], seeds=2)
     some = [spec for spec in specs if spec.arm in {"prior word, row trained", "phrase", "fresh token, trained"}]
     folder = zero_prior.execute(some, random_model, length, processes=2)
-    runs = zero_prior.load(folder)
+    runs = experiment.load(folder)
     assert [(run["arm"], run["seed"]) for run in runs] == sorted((spec.arm, spec.seed) for spec in some)
     assert all([point["step"] for point in run["points"]] == [0, 4] for run in runs)
     shares = {run["arm"]: run["points"][-1]["row_share"] for run in runs}
@@ -63,11 +63,11 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     zero_prior.execute(some, random_model, length, processes=2)
     assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out
 
-    zero_prior.keep(folder)
+    experiment.keep(folder, zero_prior.KEPT)
     monkeypatch.setattr(zero_prior, "WORK", tmp_path / "elsewhere")
     folder = zero_prior.execute(some, random_model, length, processes=2)
     assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out, "a clone has the kept results"
-    assert zero_prior.load(folder) == runs
+    assert experiment.load(folder) == runs
     page = zero_prior_report.write(runs, folder, tmp_path).read_text()
     assert "| fresh token, trained |" in page
     assert (tmp_path / "zero_prior.png").stat().st_size > 1000

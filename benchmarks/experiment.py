@@ -1,0 +1,131 @@
+"""An experiment: many runs, each in a process of one thread, resumable, and compared in pairs.
+
+It owns how runs are executed and kept, and the statistics. It doesn't know what a run does.
+"""
+
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Run = dict[str, Any]  # the fields of its Spec, and what it measured
+EXACT_UP_TO = 14  # pairs: 2^14 sign flips are all tried, of more 20 000 are sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One run of a plan: a way of doing something, for an object, with a seed."""
+
+    group: str
+    arm: str
+    kind: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.group}-{self.arm}-{self.kind}-{self.seed}".replace(" ", "_").replace(",", "").replace("/", "")
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def execute(specs: Sequence[Spec], folder: Path, run: Callable[[Spec], Run], processes: int) -> None:
+    """Run what has no result in the folder yet. `run` is sent to the processes, so it must be picklable."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [spec for spec in specs if not (folder / f"{spec.name}.json").exists()]
+    print(f"{len(specs)} runs, {len(missing)} to do, results in {folder}", flush=True)
+    began = time.monotonic()
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        waiting = {pool.submit(run, spec): spec for spec in missing}
+        for count, done in enumerate(as_completed(waiting), start=1):
+            spec, left_s = waiting[done], (time.monotonic() - began) / count * (len(missing) - count)
+            partial = folder / f"{spec.name}.partial"
+            partial.write_text(json.dumps({**asdict(spec), **done.result()}))
+            partial.replace(folder / f"{spec.name}.json")
+            print(f"{count}/{len(missing)} {spec.name}, {left_s / 60:.0f} min left", flush=True)
+
+
+def load(folder: Path) -> list[Run]:
+    """Return the runs that have a result."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """Write all results of a folder into one file, a line each."""
+    lines = [
+        json.dumps({"of": folder.name, "name": path.stem, **json.loads(path.read_text())})
+        for path in sorted(folder.glob("*.json"))
+    ]
+    kept.write_text("".join(f"{line}\n" for line in lines))
+
+
+def unpack_kept(folder: Path, kept: Path) -> None:
+    """Write the kept results of this folder's name where they aren't there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in kept.read_text().splitlines() if kept.exists() else []:
+        record = json.loads(line)
+        path = folder / f"{record.pop('name')}.json"
+        if record.pop("of") == folder.name and not path.exists():
+            path.write_text(json.dumps(record))
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """'0.83 ± 0.02': mean and standard error of the mean."""
+    if not values:
+        return "–"
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    digits = 0 if max(map(abs, values)) >= 10 else 2
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of a paired sign-flip test: how often random signs give a mean as far from zero as this one."""
+    given = np.asarray(differences, float)
+    if len(given) <= EXACT_UP_TO:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(given))))
+    else:
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), (20_000, len(given)))
+    means = np.abs((signs * given).mean(axis=1))
+    return float((means >= abs(given.mean()) - 1e-12).mean())
+
+
+def paired_differences(
+    runs: Iterable[Run], reference: Iterable[Run], value: Callable[[Run], float | None]
+) -> list[float]:
+    """Run minus reference, over the objects and seeds that both have a value for."""
+    other = {_pair(run): value(run) for run in reference}
+    pairs = ((value(run), other.get(_pair(run))) for run in runs)
+    return [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+
+
+def _pair(run: Run) -> tuple[str, int]:
+    return run["kind"], run["seed"]
+
+
+def by_arm(runs: Sequence[Run], group: str) -> dict[str, list[Run]]:
+    """Return a group's runs by the way they do it, in the order in which they come."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["group"] == group:
+            arms.setdefault(run["arm"], []).append(run)
+    return arms
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
