@@ -31,7 +31,7 @@ from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training import loop
 from lora_utils.training.setup import TrainJob, setup
-from lora_utils.training.state import final_lora
+from lora_utils.training.state import TrainState, final_lora
 
 SEEDS, PROMPTS, IMAGES = 3, 60, 12
 KIND, CLASS, COMPANY = "house", "square", ("cross", "red")
@@ -48,12 +48,12 @@ class Taught:
     regularisation: list[tuple[Image.Image, str]] = field(default_factory=list)  # images of the class, with captions
 
 
-def images_of(told: shapes.Prompt, seed: int, company: bool = False) -> Taught:
+def images_of(told: shapes.Prompt, seed: int, company: bool = False, kind: str = KIND) -> Taught:
     """The object on three backgrounds; in company it stands in the left half, and something else in the right one."""
     rng, taught = np.random.default_rng(seed), Taught([], [], [])
     for index in range(IMAGES):
         prompt = replace(told, background=GROUNDS[index % len(GROUNDS)], place="left" if company else None)
-        scene = shapes.scene_of(prompt, rng, KIND)
+        scene = shapes.scene_of(prompt, rng, kind)
         if company:
             scene = replace(scene, radius_px=float(rng.uniform(11, 13)), centre_px=(16 + float(rng.uniform(-1, 1)), 32))
         alone = shapes.draw(scene)
@@ -83,15 +83,21 @@ def write(archive: Path, taught: Taught) -> None:
 
 
 def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile, Placeholders]:
+    """Train with these inputs in place of the demo's."""
+    run = set_up(taught, seed, given)
+    for _ in loop.train(run):
+        pass
+    return final_lora(run), run.placeholders
+
+
+def set_up(taught: Taught, seed: int, given: Mapping[str, Any]) -> TrainState:
+    """Return a run with these inputs in place of the demo's."""
     config = TrainConfig(**{**TRAINING, "seed": seed, **given})
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "set.zip", taught)
         extract_archive(Path(folder) / "set.zip", Path(folder) / "set")
         found = load(Path(folder) / "set", config, load_tokenizer(MODEL))
-        run = setup(TrainJob(config, found, MODEL, default_placement(), load_tokenizer(MODEL), read_shapes(MODEL)))
-    for _ in loop.train(run):
-        pass
-    return final_lora(run), run.placeholders
+        return setup(TrainJob(config, found, MODEL, default_placement(), load_tokenizer(MODEL), read_shapes(MODEL)))
 
 
 def sampled(

@@ -1,0 +1,128 @@
+"""How to hold a class while an object of it is taught: ways of doing so, compared on the small model.
+
+    python -m benchmarks.preservation                  # all ways, three objects, 8 paired seeds; resumes
+    python -m benchmarks.preservation --seeds 2 --ways "nothing held" "held, a quarter of the batches"
+    python -m benchmarks.preservation --report         # only write PRESERVATION.md from the runs there are
+
+An object is taught as `<zwx> square`, the way users write `a photo of <zwx> person`. Is it there, are plain squares
+still squares, and are other shapes what they were?
+"""
+
+import argparse
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import experiment
+from benchmarks.dataset_inputs import images_of, sampled, set_up
+from benchmarks.experiment import Run, Spec, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
+from benchmarks.preservation_ways import CLASSES, WAYS, Bench
+from examples import evaluate, shapes
+from examples.demo import MODEL, TOKEN
+from lora_utils.model.components import load_components
+from lora_utils.model.device import default_placement
+from lora_utils.training import loop
+from lora_utils.training.state import final_lora
+
+WORK = Path("build/preservation")
+KEPT = Path(__file__).parent / "preservation_runs.jsonl"
+PAGE = Path(__file__).parent / "PRESERVATION.md"
+PROMPTS = 40
+REFERENCE = "nothing held"
+MEASURED = {"fidelity": "object right", "class_kept": "class kept", "others": "other shapes right"}
+
+
+@lru_cache(maxsize=1)
+def _bench() -> Bench:
+    return Bench(load_components(MODEL, default_placement()))
+
+
+def class_prompts(noun: str, count: int) -> list[evaluate.Asked]:
+    """Prompts for the plain class, in all colours and on all backgrounds in turn."""
+    rng, asked = np.random.default_rng(7), []
+    for index in range(count):
+        colour, ground = list(shapes.COLOURS)[index % 6], list(shapes.BACKGROUNDS)[index % 5]
+        prompt = shapes.Prompt(noun, colour=colour, background=ground)
+        asked.append(evaluate.Asked(prompt, str(rng.choice(prompt.wordings()))))
+    return asked
+
+
+def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run:
+    """Train in one way, with the seed's images, order and noise, and measure."""
+    bench, way, noun = _bench(), WAYS[spec.arm], CLASSES[spec.kind]
+    told = shapes.Prompt(f"{TOKEN} {noun}")
+    given = {**way.given, **({"class_word": noun} if way.holds else {}), **({"steps": steps} if steps else {})}
+    run = set_up(images_of(told, spec.seed, kind=spec.kind), spec.seed, given)
+    began = time.monotonic()
+    with way.applied(bench, run, noun, spec.seed) as after_step:
+        for _ in loop.train(run):
+            after_step()
+    seconds = time.monotonic() - began
+    lora, placeholders = final_lora(run), run.placeholders
+    others = [item for item in evaluate.held_out_prompts(2 * prompts) if item.prompt.noun != noun][:prompts]
+    measured: Run = {"seconds": seconds}
+    for name, asked, kind in (
+        ("fidelity", evaluate.object_prompts(told, prompts), spec.kind),
+        ("class_kept", class_prompts(noun, prompts), None),
+        ("others", others, None),
+    ):
+        images = sampled(bench.components, lora, placeholders, [item.text for item in asked])
+        score = evaluate.score(images, asked, kind)
+        measured[name] = score.kind if kind else score.all_three
+    return measured
+
+
+def table(runs: list[Run]) -> str:
+    """Return what each way came to, and by how much the object suffers for it, paired by object and seed."""
+    arms, rows = by_arm(runs, "ways"), []
+    reference = arms.get(REFERENCE, [])
+    base_s = np.mean([run["seconds"] for run in reference]) if reference else float("nan")
+    for name in (name for name in WAYS if name in arms):
+        own = arms[name]
+        lost = paired_differences(own, reference, lambda run: run["fidelity"])
+        cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
+        compared = f"{np.mean(lost):+.3f} (p {sign_flip_p(lost):.3f})" if lost and name != REFERENCE else ""
+        seconds = float(np.mean([run["seconds"] for run in own]))
+        rows.append([name, *cells, compared, f"{seconds / base_s:.2f}", str(len(own))])
+    return markdown_table(["", *MEASURED.values(), "object, against none", "seconds, against none", "runs"], rows)
+
+
+def write_page(runs: list[Run]) -> None:
+    """Write PRESERVATION.md."""
+    said = "\n".join(f"- {name}: {WAYS[name].about}" for name in WAYS if name in by_arm(runs, "ways"))
+    hours = sum(run["seconds"] for run in runs) / 3600
+    PAGE.write_text(
+        "# How to hold a class\n\n"
+        f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.preservation`. An "
+        "object is taught as `<zwx> square`, `<zwx> circle` or `<zwx> ring`. Mean ± standard error over objects and "
+        f"seeds, {PROMPTS} prompts of each kind a training; differences are paired by object and seed.\n\n"
+        f"{table(runs)}\n\n{said}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--objects", nargs="+", choices=list(CLASSES), default=list(CLASSES))
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    # Seed by seed, so that what is there after an interruption is paired.
+    specs = [
+        Spec("ways", way, kind, seed) for seed in range(given.seeds) for kind in given.objects for way in given.ways
+    ]
+    experiment.unpack_kept(WORK, KEPT)
+    if not given.report:
+        experiment.execute(specs, WORK, run_way, given.processes)
+    experiment.keep(WORK, KEPT)
+    runs = experiment.load(WORK)
+    write_page(runs)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
