@@ -20,7 +20,10 @@ from benchmarks import (
     zero_prior_run,
 )
 from benchmarks.hub_layout import SMALL
+from benchmarks.peers import RECIPES
 from examples import demo
+from lora_utils.config import TrainConfig
+from lora_utils.model.adapter_sizes import adapted_layers
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.text_encoder import pad_embeddings
@@ -139,6 +142,15 @@ def test_the_time_to_a_first_step_and_a_first_image_is_measured(random_model, mo
         since = [float(row[1]) for row in process]
         assert since == sorted(since)
         assert since[0] > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_of_a_peer_is_one_of_this_package_and_names_its_source(name):
+    recipe = RECIPES[name]
+    config = TrainConfig(**recipe.given, seed=0)
+    adapted = adapted_layers(config.lora_targets, 6)
+    assert len(set(map(len, adapted))) == 1, "the same layers of each block"
+    assert recipe.source
 
 
 @pytest.mark.slow

@@ -1,0 +1,94 @@
+"""The recipes of other trainers for Qwen-Image: what their own examples and documents set, in this package's inputs.
+
+Resolutions and memory are left out: neither matters for what is learned from small images. What a trainer doesn't set
+is its code's default. 8-bit AdamW keeps 32 bits of matrices as small as the small model's, so it is AdamW here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# The image stream alone, peft's names to_q, to_k, to_v and to_out.0: diffusers' example and SimpleTuner leave out text.
+IMAGE_ATTENTION = ",".join(f"transformer_blocks.*.attn.to_{layer}" for layer in ("q", "k", "v", "out.0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a trainer recommends, as inputs of this package, with where it says so and what couldn't be carried over."""
+
+    source: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+    differs: str = ""
+
+
+RECIPES: dict[str, Recipe] = {
+    "ours": Recipe("lora_utils/config.py, its defaults"),
+    "ai-toolkit": Recipe(
+        "ostris/ai-toolkit 01c9f83, config/examples/train_lora_qwen_image_24gb.yaml; timestep_type sigmoid is the "
+        "default of toolkit/config_modules.py",
+        {
+            "rank": 16,
+            "learning_rate": 1e-4,
+            "lora_targets": "attention_mlp",
+            "timestep_sampling": "logit_normal",
+            "caption_dropout": 0.05,
+        },
+        "3-bit weights, and a LoRA on the modulations",
+    ),
+    "musubi-tuner": Recipe(
+        "kohya-ss/musubi-tuner 2b7e279, docs/qwen_image.md, the command for training; network_alpha is 1 by default, "
+        "and the modulations are left out (networks/lora_qwen_image.py)",
+        {
+            "rank": 16,
+            "lora_alpha": 1.0,
+            "learning_rate": 5e-5,
+            "lora_targets": "attention_mlp",
+            "timestep_sampling": "logit_normal",
+            "timestep_shift": 2.2,
+            "caption_dropout": 0.0,
+        },
+    ),
+    "diffusers": Recipe(
+        "huggingface/diffusers 5cbf07e, examples/dreambooth/README_qwen.md, the command; rank and layers are the "
+        "defaults of train_dreambooth_lora_qwen_image.py (02303d1)",
+        {
+            "rank": 4,
+            "learning_rate": 2e-4,
+            "gradient_accumulation": 4,
+            "lora_targets": IMAGE_ATTENTION,
+            "timestep_sampling": "uniform",
+            "caption_dropout": 0.0,
+        },
+    ),
+    "SimpleTuner": Recipe(
+        "bghira/SimpleTuner 0921dd3, documentation/quickstart/QWEN_IMAGE.md, its config.json",
+        {
+            "rank": 8,
+            "learning_rate": 1e-4,
+            "gradient_accumulation": 4,
+            "warmup_steps": 100,
+            "max_grad_norm": 0.01,
+            "lora_targets": IMAGE_ATTENTION,
+            "timestep_sampling": "logit_normal",
+            "timestep_shift": 1.73,
+            "caption_dropout": 0.0,
+        },
+        "AdamW in place of Lion",
+    ),
+    "Replicate": Recipe(
+        "replicate/qwen-image-lora-trainer 3eb933a, README.md, training defaults; it runs ai-toolkit",
+        {
+            "rank": 32,
+            "learning_rate": 5e-4,
+            "lora_targets": "attention_mlp",
+            "timestep_sampling": "logit_normal",
+            "caption_dropout": 0.05,
+        },
+        "ai-toolkit's LoRA on the modulations",
+    ),
+    "fal": Recipe(
+        "fal.ai/models/fal-ai/qwen-image-trainer/llms.txt: steps 1000, learning_rate 5e-4; it publishes no more",
+        {"rank": 16, "learning_rate": 5e-4, "lora_targets": "attention_mlp", "timestep_sampling": "logit_normal"},
+        "rank, layers and levels of noise are ai-toolkit's",
+    ),
+}
