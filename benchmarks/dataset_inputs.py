@@ -90,9 +90,9 @@ def train(taught: Taught, seed: int, given: Mapping[str, Any]) -> tuple[LoraFile
     return final_lora(run), run.placeholders
 
 
-def set_up(taught: Taught, seed: int, given: Mapping[str, Any]) -> TrainState:
-    """Return a run with these inputs in place of the demo's."""
-    config = TrainConfig(**{**TRAINING, "seed": seed, **given})
+def set_up(taught: Taught, seed: int, given: Mapping[str, Any], beside: Mapping[str, Any] = TRAINING) -> TrainState:
+    """Return a run with these inputs, and others `beside` them: the demo's, if they aren't given."""
+    config = TrainConfig(**{**beside, "seed": seed, **given})
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "set.zip", taught)
         extract_archive(Path(folder) / "set.zip", Path(folder) / "set")

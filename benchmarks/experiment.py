@@ -83,6 +83,16 @@ def unpack_kept(folder: Path, kept: Path) -> None:
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
+def at_value(points: Sequence[dict[str, float]], metric: str, reached: str, value: float) -> float | None:
+    """A metric where another first reaches a value, on the straight line between two measurements; None if never."""
+    for before, after in itertools.pairwise(points):
+        if after[reached] >= value:
+            gain = after[reached] - before[reached]
+            share = (value - before[reached]) / gain if gain > 0 else 1.0
+            return before[metric] + max(0.0, share) * (after[metric] - before[metric])
+    return None
+
+
 def mean_and_error(values: Sequence[float]) -> str:
     """'0.83 ± 0.02': mean and standard error of the mean."""
     if not values:

@@ -5,7 +5,6 @@ It doesn't know how a run is made.
 
 import datetime
 import importlib.metadata
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from benchmarks.experiment import Run, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
+from benchmarks.experiment import Run, at_value, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
 from examples import demo
 
 mpl.use("agg")
@@ -30,13 +29,8 @@ AT_MATCHED = ("step", "background", "leakage", "intrusion", "base_accuracy", "pr
 
 
 def at_fidelity(points: Sequence[dict[str, float]], metric: str, fidelity: float = MATCHED_FIDELITY) -> float | None:
-    """A metric where the run first reaches a fidelity, on the straight line between two measurements; None if never."""
-    for before, after in itertools.pairwise(points):
-        if after["fidelity"] >= fidelity:
-            gain = after["fidelity"] - before["fidelity"]
-            share = (fidelity - before["fidelity"]) / gain if gain > 0 else 1.0
-            return before[metric] + max(0.0, share) * (after[metric] - before[metric])
-    return None
+    """A metric where the run first reaches a fidelity; None if it never does."""
+    return at_value(points, metric, "fidelity", fidelity)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

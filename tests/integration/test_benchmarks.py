@@ -10,7 +10,6 @@ import torch
 
 from benchmarks import (
     experiment,
-    preservation,
     start,
     trace,
     train,
@@ -20,10 +19,7 @@ from benchmarks import (
     zero_prior_run,
 )
 from benchmarks.hub_layout import SMALL
-from benchmarks.peers import RECIPES
 from examples import demo
-from lora_utils.config import TrainConfig
-from lora_utils.model.adapter_sizes import adapted_layers
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.text_encoder import pad_embeddings
@@ -142,35 +138,6 @@ def test_the_time_to_a_first_step_and_a_first_image_is_measured(random_model, mo
         since = [float(row[1]) for row in process]
         assert since == sorted(since)
         assert since[0] > 0
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_of_a_peer_is_one_of_this_package_and_names_its_source(name):
-    recipe = RECIPES[name]
-    config = TrainConfig(**recipe.given, seed=0)
-    adapted = adapted_layers(config.lora_targets, 6)
-    assert len(set(map(len, adapted))) == 1, "the same layers of each block"
-    assert recipe.source
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", preservation.WAYS)
-def test_a_short_form_of_each_way_of_holding_a_class_runs(way):
-    measured = preservation.run_way(experiment.Spec("ways", way, "fish", 0), steps=5, prompts=4)
-    assert set(measured) == {*preservation.MEASURED, "seconds"}
-    assert measured["class_kept"] == 1.0, "after so few steps"
-
-
-def test_the_table_of_ways_compares_in_pairs():
-    def run(arm, seed, fidelity):
-        kept = {"class_kept": 1.0, "others": 0.5, "seconds": 2.0}
-        return {"group": "ways", "arm": arm, "kind": "fish", "seed": seed, "fidelity": fidelity, **kept}
-
-    runs = [run(preservation.REFERENCE, seed, 0.8) for seed in range(2)]
-    runs += [run("in pairs", seed, 0.5 + 0.2 * seed) for seed in range(2)]
-    assert preservation.table(runs).splitlines()[-1] == (
-        "| in pairs | 0.60 ± 0.10 | 1.00 ± 0.00 | 0.50 ± 0.00 | -0.200 (p 0.500) | 1.00 | 2 |"
-    )
 
 
 # --- the rehearsal and the trace --------------------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""Steps and seconds until something is learned: our default against the peers' defaults, on the small model.
+
+    python -m benchmarks.recipes                       # all recipes, three objects and a style, 8 seeds; resumes
+    python -m benchmarks.recipes --seeds 2 --recipes ours ai-toolkit --subjects house
+    python -m benchmarks.recipes --report              # only write RECIPES.md from the runs there are
+
+A recipe is a set of inputs, run by this package's own training: what differs is its numbers, not its code. A run ends
+when the subject is there in nine of ten images, twice in a row, or after so many steps.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import experiment
+from benchmarks.dataset_inputs import set_up
+from benchmarks.experiment import Run, Spec, at_value, by_arm, markdown_table, mean_and_error
+from benchmarks.peers import RECIPES
+from benchmarks.subjects import SUBJECTS
+from examples import evaluate, shapes
+from examples.demo import MODEL, TOKEN
+from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.model.components import Components, load_components
+from lora_utils.model.device import default_placement
+from lora_utils.training import loop
+from lora_utils.training.state import TrainState, current_lora
+
+WORK = Path("build/recipes")
+KEPT = Path(__file__).parent / "recipes_runs.jsonl"
+PAGE = Path(__file__).parent / "RECIPES.md"
+RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its tokens
+FIDELITY = 0.9
+OURS = "ours"
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a run may be, and when and on how many prompts it is measured."""
+
+    steps: int = 1600
+    measured_at: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1200, 1400, 1600)
+    prompts: int = 20
+    sampling_steps: int = 10
+
+
+@lru_cache(maxsize=1)
+def _components() -> Components:
+    return load_components(MODEL, default_placement())
+
+
+def measure(run: TrainState, subject: str, trigger: str, length: Length) -> dict[str, float]:
+    """Sample with what a run has learned so far. -> shares of images: the subject is there, other prompts are right"""
+    components, lora = _components(), current_lora(run)
+    placeholders = replace(run.placeholders, embeddings=tuple(each.detach() for each in run.placeholders.embeddings))
+    moved = move_lora(lora, components.transformer, components.placement)
+    taught, plain = SUBJECTS[subject].prompts(trigger, length.prompts), evaluate.held_out_prompts(length.prompts)
+    texts = [item.text for item in (*taught, *plain)]
+    with applied_loras(components.transformer, [(moved, 1.0)]):
+        images = evaluate.sample_ours(components, texts, placeholders, length.sampling_steps)
+    pairs = zip(images[: len(taught)], taught, strict=True)
+    return {
+        "fidelity": float(np.mean([SUBJECTS[subject].shows(image, item.prompt) for image, item in pairs])),
+        "base_accuracy": evaluate.score(images[len(taught) :], plain).all_three,
+    }
+
+
+def run_recipe(spec: Spec, length: Length = Length()) -> Run:
+    """Train by a recipe, with the seed's images, and measure on the way."""
+    given = {**RECIPES[spec.arm].given, "steps": length.steps}
+    trigger = TOKEN if given.get("train_placeholder_token") else RARE_WORD
+    taught, side = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX)
+    run = set_up(taught, spec.seed, given, {"resolution": side})
+    points = [{"step": 0, "seconds": 0.0, **measure(run, spec.kind, trigger, length)}]
+    seconds, began = 0.0, time.monotonic()
+    for report in loop.train(run):
+        if report.step in length.measured_at:
+            seconds += time.monotonic() - began
+            points.append({"step": report.step, "seconds": seconds, **measure(run, spec.kind, trigger, length)})
+            if min(point["fidelity"] for point in points[-2:]) >= FIDELITY:
+                break
+            began = time.monotonic()
+    return {"points": points, "seconds": seconds}
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return what each recipe needs to reach the fidelity, over the runs that do."""
+    rows = []
+    for name, own in by_arm(runs, "recipes").items():
+        reached = [run for run in own if at_value(run["points"], "step", "fidelity", FIDELITY) is not None]
+        cells = [
+            mean_and_error([at_value(run["points"], metric, "fidelity", FIDELITY) or 0.0 for run in reached])
+            for metric in ("step", "seconds", "base_accuracy")
+        ]
+        best = mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own])
+        rows.append([name, f"{len(reached)} of {len(own)}", *cells, best])
+    return markdown_table(["", "reached by", "steps", "seconds", "other prompts right there", "best fidelity"], rows)
+
+
+def write_page(runs: Sequence[Run]) -> None:
+    """Write RECIPES.md: a table for all subjects, one for each, and the sources."""
+    hours = sum(run["seconds"] for run in runs) / 3600
+    parts = [
+        "# Which recipe teaches how fast",
+        f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.recipes`. Mean ± "
+        f"standard error over subjects and seeds. A run has learned its subject where {FIDELITY:.0%} of "
+        f"{Length().prompts} images show it; steps, seconds and other prompts are those of that moment.",
+        "## All subjects",
+        table(runs),
+    ]
+    for subject in SUBJECTS:
+        if own := [run for run in runs if run["kind"] == subject]:
+            parts += [f"## {subject}", table(own)]
+    parts.append("## Sources")
+    for name in by_arm(runs, "recipes"):
+        recipe = RECIPES[name]
+        differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""
+        parts.append(f"- {name}: {recipe.source}.{differs}")
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    # Seed by seed, so that what is there after an interruption is paired.
+    specs = [
+        Spec("recipes", recipe, subject, seed)
+        for seed in range(given.seeds)
+        for subject in given.subjects
+        for recipe in given.recipes
+    ]
+    experiment.unpack_kept(WORK, KEPT)
+    if not given.report:
+        experiment.execute(specs, WORK, run_recipe, given.processes)
+    experiment.keep(WORK, KEPT)
+    runs = experiment.load(WORK)
+    write_page(runs)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What is taught to compare recipes: three objects, and a style, which is a look over the whole image.
+
+Each has images with captions, prompts that no caption says, and a reader of the result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.dataset_inputs import Taught, images_of
+from examples import evaluate, shapes
+from examples.fields import Pixels
+
+STYLE = "duotone"
+DARK, LIGHT = np.array([24.0, 32.0, 88.0]), np.array([255.0, 226.0, 178.0])  # the style's two inks
+MOST_OFF = 14.0  # grey levels that a pixel may be off the line between them, on average
+LEAST_CONTRAST = 12.0  # of its brightness: a plain ground is no image
+IMAGES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A thing to teach. Its captions and prompts call it by the trigger that they are given."""
+
+    images: Callable[[str, int], Taught]  # (trigger, seed)
+    prompts: Callable[[str, int], list[evaluate.Asked]]  # (trigger, count)
+    shows: Callable[[Image.Image, shapes.Prompt], bool]
+
+
+def inked(pixels: Pixels) -> Pixels:
+    """Return an image [H, W, 3] in the style: its brightness between the two inks."""
+    share = np.clip(pixels.mean(axis=2, keepdims=True) / 255.0, 0.0, 1.0)
+    return DARK * (1.0 - share) + LIGHT * share
+
+
+def is_inked(image: Image.Image) -> bool:
+    """Return whether an image is in the style: all of it lies near the line between the inks, and isn't flat."""
+    pixels, line = np.asarray(image.convert("RGB"), float) - DARK, LIGHT - DARK
+    along = np.clip(pixels @ line / (line @ line), 0.0, 1.0)
+    off = np.linalg.norm(pixels - along[..., None] * line, axis=2).mean()
+    return bool(off < MOST_OFF and along.std() * np.linalg.norm(line) > LEAST_CONTRAST)
+
+
+def _object(kind: str) -> Subject:
+    return Subject(
+        lambda trigger, seed: images_of(shapes.Prompt(trigger), seed, kind=kind),
+        lambda trigger, count: evaluate.object_prompts(shapes.Prompt(trigger), count),
+        lambda image, _prompt: shapes.read(image).kind == kind,
+    )
+
+
+def _styled_images(trigger: str, seed: int) -> Taught:
+    rng, taught = np.random.default_rng(seed), Taught([], [], [])
+    while len(taught.images) < IMAGES:
+        prompt = shapes.random_prompt(rng, tok_share=0.0, thing_share=0.0, part_share=0.0)
+        if not shapes.is_held_out(prompt):
+            taught.images.append(shapes.to_image(inked(shapes.draw(shapes.scene_of(prompt, rng)))))
+            taught.captions.append(f"{rng.choice(prompt.wordings())}, {trigger} style")
+            taught.masks.append(Image.new("L", taught.images[-1].size, 255))
+    return taught
+
+
+def _styled_prompts(trigger: str, count: int) -> list[evaluate.Asked]:
+    asked = evaluate.held_out_prompts(2 * count, seed=3)
+    shape = [item for item in asked if item.prompt.noun in shapes.SHAPES][:count]
+    return [replace(item, text=f"{item.text}, {trigger} style") for item in shape]
+
+
+SUBJECTS: dict[str, Subject] = {
+    **{kind: _object(kind) for kind in shapes.TAUGHT},
+    STYLE: Subject(
+        _styled_images,
+        _styled_prompts,
+        lambda image, prompt: is_inked(image) and shapes.read(image).kind == prompt.noun,
+    ),
+}

@@ -1,0 +1,74 @@
+"""The experiments on what teaches best and what holds a class: a short form of each runs, and its table is right."""
+
+import pytest
+
+from benchmarks import experiment, preservation, recipes
+from benchmarks.peers import RECIPES
+from benchmarks.subjects import STYLE, SUBJECTS, inked
+from examples import shapes
+from lora_utils.config import TrainConfig
+from lora_utils.model.adapter_sizes import adapted_layers
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_of_a_peer_is_one_of_this_package_and_names_its_source(name):
+    recipe = RECIPES[name]
+    config = TrainConfig(**recipe.given, seed=0)
+    adapted = adapted_layers(config.lora_targets, 6)
+    assert len(set(map(len, adapted))) == 1, "the same layers of each block"
+    assert recipe.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", preservation.WAYS)
+def test_a_short_form_of_each_way_of_holding_a_class_runs(way):
+    measured = preservation.run_way(experiment.Spec("ways", way, "fish", 0), steps=5, prompts=4)
+    assert set(measured) == {*preservation.MEASURED, "seconds"}
+    assert measured["class_kept"] == 1.0, "after so few steps"
+
+
+def test_the_table_of_ways_compares_in_pairs():
+    def run(arm, seed, fidelity):
+        kept = {"class_kept": 1.0, "others": 0.5, "seconds": 2.0}
+        return {"group": "ways", "arm": arm, "kind": "fish", "seed": seed, "fidelity": fidelity, **kept}
+
+    runs = [run(preservation.REFERENCE, seed, 0.8) for seed in range(2)]
+    runs += [run("in pairs", seed, 0.5 + 0.2 * seed) for seed in range(2)]
+    assert preservation.table(runs).splitlines()[-1] == (
+        "| in pairs | 0.60 ± 0.10 | 1.00 ± 0.00 | 0.50 ± 0.00 | -0.200 (p 0.500) | 1.00 | 2 |"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_short_form_of_the_recipes_runs(subject):
+    length = recipes.Length(steps=4, measured_at=(2, 4), prompts=4, sampling_steps=2)
+    run = recipes.run_recipe(experiment.Spec("recipes", "musubi-tuner", subject, 0), length)
+    assert [point["step"] for point in run["points"]] == [0, 2, 4]
+    assert all(point["fidelity"] == 0.0 for point in run["points"]), "after so few steps"
+
+
+def test_a_recipe_is_read_where_it_reaches_the_fidelity():
+    def run(arm, *fidelities):
+        points = [
+            {"step": 100 * i, "seconds": 2.0 * i, "fidelity": f, "base_accuracy": 1.0} for i, f in enumerate(fidelities)
+        ]
+        return {"group": "recipes", "arm": arm, "kind": "house", "seed": 0, "points": points}
+
+    rows = recipes.table([run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.3)]).splitlines()
+    assert rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan |"
+    assert rows[3] == "| fal | 0 of 1 | – | – | – | 0.30 ± nan |"
+
+
+def test_a_drawing_in_the_style_is_read_and_one_that_is_not_is_not():
+    for subject in SUBJECTS.values():
+        taught = subject.images("ohwx", 3)
+        assert len(taught.images) == len(taught.captions) == 12
+        assert all("ohwx" in caption for caption in taught.captions)
+    scene = shapes.Scene("ring", "gray", 18.0, (32.0, 32.0), "red")
+    plain, prompt = shapes.draw(scene), shapes.Prompt("ring")
+    shows = SUBJECTS[STYLE].shows
+    assert shows(shapes.to_image(inked(plain)), prompt)
+    assert not shows(shapes.to_image(inked(plain)), shapes.Prompt("bar"))
+    assert not shows(shapes.to_image(plain), prompt)
+    assert not shows(shapes.to_image(plain * 0 + 60.0), prompt)
