@@ -113,6 +113,15 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float((means >= abs(given.mean()) - 1e-12).mean())
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number by Holm's method, in the order in which they are given."""
+    order, corrected, most = sorted(range(len(ps)), key=lambda index: ps[index]), [0.0] * len(ps), 0.0
+    for rank, index in enumerate(order):
+        most = max(most, min(1.0, (len(ps) - rank) * ps[index]))
+        corrected[index] = most
+    return corrected
+
+
 def paired_differences(
     runs: Iterable[Run], reference: Iterable[Run], value: Callable[[Run], float | None]
 ) -> list[float]:

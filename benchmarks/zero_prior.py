@@ -20,13 +20,14 @@ from benchmarks import experiment
 from benchmarks import zero_prior_report as report
 from benchmarks import zero_prior_run as runs
 from benchmarks.experiment import Spec
+from benchmarks.zero_prior_arms import ARMS, PAYS, REMEDIES, SWEEP, Arm
 from examples import demo, shapes
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement
 
 WORK = Path("build/zero_prior")
 KEPT = Path(__file__).parent / "zero_prior_runs.jsonl"
-GROUPS: dict[str, dict[str, runs.Arm]] = {"arms": runs.ARMS, "sweep": runs.SWEEP, "remedies": runs.REMEDIES}
+GROUPS: dict[str, dict[str, Arm]] = {"arms": ARMS, "sweep": SWEEP, "remedies": REMEDIES, "pays": PAYS}
 
 
 def plan(groups: list[str], objects: list[str], seeds: int) -> list[Spec]:

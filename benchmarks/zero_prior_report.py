@@ -13,7 +13,16 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from benchmarks.experiment import Run, at_value, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
+from benchmarks.experiment import (
+    Run,
+    at_value,
+    by_arm,
+    holm,
+    markdown_table,
+    mean_and_error,
+    paired_differences,
+    sign_flip_p,
+)
 from examples import demo
 
 mpl.use("agg")
@@ -74,6 +83,30 @@ def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
             cells.append(f"{np.mean(differences):+.3f} (p {sign_flip_p(differences):.3f})" if differences else "–")
         rows.append([arm, *cells])
     return markdown_table(["minus the trained fresh token", *measured], rows)
+
+
+def pays_table(arms: dict[str, list[Run]]) -> str:
+    """Each setting's trained embedding minus its frozen one, with p corrected over the table."""
+    measured: dict[str, Callable[[Run], float | None]] = {
+        "fidelity at the end": lambda run: run["points"][-1]["fidelity"],
+        "base accuracy at the end": lambda run: run["points"][-1]["base_accuracy"],
+        "steps, matched": lambda run: at_fidelity(run["points"], "step"),
+        "base accuracy, matched": lambda run: at_fidelity(run["points"], "base_accuracy"),
+    }
+    settings = [name.removesuffix(", trained") for name in arms if name.endswith(", trained")]
+    differences = {
+        (name, what): paired_differences(arms[f"{name}, trained"], arms[f"{name}, frozen"], value)
+        for name in settings
+        for what, value in measured.items()
+    }
+    tested = {key: sign_flip_p(own) for key, own in differences.items() if own}
+    ps = dict(zip(tested, holm(list(tested.values())), strict=True))
+
+    def cell(key: tuple[str, str]) -> str:
+        return f"{np.mean(differences[key]):+.3f} (p {ps[key]:.3f})" if key in ps else "–"
+
+    rows = [[name, *(cell((name, what)) for what in measured), str(len(arms[f"{name}, trained"]))] for name in settings]
+    return markdown_table(["trained minus frozen", *measured, "runs"], rows)
 
 
 # --- images -------------------------------------------------------------------------------------------------------
@@ -144,6 +177,13 @@ def write(runs: list[Run], folder: Path, target: Path) -> Path:
     ):
         if found := by_arm(runs, group):
             page += [f"## {title}", end_table(found), matched_table(found), paired_table(found, reference)]
+    if found := by_arm(runs, "pays"):
+        page += [
+            "## When training the embedding pays",
+            "Paired by object and seed; p of a two-sided sign-flip test, corrected by Holm's method over this table.",
+            pays_table(found),
+            end_table(found),
+        ]
     page += ["## Images of the first seed", "![images](zero_prior_sheet.png)"]
     path = target / "ZERO_PRIOR.md"
     path.write_text("\n\n".join(page) + "\n")

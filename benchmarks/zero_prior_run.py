@@ -1,6 +1,6 @@
 """One training of the zero-prior experiment, measured as it goes.
 
-It owns the arms, what is asked of the model between steps, and what is counted. The training is the package's own loop;
+It owns what is asked of the model between steps, and what is counted. The training is the package's own loop;
 whatever an arm changes, it changes between two steps of it.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.zero_prior_arms import Arm
 from examples import demo, evaluate, shapes
 from examples.evaluate import Asked
 from lora_utils.config import TrainConfig
@@ -38,51 +39,9 @@ from lora_utils.training.optimizers import new_optimizers
 from lora_utils.training.setup import TrainJob, setup
 from lora_utils.training.state import TrainState
 
-RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its four tokens
-# What a prompt guide would have users write: the object in words that the model knows.
-PHRASES = {
-    "house": shapes.Prompt("square", "yellow", part=shapes.Part("triangle", "green", "above")),
-    "mushroom": shapes.Prompt("circle", "red", part=shapes.Part("square", "white", "below")),
-    "fish": shapes.Prompt("circle", "yellow", part=shapes.Part("triangle", "blue", "inside")),
-}
 WORDINGS = (0, 3)  # the trigger never opens the sentence, where the tokenizer reads `TOK` as another token
 SIZE = Size(shapes.SIDE_PX, shapes.SIDE_PX)
 SAMPLED_AT_ONCE = 27  # half of what is asked; more at once leaves the cache and is slower
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way of naming the object. `row` says what happens to the embedding: nothing, frozen or trained."""
-
-    trigger: str  # token | prior | rare | phrase
-    row: str = "none"
-    rate_factor: float = 1.0  # of the default rate
-    init_std: float = 1e-5
-    remedy: str | None = None
-
-    def told(self, kind: str) -> shapes.Prompt:
-        """How captions and prompts call the object."""
-        if self.trigger == "phrase":
-            return PHRASES[kind]
-        return shapes.Prompt({"token": demo.TOKEN, "prior": shapes.TOK, "rare": RARE_WORD}[self.trigger])
-
-
-ARMS: dict[str, Arm] = {
-    "prior word": Arm("prior"),
-    "prior word, row trained": Arm("prior", "trained"),
-    "rare word": Arm("rare"),
-    "phrase": Arm("phrase"),
-    "fresh token, frozen": Arm("token", "frozen"),
-    "fresh token, trained": Arm("token", "trained"),
-}
-SWEEP: dict[str, Arm] = {
-    **{f"rate x{factor:g}": Arm("token", "trained", rate_factor=factor) for factor in (0.1, 0.3, 3.0, 10.0)},
-    **{f"init std {std:g}": Arm("token", "trained", init_std=std) for std in (0.0, 1e-3, 2e-2)},
-}
-REMEDIES: dict[str, Arm] = {
-    name: Arm("token", "trained", remedy=name)
-    for name in ("norm below the median", "frozen after a tenth", "trained after a tenth", "orthogonal to words")
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +214,9 @@ def remedy_of(arm: Arm, run: TrainState, bench: Bench) -> Callable[[int], object
 def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
     config = TrainConfig(
         train_placeholder_token=arm.trigger == "token",
-        placeholder_token=demo.TOKEN,
+        placeholder_token=",".join(arm.tokens),
         placeholder_init_std=arm.init_std,
-        rank=16,
+        rank=arm.rank,
         steps=bench.length.steps,
         learning_rate=4e-4,
         batch_size=4,
@@ -277,7 +236,7 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> TrainState:
     """
     config = _config(arm, bench, seed)
     with tempfile.TemporaryDirectory() as folder:
-        demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), seed=seed, wordings=WORDINGS)
+        demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), arm.images, seed, WORDINGS)
         extract_archive(Path(folder) / "d.zip", Path(folder) / "pictures")
         found = load(Path(folder) / "pictures", config)
         run = setup(

@@ -19,6 +19,7 @@ from benchmarks import (
     zero_prior_run,
 )
 from benchmarks.hub_layout import SMALL
+from benchmarks.zero_prior_arms import ARMS
 from examples import demo
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
@@ -43,6 +44,11 @@ def test_the_sign_flip_test_counts_every_way_to_draw_the_signs():
     assert experiment.sign_flip_p([1.0] * 30) < 1e-3
 
 
+def test_p_values_are_corrected_by_holms_method():
+    assert experiment.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert experiment.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
 def test_differences_are_paired_by_object_and_seed():
     def run(kind, seed, value):
         return {"kind": kind, "seed": seed, "value": value}
@@ -60,12 +66,15 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     length = zero_prior_run.Length(steps=4, measured_at=(0, 4), token_prompts=5, plain_prompts=4, prior_prompts=2)
     specs = zero_prior.plan(["arms", "remedies"], ["house"], seeds=2)
     some = [spec for spec in specs if spec.arm in {"prior word, row trained", "phrase", "fresh token, trained"}]
+    more = zero_prior.plan(["pays"], ["house"], seeds=1)
+    some += [spec for spec in more if spec.arm in {"2 embeddings, frozen", "2 embeddings, trained"}]
     folder = zero_prior.execute(some, random_model, length, processes=2)
     runs = experiment.load(folder)
-    assert [(run["arm"], run["seed"]) for run in runs] == sorted((spec.arm, spec.seed) for spec in some)
+    assert {(run["arm"], run["seed"]) for run in runs} == {(spec.arm, spec.seed) for spec in some}
     assert all([point["step"] for point in run["points"]] == [0, 4] for run in runs)
     shares = {run["arm"]: run["points"][-1]["row_share"] for run in runs}
     assert shares["phrase"] is None
+    assert "| 2 embeddings | +0.000 (p 1.000) |" in zero_prior_report.pays_table(experiment.by_arm(runs, "pays"))
     assert shares["fresh token, trained"] > runs[0]["points"][0]["row_share"]
 
     capsys.readouterr()
@@ -86,17 +95,17 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
 def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random_model):
     base = load_components(random_model, default_placement())
     bench = zero_prior_run.Bench(random_model, base, zero_prior_run.Length(steps=1, measured_at=()))
-    prepared = {name: zero_prior_run.prepare_arm(bench, arm, "fish", 3) for name, arm in zero_prior_run.ARMS.items()}
+    prepared = {name: zero_prior_run.prepare_arm(bench, arm, "fish", 3) for name, arm in ARMS.items()}
     reference = prepared["fresh token, trained"]
     for name, run in prepared.items():
-        told = zero_prior_run.ARMS[name].told("fish")
+        told = ARMS[name].told("fish")
         pairs = list(zip(run.data.examples, reference.data.examples, strict=True))
         assert all(torch.equal(one.latents, other.latents) for one, other in pairs)
         assert all(torch.equal(one, other) for one, other in zip(run.lora, reference.lora, strict=True))
         same = {(one.caption.replace(told.noun, demo.TOKEN), other.caption) for one, other in pairs}
         assert name == "phrase" or all(one == other for one, other in same)
         trained = [row for row in run.placeholders.embeddings if row.requires_grad]
-        assert len(trained) == (zero_prior_run.ARMS[name].row == "trained")
+        assert len(trained) == (ARMS[name].row == "trained")
 
 
 def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
