@@ -1,11 +1,12 @@
 """Steps and seconds until something is learned: our default against the peers' defaults, on the small model.
 
     python -m benchmarks.recipes                       # all recipes, three objects and a style, 8 seeds; resumes
-    python -m benchmarks.recipes --seeds 2 --recipes ours ai-toolkit --subjects house
+    python -m benchmarks.recipes --groups recipes --seeds 2 --subjects house
     python -m benchmarks.recipes --report              # only write RECIPES.md from the runs there are
 
-A recipe is a set of inputs, run by this package's own training: what differs is its numbers, not its code. A run ends
-when the subject is there in nine of ten images, twice in a row, or after so many steps.
+A recipe is a set of inputs, run by this package's own training: what differs is its numbers, not its code. Moves are
+changes to our default, one at a time. A run ends when the subject is there in nine of ten images, twice in a row, or
+after so many steps.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import numpy as np
 from benchmarks import experiment
 from benchmarks.dataset_inputs import set_up
 from benchmarks.experiment import Run, Spec, at_value, by_arm, markdown_table, mean_and_error
-from benchmarks.peers import RECIPES
+from benchmarks.moves import MOVES, Move
+from benchmarks.peers import RECIPES, Recipe
 from benchmarks.subjects import SUBJECTS
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
@@ -36,7 +38,7 @@ KEPT = Path(__file__).parent / "recipes_runs.jsonl"
 PAGE = Path(__file__).parent / "RECIPES.md"
 RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its tokens
 FIDELITY = 0.9
-OURS = "ours"
+GROUPS: dict[str, dict[str, Recipe]] = {"recipes": RECIPES, "moves": MOVES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,13 @@ def measure(run: TrainState, subject: str, trigger: str, length: Length) -> dict
 
 def run_recipe(spec: Spec, length: Length = Length()) -> Run:
     """Train by a recipe, with the seed's images, and measure on the way."""
-    given = {**RECIPES[spec.arm].given, "steps": length.steps}
+    recipe = GROUPS[spec.group][spec.arm]
+    given = {**recipe.given, "steps": length.steps}
     trigger = TOKEN if given.get("train_placeholder_token") else RARE_WORD
     taught, side = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX)
     run = set_up(taught, spec.seed, given, {"resolution": side})
+    if isinstance(recipe, Move) and recipe.changed:
+        recipe.changed(run)
     points = [{"step": 0, "seconds": 0.0, **measure(run, spec.kind, trigger, length)}]
     seconds, began = 0.0, time.monotonic()
     for report in loop.train(run):
@@ -88,10 +93,10 @@ def run_recipe(spec: Spec, length: Length = Length()) -> Run:
     return {"points": points, "seconds": seconds}
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Return what each recipe needs to reach the fidelity, over the runs that do."""
+def table(runs: Sequence[Run], group: str = "recipes") -> str:
+    """Return what each recipe of a group needs to reach the fidelity, over the runs that do."""
     rows = []
-    for name, own in by_arm(runs, "recipes").items():
+    for name, own in by_arm(runs, group).items():
         reached = [run for run in own if at_value(run["points"], "step", "fidelity", FIDELITY) is not None]
         cells = [
             mean_and_error([at_value(run["points"], metric, "fidelity", FIDELITY) or 0.0 for run in reached])
@@ -116,6 +121,8 @@ def write_page(runs: Sequence[Run]) -> None:
     for subject in SUBJECTS:
         if own := [run for run in runs if run["kind"] == subject]:
             parts += [f"## {subject}", table(own)]
+    if by_arm(runs, "moves"):
+        parts += ["## What moves it", "Changes to our default, one at a time.", table(runs, "moves")]
     parts.append("## Sources")
     for name in by_arm(runs, "recipes"):
         recipe = RECIPES[name]
@@ -126,7 +133,8 @@ def write_page(runs: Sequence[Run]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--only", default="", help="the recipes whose name holds this")
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -134,10 +142,12 @@ def main() -> None:
     given = parser.parse_args()
     # Seed by seed, so that what is there after an interruption is paired.
     specs = [
-        Spec("recipes", recipe, subject, seed)
+        Spec(group, recipe, subject, seed)
+        for group in given.groups
         for seed in range(given.seeds)
         for subject in given.subjects
-        for recipe in given.recipes
+        for recipe in GROUPS[group]
+        if given.only in recipe
     ]
     experiment.unpack_kept(WORK, KEPT)
     if not given.report:
@@ -145,7 +155,7 @@ def main() -> None:
     experiment.keep(WORK, KEPT)
     runs = experiment.load(WORK)
     write_page(runs)
-    print(table(runs))
+    print("\n\n".join(table(runs, group) for group in given.groups))
 
 
 if __name__ == "__main__":

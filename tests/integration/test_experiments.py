@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import experiment, preservation, recipes
+from benchmarks.moves import MOVES
 from benchmarks.peers import RECIPES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
 from examples import shapes
@@ -10,9 +11,9 @@ from lora_utils.config import TrainConfig
 from lora_utils.model.adapter_sizes import adapted_layers
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_of_a_peer_is_one_of_this_package_and_names_its_source(name):
-    recipe = RECIPES[name]
+@pytest.mark.parametrize("name", [*RECIPES, *MOVES])
+def test_each_recipe_is_one_of_this_package_and_names_its_source(name):
+    recipe = {**RECIPES, **MOVES}[name]
     config = TrainConfig(**recipe.given, seed=0)
     adapted = adapted_layers(config.lora_targets, 6)
     assert len(set(map(len, adapted))) == 1, "the same layers of each block"
@@ -40,10 +41,18 @@ def test_the_table_of_ways_compares_in_pairs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_a_short_form_of_the_recipes_runs(subject):
+@pytest.mark.parametrize(
+    ("group", "name", "subject"),
+    [
+        *(("recipes", "musubi-tuner", subject) for subject in SUBJECTS),
+        ("moves", "a token", "fish"),
+        ("moves", "Muon, rate 1e-3", "fish"),
+        ("moves", "A from the layer's own directions", "fish"),
+    ],
+)
+def test_a_short_form_of_the_recipes_runs(group, name, subject):
     length = recipes.Length(steps=4, measured_at=(2, 4), prompts=4, sampling_steps=2)
-    run = recipes.run_recipe(experiment.Spec("recipes", "musubi-tuner", subject, 0), length)
+    run = recipes.run_recipe(experiment.Spec(group, name, subject, 0), length)
     assert [point["step"] for point in run["points"]] == [0, 2, 4]
     assert all(point["fidelity"] == 0.0 for point in run["points"]), "after so few steps"
 
