@@ -8,7 +8,7 @@ import argparse
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,18 @@ AREA_PX = shapes.SIDE_PX**2
 
 
 @dataclass(frozen=True, slots=True)
-class AskedEdit:
-    """An edit in one wording, with its images."""
+class Asked:
+    """An instruction in one wording, with the images to edit."""
 
-    edit: edits.Edit
     text: str
     images: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AskedEdit(Asked):
+    """One that the scorer knows the right result of."""
+
+    edit: edits.Edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def held_out_edits(count: int, seed: int = 0) -> list[AskedEdit]:
         edit = edits.random_edit(rng, 2 if len(asked) % 5 == 4 else 1)
         images = tuple(shapes.to_image(shapes.draw(scene)) for scene in edit.sources)
         if edits.is_held_out(edit) and not edits.score(images[0], edit).changed:
-            asked.append(AskedEdit(edit, str(rng.choice(edit.instruction.wordings())), images))
+            asked.append(AskedEdit(str(rng.choice(edit.instruction.wordings())), images, edit))
     return asked
 
 
@@ -85,7 +91,7 @@ def score(images: Sequence[Image.Image], asked: Sequence[AskedEdit]) -> EditScor
     )
 
 
-def edit_stock(model: Path, asked: Sequence[AskedEdit], image_positions: bool = True) -> list[Image.Image]:
+def edit_stock(model: Path, asked: Sequence[Asked], image_positions: bool = True) -> list[Image.Image]:
     """Edit through diffusers' own pipeline; image i from seed i."""
     pipeline: Any = stock_edit.load_pipeline(model, image_positions)
     with stock_edit.image_area(AREA_PX):
@@ -105,15 +111,26 @@ def edit_stock(model: Path, asked: Sequence[AskedEdit], image_positions: bool = 
 
 
 def edit_ours(
-    components: Components, asked: Sequence[AskedEdit], weights: Weights | None = None, steps: int = STEPS
+    components: Components,
+    asked: Sequence[Asked],
+    weights: Weights | None = None,
+    steps: int = STEPS,
+    blind: bool = False,
 ) -> list[Image.Image]:
-    """Edit through the code that `predict.py` runs, with a LoRA and its tokens or without; image i from seed i."""
+    """Edit through the code that `predict.py` runs, with a LoRA and its tokens or without; image i from seed i.
+
+    If `blind`, the text encoder sees black images, and only the transformer has the true ones.
+    """
     placeholders = placeholders_of([weights], components) if weights else no_placeholders()
+    black = Image.new("RGB", SIZE.pixels)
     images = []
     with applied_loras(components.transformer, [(weights.lora, 1.0)] if weights else []):
         for index, own in enumerate(asked):
             request = SampleRequest(own.text, steps=steps, guidance=GUIDANCE, width=64, height=64, seed=index)
             controls = encode_controls(components, own.images, AREA_PX)
+            if blind:
+                unseen = encode_controls(components, [black] * len(own.images), AREA_PX)
+                controls = replace(controls, seen=unseen.seen)
             job = SamplingJob(request, SIZE, placeholders, controls=controls)
             images += [made.pixels for made in sampler.sample(components, job, lambda *_: None)]
     return images
@@ -132,12 +149,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--ours", action="store_true", help="through this package in place of diffusers' pipeline")
+    parser.add_argument("--blind", action="store_true", help="through this package, its text encoder sees black images")
     parser.add_argument("--as-released", action="store_true", help="diffusers' pipeline without image positions")
     parser.add_argument("--sheet", type=Path, help="write a sheet of the first ones")
     arguments = parser.parse_args()
     began, asked = time.monotonic(), held_out_edits(arguments.edits)
-    if arguments.ours:
-        images = edit_ours(load_components(arguments.model, default_placement()), asked)
+    if arguments.ours or arguments.blind:
+        images = edit_ours(load_components(arguments.model, default_placement()), asked, blind=arguments.blind)
     else:
         images = edit_stock(arguments.model, asked, not arguments.as_released)
     print(f"held-out edits, {STEPS} steps, CFG {GUIDANCE}: {score(images, asked)}")
