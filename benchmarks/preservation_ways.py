@@ -268,7 +268,7 @@ def _moments_of_class(run: TrainState, layers: Mapping[str, LoraLinear], phrase:
 
 def loop_stream(run: TrainState) -> Iterator[Batch]:
     """Return batches as the run's own, from a stream that leaves the run's where it is."""
-    fresh = type(run.stream)(run.config, run.data.examples, run.components.schedule, {})
+    fresh = type(run.stream)(run.config, run.data.examples, run.components.schedule)
     return iter(fresh)
 
 

@@ -54,6 +54,7 @@ from lora_utils.training import loop
 from lora_utils.training.batches import Batch, LargestBatch
 from lora_utils.training.distributed import SINGLE_PROCESS
 from lora_utils.training.optimizers import new_optimizers
+from lora_utils.training.preserved import NOTHING
 from lora_utils.training.recompute import change_plan
 from lora_utils.training.state import TrainData, TrainState
 
@@ -196,7 +197,7 @@ def new_run(job: Job, table: bool = True) -> TrainState:
         ranks=SINGLE_PROCESS,
         base_model="",
         init_weights="",
-        data=TrainData([], [], [], {}, {"": batch_of(job)[1]}, {"": tokens}),
+        data=TrainData([], [], [], NOTHING, {"": batch_of(job)[1]}, {"": tokens}),
         largest=LargestBatch(job.size, "", tokens, unused),
         components=Components(unused, flow.Schedule(), None, None, transformer, job.placement, SOURCE),
         plan=plan,

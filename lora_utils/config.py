@@ -101,6 +101,17 @@ def parse_prompts(text: str) -> str:
     return "\n".join(lines)
 
 
+MOST_PRESERVED_PROMPTS = 200  # all of them are encoded before the first step
+
+
+def parse_preserved_prompts(text: str) -> str:
+    """Return prompts that are separated by lines or '|', one a line."""
+    lines = split_prompts(text)
+    if len(lines) > MOST_PRESERVED_PROMPTS:
+        raise UserError(f"preserve_prompts takes at most {MOST_PRESERVED_PROMPTS} prompts, got {len(lines)}.")
+    return "\n".join(lines)
+
+
 MOST_EXTRA_LORAS = 8
 
 
@@ -219,8 +230,13 @@ class TrainConfig:
         "", "What the token or trigger word is one of, like 'person'. Training then holds that class to what the base "
         "model makes of it.", parse=str.strip,
     )
+    preserve_prompts: str = option(
+        "", "Prompts that training holds to what the base model makes of them, one a line or separated by |.",
+        parse=parse_preserved_prompts,
+    )
     preservation_weight: float = option(
-        0.25, "Share of the batches that hold the class (prior preservation) instead of teaching.", ge=0, le=0.9
+        0.25, "Share of the batches that hold class_word and preserve_prompts (prior preservation), not teach.",
+        ge=0, le=0.9,
     )
     uncaptioned: str = option(
         "train", "Images without any caption: train them under an empty one, skip them, or refuse the dataset.",
@@ -322,6 +338,12 @@ class TrainConfig:
             raise UserError(
                 f"class_word {self.class_word!r} holds the token or trigger word itself; name the class alone."
             )
+        for prompt in split_prompts(self.preserve_prompts):
+            if any(holds(prompt, trigger) for trigger in self.triggers):
+                raise UserError(
+                    f"preserve_prompts: {shown(prompt)!r} names what is taught, which can't stay as it is; leave it "
+                    "out."
+                )
 
     @property
     def resolutions_px(self) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ def test_what_would_teach_nothing_is_refused(given, message):
         ({"caption_dropout": 1.0}, {}, "nothing is learned of what they say"),
         ({"mask_from": "file", "mask_floor": 1.0}, {}, "mask_floor 1"),
         ({"trigger_word": "x", "class_word": "y", "preservation_weight": 0.0}, {}, "holds nothing; set it to 0.25"),
+        ({"preserve_prompts": "a dog", "preservation_weight": 0.0}, {}, "hold nothing; set it to 0.25"),
         ({"autocaption_prefix": "a "}, {}, "do nothing without autocaption"),
         ({}, {"save_every": 2000, "run_dir": "x"}, "save_every 2000 is beyond the run's 1000 steps"),
         ({}, {"sample_every": 100}, "without sample_prompts"),

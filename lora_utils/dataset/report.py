@@ -148,8 +148,12 @@ def _trigger_notes(config: TrainConfig, captions: dict[Path, str]) -> list[str]:
             f"{listed_names(untrained)} is read as letters, for it isn't trained as a token; if it should be, set "
             "train_placeholder_token and placeholder_token"
         )
-    if config.class_word:
-        held = sum(not any(holds(text, trigger) for trigger in config.triggers) for text in captions.values())
+    if config.class_word or config.preserve_prompts:
+        held = config.class_word and sum(
+            not any(holds(text, trigger) for trigger in config.triggers) for text in captions.values()
+        )
         plain = f"; {held} captions name nothing taught and are held as they are" if held else ""
-        notes.append(f"{config.preservation_weight:.0%} of the batches hold {config.class_word!r}{plain}")
+        what = [repr(config.class_word)] * bool(config.class_word)
+        what += [f"preserve_prompts ({len(config.preserve_prompts.splitlines())})"] * bool(config.preserve_prompts)
+        notes.append(f"{config.preservation_weight:.0%} of the batches hold {' and '.join(what)}{plain}")
     return notes

@@ -6,7 +6,7 @@ Each purpose has a generator of its own, so that one more random number here doe
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Generic, Protocol, TypeVar
@@ -17,6 +17,7 @@ from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.dataset.caption_texts import caption_choices, shown_caption
 from lora_utils.model.latents import Size
+from lora_utils.training.preserved import NOTHING, Preserved
 
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:
@@ -105,13 +106,13 @@ class BatchPlan(Generic[_Shown]):
 
     examples: list[_Shown]
     captions: tuple[str, ...]
-    is_prior: bool  # it holds the class
+    is_prior: bool  # it holds what must stay
     mirrored: tuple[bool, ...]  # by example
     bare: bool  # shown without the images to edit
 
 
-def holds_class(index: int, share: float) -> bool:
-    """Return whether batch `index`, counted from 0, is one of the share that holds the class.
+def is_holding(index: int, share: float) -> bool:
+    """Return whether batch `index`, counted from 0, is one of the share that holds what must stay.
 
     They are spread evenly, so that of the first n batches floor(n * share) do, whatever n is: the first one teaches.
     """
@@ -119,22 +120,22 @@ def holds_class(index: int, share: float) -> bool:
 
 
 def plan_batches(
-    config: TrainConfig, examples: Sequence[_Shown], prior_captions: Mapping[str, str]
+    config: TrainConfig, examples: Sequence[_Shown], preserved: Preserved = NOTHING
 ) -> Iterator[BatchPlan[_Shown]]:
     """Yield the endless plans of a run's batches, as its seed has them.
 
-    With prior captions, one for each caption that is shown, a share of the batches (`preservation_weight`) holds the
-    class. They do so for every caption: one that names nothing of what is taught is held as it is.
+    With something to preserve, a share of the batches (`preservation_weight`) holds it. They do so for every caption:
+    one that names nothing of what is taught is held as it is.
     """
-    dropout, share = generator_for(config.seed, "dropout"), config.preservation_weight if prior_captions else 0.0
+    dropout, share = generator_for(config.seed, "dropout"), config.preservation_weight if preserved else 0.0
     chosen, sides = generator_for(config.seed, "caption"), generator_for(config.seed, "flip")
-    bared = generator_for(config.seed, "control")
+    bared, held = generator_for(config.seed, "control"), generator_for(config.seed, "preserve")
     for index, batch in enumerate(bucket_batches(examples, config.batch_size, config.seed)):
         dropped = torch.rand(len(batch), generator=dropout) < config.caption_dropout
-        is_prior = holds_class(index, share)
+        is_prior = is_holding(index, share)
         texts = [shown_caption(each.caption, config, chosen) for each in batch]
         captions = (
-            [prior_captions[text] for text in texts]
+            preserved.in_place_of(texts, held)
             if is_prior
             else [constants.EMPTY_PROMPT if drop else text for drop, text in zip(dropped, texts, strict=True)]
         )
@@ -149,7 +150,7 @@ def captions_by_example(config: TrainConfig, examples: Sequence[Shown], batches:
     captions = [caption_choices(example.caption, config) for example in examples]
     if config.caption_shuffle is not None:
         own = {id(example): texts for example, texts in zip(examples, captions, strict=True)}
-        for plan in islice(plan_batches(replace(config, caption_dropout=0.0), examples, {}), batches):
+        for plan in islice(plan_batches(replace(config, caption_dropout=0.0), examples), batches):
             for example, caption in zip(plan.examples, plan.captions, strict=True):
                 own[id(example)].append(caption)
     return [list(dict.fromkeys(texts)) for texts in captions]
@@ -159,17 +160,17 @@ def shown_captions(config: TrainConfig, examples: Sequence[Shown], batches: int)
     """Return all captions that so many batches will show, made as the stream will; the images' own come first."""
     captions = [choice for example in examples for choice in caption_choices(example.caption, config)]
     if config.caption_shuffle is not None:
-        plans = plan_batches(replace(config, caption_dropout=0.0), examples, {})
+        plans = plan_batches(replace(config, caption_dropout=0.0), examples)
         captions += [caption for plan in islice(plans, batches) for caption in plan.captions]
     return list(dict.fromkeys(captions))
 
 
 def first_shown(
-    config: TrainConfig, examples: Sequence[Shown], prior_captions: Mapping[str, str], most: int
+    config: TrainConfig, examples: Sequence[Shown], preserved: Preserved, most: int
 ) -> dict[str, int | None]:
     """Return in which batch, counted from 0, each token is first shown; None for none of the first `most`."""
     found: dict[str, int | None] = dict.fromkeys(config.tokens)
-    for index, plan in zip(range(most), plan_batches(config, examples, prior_captions), strict=False):
+    for index, plan in zip(range(most), plan_batches(config, examples, preserved), strict=False):
         for token in [token for token, at in found.items() if at is None]:
             if any(token in caption for caption in plan.captions):
                 found[token] = index

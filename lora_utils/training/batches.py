@@ -19,6 +19,7 @@ from lora_utils.model import flow, memory
 from lora_utils.model.controls import Controls, no_controls
 from lora_utils.model.latents import Size, image_size
 from lora_utils.training.batch_plans import Shown, bucket_batches, generator_for, plan_batches
+from lora_utils.training.preserved import NOTHING, Preserved
 
 # Levels of noise that images held out are measured at: evenly spaced, whatever the resolution.
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
@@ -36,7 +37,7 @@ class Batch:
     size: Size
     names: tuple[str, ...]  # of the images
     weights: Tensor | None = None  # of the loss, [B, N, C]; None where all count alike
-    is_prior: bool = False  # it holds the class: the target is what the base model predicts for these captions
+    is_prior: bool = False  # it holds what must stay: the target is what the base model predicts for these captions
     image_weights: Tensor | None = None  # of each image's loss, [B]; None where all count alike
     controls: tuple[Controls, ...] = ()  # the images to edit of each; empty where the base model edits none
 
@@ -62,12 +63,12 @@ class BatchStream:
         config: TrainConfig,
         examples: Sequence[CachedExample],
         schedule: flow.Schedule,
-        prior_captions: Mapping[str, str] | None = None,
+        preserved: Preserved = NOTHING,
     ):
         """Begin before the first batch of the run's seed."""
         self.config, self.schedule = config, schedule
         self.generators = {purpose: generator_for(config.seed, purpose) for purpose in self.PURPOSES}
-        self.plans = plan_batches(config, examples, prior_captions or {})
+        self.plans = plan_batches(config, examples, preserved)
         self.count = 0  # of batches so far
 
     def __iter__(self) -> "BatchStream":

@@ -45,6 +45,7 @@ NEW_SETTINGS = {
     "prior_loss_weight": 1.0,
     "control_resolution": "1024",
     "control_dropout": 0.0,
+    "preserve_prompts": "",
 }
 _PREFIX, _PARTIAL = "step-", ".partial"
 _STATE_FILE, _SETTINGS_FILE = "state.safetensors", "settings.json"

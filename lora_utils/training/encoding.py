@@ -32,6 +32,7 @@ from lora_utils.placeholder.tokens import Placeholders, no_placeholders
 from lora_utils.training import distributed
 from lora_utils.training.batch_plans import captions_by_example, generator_for
 from lora_utils.training.distributed import SINGLE_PROCESS, Ranks
+from lora_utils.training.preserved import Preserved
 from lora_utils.training.previews import PreviewRow
 
 
@@ -84,7 +85,7 @@ def edit_prompts(
     job: TrainJob,
     learned: Dataset,
     held_out: Dataset,
-    prior: Mapping[str, str],
+    preserved: Preserved,
     features: Mapping[ControlImage, CachedFeatures],
 ) -> dict[str, Prompt]:
     """Return all prompts that an editing run will show with the images that they speak of, by their `text_key`."""
@@ -97,7 +98,7 @@ def edit_prompts(
     batches = config.steps * config.gradient_accumulation * job.ranks.world_size
     captions = captions_by_example(config, learned.examples, batches)
     for example, own in zip(learned.examples, captions, strict=True):
-        texts = [*own, constants.EMPTY_PROMPT, *(prior[text] for text in own if text in prior)]
+        texts = [*own, constants.EMPTY_PROMPT, *preserved.texts(own)]
         add(texts, example.controls)
         if example.flip:
             add(texts, [replace(control, mirrored=True) for control in example.controls])

@@ -41,7 +41,7 @@ class StepReport:
     learning_rate: float
     image_losses: Tensor  # [batches, B], NaN behind the last image of a short batch
     sigmas: tuple[Tensor, ...]  # of each batch's images, on the CPU
-    is_prior: tuple[bool, ...]  # which of the batches held the class, rather than teach
+    is_prior: tuple[bool, ...]  # which of the batches held what must stay, rather than teach
     grad_norm: Tensor  # of the LoRA, before clipping
     token_grad_norms: dict[str, Tensor]  # of the tokens that the step's captions held, before clipping
 
@@ -63,7 +63,7 @@ class StepReport:
 
     @property
     def prior_losses(self) -> Tensor:
-        """The losses of the batches that held the class."""
+        """The losses of the batches that held what must stay."""
         return self.losses[[index for index, is_prior in enumerate(self.is_prior) if is_prior]]
 
 
@@ -145,7 +145,7 @@ def batch_flops(
 def mean_step_flops(state: TrainState) -> float:
     """Return the mean operations of this process's part of a step, over the run's first batches."""
     config, count = state.config, state.config.gradient_accumulation
-    plans = plan_batches(config, state.data.examples, state.data.prior_captions)
+    plans = plan_batches(config, state.data.examples, state.data.preserved)
     first = list(islice(plans, min(_LOOKED_AHEAD, config.steps * count * state.ranks.world_size)))
     each = []
     for plan in first:

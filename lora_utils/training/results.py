@@ -19,7 +19,7 @@ from lora_utils.lora.weights import TrainingFacts, save_weights
 from lora_utils.tracking import contact_sheet, html_report
 from lora_utils.tracking.metrics import read_metrics
 from lora_utils.tracking.status import STEP_WEIGHTS
-from lora_utils.training.batch_plans import holds_class
+from lora_utils.training.batch_plans import is_holding
 from lora_utils.training.monitor import TrainMonitor, describe_speed, final_loss
 from lora_utils.training.state import TrainState, current_lora, describe_placeholders, final_lora
 
@@ -153,9 +153,10 @@ def describe_best(folder: Path) -> str:
 
 
 def describe_share(state: TrainState) -> str:
-    """Say how many batches held the class, where some were to; an empty text where none were."""
-    if not state.data.prior_captions:
+    """Say how many batches held what must stay, where some were to; an empty text where none were."""
+    if not state.data.preserved:
         return ""
     count = state.step * state.config.gradient_accumulation * state.ranks.world_size
-    held = sum(holds_class(index, state.config.preservation_weight) for index in range(count))
-    return f"{held} of {count} batches held {state.config.class_word!r}, the others taught"
+    held = sum(is_holding(index, state.config.preservation_weight) for index in range(count))
+    what = state.data.preserved.described(state.config.class_word)
+    return f"{held} of {count} batches held {what}, the others taught"

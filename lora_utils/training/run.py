@@ -38,6 +38,7 @@ from lora_utils.training.checkpoint import (
 )
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.monitor import TrainMonitor
+from lora_utils.training.preserved import preserved_prompts
 from lora_utils.training.previews import hint_at_tokens, paired_rows, preview_pairs, preview_rows, usual_size
 from lora_utils.training.results import (
     StartedRun,
@@ -46,7 +47,7 @@ from lora_utils.training.results import (
     write_results,
     write_step_weights,
 )
-from lora_utils.training.setup import TrainJob, prior_captions, setup
+from lora_utils.training.setup import TrainJob, setup
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +196,8 @@ def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, 
     a_step = config.gradient_accumulation * ranks.world_size
     count = config.steps * a_step
     looked_through = count + 10_000  # to say in which step it would be
-    prior = prior_captions(shown_captions(config, learned.examples, looked_through), config)
-    found = first_shown(config, learned.examples, prior, looked_through)
+    preserved = preserved_prompts(shown_captions(config, learned.examples, looked_through), config)
+    found = first_shown(config, learned.examples, preserved, looked_through)
     for token, at in found.items():
         if token not in learned_before and (at is None or at >= count):
             needed = f"set steps to {at // a_step + 1} or more" if at is not None else "lower caption_dropout"

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
 from lora_utils import constants
-from lora_utils.config import TrainConfig
 from lora_utils.dataset.autocaption import write_captions
-from lora_utils.dataset.caption_texts import caption_choices, prior_caption
+from lora_utils.dataset.caption_texts import caption_choices
 from lora_utils.dataset.examples import Dataset, Example, listed_names
 from lora_utils.dataset.scan import check_captions
 from lora_utils.io.tensor_store import open_tensor_store
@@ -41,6 +40,7 @@ from lora_utils.training.batch_plans import generator_for, shown_captions
 from lora_utils.training.batches import BatchStream, LargestBatch, other_timesteps, run_timesteps
 from lora_utils.training.encoding import TrainJob, edit_prompts, encode_images, encode_texts, see_controls, text_prompts
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
+from lora_utils.training.preserved import preserved_prompts
 from lora_utils.training.state import TrainData, TrainState
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ def setup(job: TrainJob) -> TrainState:
         seconds["describe"] = clock.lap()
     batches = job.config.steps * job.config.gradient_accumulation * job.ranks.world_size
     shown = shown_captions(job.config, learned.examples, batches)
-    prior = prior_captions(shown, job.config)
-    text_tokens = _text_tokens(job, [*shown, *prior.values()], tokenizer)
+    preserved = preserved_prompts(shown, job.config)
+    text_tokens = _text_tokens(job, [*shown, *preserved.texts(shown)], tokenizer)
 
     # The plan.
     timesteps = _timesteps(job, learned, schedule)
@@ -84,9 +84,9 @@ def setup(job: TrainJob) -> TrainState:
     store, planning_s = open_tensor_store(), clock.lap()
     features = see_controls(job, plan, [learned, held_out], store)
     prompts = (
-        edit_prompts(job, learned, held_out, prior, features)
+        edit_prompts(job, learned, held_out, preserved, features)
         if job.variant.edits
-        else text_prompts(job, [*shown, *prior.values(), *held_out.captions])
+        else text_prompts(job, [*shown, *preserved.texts(shown), *held_out.captions])
     )
     encoded = encode_texts(job, plan, tokenizer, store, prompts)
     cached = encode_images(job, [learned, held_out], store, features)
@@ -106,7 +106,12 @@ def setup(job: TrainJob) -> TrainState:
         base_model=model_key(job.model_folder),
         init_weights=job.init_weights.sha256 if job.init_weights else "",
         data=TrainData(
-            examples, cached[len(learned.examples) :], list(learned.taught.values()), prior, encoded.texts, text_tokens
+            examples,
+            cached[len(learned.examples) :],
+            list(learned.taught.values()),
+            preserved,
+            encoded.texts,
+            text_tokens,
         ),
         largest=largest,
         components=Components(
@@ -117,7 +122,7 @@ def setup(job: TrainJob) -> TrainState:
         placeholders=placeholders,
         initial_embeddings=tuple(embedding.detach().float().cpu().clone() for embedding in placeholders.embeddings),
         optimizers=new_optimizers(job.config, lora, placeholders.embeddings, rate),
-        stream=BatchStream(job.config, examples, schedule, prior),
+        stream=BatchStream(job.config, examples, schedule, preserved),
         words=words,
     )
     seconds["load"] = planning_s + encoded.load_s + clock.lap()
@@ -145,11 +150,6 @@ def _split_dataset(job: TrainJob, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, D
         names = listed_names([path.name for path in held_out.captions_by_image])
         log.info("held out to measure on: %d images, %s", held_out.num_images, names)
     return learned, held_out
-
-
-def prior_captions(captions: Sequence[str], config: TrainConfig) -> dict[str, str]:
-    """Return the caption that holds the class, for each caption; nothing without a class word."""
-    return {caption: prior_caption(caption, config) for caption in captions} if config.class_word else {}
 
 
 def _text_tokens(job: TrainJob, captions: Sequence[str], tokenizer: Qwen2Tokenizer) -> dict[str, int]:

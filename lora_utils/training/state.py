@@ -24,6 +24,7 @@ from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.training.batches import BatchStream, LargestBatch
 from lora_utils.training.distributed import Ranks
 from lora_utils.training.optimizers import Optimizers
+from lora_utils.training.preserved import Preserved
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class TrainData:
     examples: list[CachedExample]
     held_out: list[CachedExample]  # to measure on
     captions: list[str]  # of the images that are learned from, one an image
-    prior_captions: Mapping[str, str]  # by caption: the class word in place of what is taught
+    preserved: Preserved  # the prompts whose images must stay what they are
     texts: Mapping[str, Tensor]  # [T, D] by caption; those with a token are missing, they are encoded at every step
     text_tokens: Mapping[str, int]  # T of each caption that a step may show
 

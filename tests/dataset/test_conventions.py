@@ -269,3 +269,17 @@ def test_no_message_names_the_folder_that_a_dataset_was_extracted_to(content, fo
 def test_a_word_in_brackets_that_is_not_trained_is_said(folder):
     said = report(folder("a.png", **{"a.txt": "a <zwx>"}), replace(CONFIG, trigger_word="<ohwx>"))
     assert "<ohwx>, <zwx> is read as letters, for it isn't trained as a token" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"class_word": "man"}, "'man'; 1 captions name nothing taught and are held as they are"),
+        ({"preserve_prompts": "a dog|a cat"}, "preserve_prompts (2)"),
+        ({"class_word": "man", "preserve_prompts": "a dog"}, "'man' and preserve_prompts (1); 1 captions name"),
+    ],
+)
+def test_what_must_stay_is_said_with_its_share(given, what, folder):
+    found = folder("a.png", "b.png", **{"a.txt": "<zwx> at sea", "b.txt": "the sea"})
+    said = report(found, replace(CONFIG, train_placeholder_token=True, **given))
+    assert f"25% of the batches hold {what}" in said

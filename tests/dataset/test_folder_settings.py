@@ -97,7 +97,7 @@ def test_the_sidecar_of_an_image_called_dataset_is_its_caption(folder):
 def test_each_line_is_a_caption_and_all_come_up_alike(folder):
     config = replace(TOKEN, caption_variants=True, trigger_word="<zwx>", caption_dropout=0.0)
     found = load(folder("a.png", **{"a.txt": "a cat\n\n a <zwx> dog \nsnow"}), config)
-    plans = plan_batches(config, found.examples, {})
+    plans = plan_batches(config, found.examples)
     counts = Counter(caption for plan in islice(plans, 300) for caption in plan.captions)
     assert set(counts) == {"<zwx>, a cat", "a <zwx> dog", "<zwx>, snow"}
     assert min(counts.values()) > 70
@@ -173,7 +173,7 @@ def test_mirrored_images_are_shown_half_of_the_time_with_their_masks(dataset, ra
         want = encode_images(vae, example.pixels().flip(-1).unsqueeze(0))[0]
     torch.testing.assert_close(cached.turned(True).latents, want, atol=1e-4, rtol=1e-4)
     assert torch.equal(cached.turned(False).latents, plain.data.examples[0].latents)
-    sides = [m for plan in islice(plan_batches(run.config, run.data.examples, {}), 200) for m in plan.mirrored]
+    sides = [m for plan in islice(plan_batches(run.config, run.data.examples), 200) for m in plan.mirrored]
     assert 70 < sum(sides) < 130
     ours = BatchStream(run.config, run.data.examples, run.components.schedule)
     theirs = BatchStream(plain.config, plain.data.examples, plain.components.schedule)

@@ -201,12 +201,16 @@ def test_a_quantised_base_learns_from_pairs(quantization, edit_models, pairs):
     assert all(loss > 0 for loss in losses(state))
 
 
-def test_prior_preservation_holds_the_class_with_the_same_images(edit_models, tmp_path):
-    config = replace(TOKEN, class_word="square", preservation_weight=0.5, caption_dropout=0.0)
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [({"class_word": "square"}, "make it like square"), ({"preserve_prompts": "make it small"}, "make it small")],
+)
+def test_prior_preservation_holds_prompts_with_the_same_images(given, held, edit_models, tmp_path):
+    config = replace(TOKEN, preservation_weight=0.5, caption_dropout=0.0, **given)
     dataset = extracted_pairs(tmp_path, config, caption="make it like <zwx>")
     state = state_of(config, dataset, edit_models["2511"])
     prior = next(batch for batch in state.stream if batch.is_prior)
-    assert set(prior.captions) == {"make it like square"}
+    assert set(prior.captions) == {held}
     assert all(own.seen for own in prior.controls)
     base = flow_matching_loss(state, prior, needs_base=True)
     torch.testing.assert_close(base, torch.zeros_like(base), atol=1e-9, rtol=0)  # a new LoRA is the base

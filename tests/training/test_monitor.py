@@ -39,7 +39,7 @@ def pace_after(state, plans, seconds, monkeypatch, looked_s=0.0):
 
 
 def plans_of(state, count):
-    stream = plan_batches(state.config, state.data.examples, state.data.prior_captions)
+    stream = plan_batches(state.config, state.data.examples, state.data.preserved)
     return [next(stream) for _ in range(count)]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,8 @@ from lora_utils.training import loop
 from lora_utils.training.batch_plans import plan_batches
 from lora_utils.training.batches import BatchStream
 from lora_utils.training.loss import batch_text, forward_backward
+from lora_utils.training.preserved import NOTHING, preserved_prompts
 from lora_utils.training.results import describe_share
-from lora_utils.training.setup import prior_captions
 from tests.helpers import make_state
 
 CONFIG = TrainConfig(
@@ -76,7 +77,7 @@ def test_the_target_is_what_the_base_model_predicts_bit_for_bit(dataset, random_
     run = make_state(CONFIG, dataset, random_model, any_timestep=True)
     list(loop.train(run))
     noisy, sigma = torch.randn(2, 16, 64), torch.tensor([0.3, 0.8])
-    held = list(run.data.prior_captions.values())[:2]
+    held = list(run.data.preserved.of_class.values())[:2]
     text = batch_text(run, held)
     given = (noisy, sigma, text, run.data.examples[0].size)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_the_lora_is_back_after_a_failure(run):
 
 def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
     """B is zero at first, so the LoRA's prediction is the base's: the loss is zero, and so is its gradient."""
-    stream = BatchStream(CONFIG, run.data.examples, run.components.schedule, run.data.prior_captions)
+    stream = BatchStream(CONFIG, run.data.examples, run.components.schedule, run.data.preserved)
     batch = next(batch for batch in stream if batch.is_prior)
     assert not any("<zwx>" in caption for caption in batch.captions)
     losses = forward_backward(run, [batch], [True])
@@ -108,8 +109,7 @@ def test_a_lora_that_has_changed_nothing_has_nothing_to_be_held_to(run):
 
 def test_that_share_of_the_batches_holds_the_class_and_the_others_are_as_without(run):
     streams = [
-        BatchStream(CONFIG, run.data.examples, run.components.schedule, held)
-        for held in (run.data.prior_captions, None)
+        BatchStream(CONFIG, run.data.examples, run.components.schedule, held) for held in (run.data.preserved, NOTHING)
     ]
     pairs = [(next(streams[0]), next(streams[1])) for _ in range(200)]
     assert sum(held.is_prior for held, _ in pairs) == 100
@@ -129,7 +129,7 @@ def test_the_share_is_what_the_input_says_for_every_mix_of_captions(named, batch
         for index, example in enumerate(dataset.examples)
     ]
     config = replace(CONFIG, batch_size=batch_size, preservation_weight=share, caption_dropout=0.0)
-    held = prior_captions([example.caption for example in examples], config)
+    held = preserved_prompts([example.caption for example in examples], config)
     plans = list(itertools.islice(plan_batches(config, examples, held), 60))
     assert sum(plan.is_prior for plan in plans) == math.floor(60 * share + 1e-9)
     assert not plans[0].is_prior
@@ -143,9 +143,58 @@ def test_captions_without_the_token_are_held_as_they_are(dataset, random_model):
     plain = [replace(example, caption="a red circle") for example in dataset.examples]
     config = replace(CONFIG, train_placeholder_token=False, trigger_word="ohwx")
     run = make_state(config, replace(dataset, examples=plain), random_model)
-    assert run.data.prior_captions == {"a red circle": "a red circle"}
+    assert run.data.preserved.of_class == {"a red circle": "a red circle"}
     assert sum(any(report.is_prior) for report in loop.train(run)) == 3
     assert describe_share(run) == "3 of 6 batches held 'square', the others taught"
+
+
+# --- a caller's own prompts -----------------------------------------------------------------------------------------
+
+OWN = replace(CONFIG, class_word="", preserve_prompts="a red circle | a blue ring\na green cross")
+
+
+def held_captions(config, dataset, count=400):
+    captions = [example.caption for example in dataset.examples]
+    plans = itertools.islice(plan_batches(config, dataset.examples, preserved_prompts(captions, config)), count)
+    return [caption for plan in plans if plan.is_prior for caption in plan.captions]
+
+
+def test_prompts_that_must_stay_are_shown_in_turns_of_chance(dataset):
+    found = Counter(held_captions(OWN, dataset))
+    assert set(found) == {"a red circle", "a blue ring", "a green cross"}
+    assert min(found.values()) > 0.25 * found.total()
+    assert held_captions(OWN, dataset) == held_captions(OWN, dataset), "as the seed has it"
+
+
+def test_a_class_beside_them_has_half_of_the_images(dataset):
+    found = held_captions(replace(OWN, class_word="square"), dataset)
+    own = sum(caption in OWN.preserve_prompts for caption in found)
+    assert 0.4 < own / len(found) < 0.6
+    assert all("<zwx>" not in caption for caption in found)
+
+
+def test_they_train_towards_the_base_model_and_are_encoded_once(dataset, random_model):
+    run = make_state(OWN, dataset, random_model)
+    assert {"a red circle", "a blue ring", "a green cross"} <= set(run.data.texts)
+    reports = list(loop.train(run))
+    held = [report for report in reports if any(report.is_prior)]
+    assert len(held) == 3
+    assert float(held[0].prior_losses) < 0.1 * float(reports[0].loss), "a LoRA that has changed little has lost little"
+    assert describe_share(run) == "3 of 6 batches held 3 prompts, the others taught"
+    both = replace(run.data.preserved, of_class={"a": "b"})
+    assert both.described("square") == "'square' and 3 prompts"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a red circle | <zwx> at sea", "preserve_prompts: '<zwx> at sea' names what is taught"),
+        ("|".join(map(str, range(201))), "preserve_prompts takes at most 200 prompts, got 201"),
+    ],
+)
+def test_prompts_that_cannot_stay_are_refused(prompts, message):
+    with pytest.raises(UserError, match=message):
+        replace(OWN, preserve_prompts=prompts)
 
 
 def test_losses_that_hold_the_class_are_reported_apart(run):
