@@ -174,6 +174,7 @@ class EditScore:
 
     changed: bool
     kept: bool
+    fit: float  # how crisp the object is: the share of its energy that its best template explains, 0 to 1
 
 
 def score(image: Image.Image, edit: Edit) -> EditScore:
@@ -203,7 +204,8 @@ def score(image: Image.Image, edit: Edit) -> EditScore:
     # An object that grows is moved into the image, and one that is replaced has another outline.
     loose = {"size": ("place",), "replace": ("size",)}.get(action, ())
     changed = _shows_added(pixels, edit) if added else all(right[name] for name in asked)
-    return EditScore(changed, all(fine for name, fine in right.items() if name not in (*asked, *loose)))
+    kept = all(fine for name, fine in right.items() if name not in (*asked, *loose))
+    return EditScore(changed, kept, reading.fit)
 
 
 def _added_cover(noun: str) -> Pixels:

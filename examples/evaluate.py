@@ -43,7 +43,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Shares of the images that show what was asked, 0 to 1. Places and sizes count where the prompt names them."""
+    """Shares of the images that show what was asked, 0 to 1. Places and sizes count where the prompt names them.
+
+    `fit` is how crisp objects are: the mean share of an object's energy that its best template explains, 0 to 1.
+    """
 
     kind: float
     colour: float
@@ -51,12 +54,14 @@ class Score:
     all_three: float
     size: float
     place: float
+    fit: float
     images: int
 
     def __str__(self) -> str:
         shares = f"object {self.kind:.1%}, colour {self.colour:.1%}, background {self.background:.1%}"
         return (
-            f"{shares}, all three {self.all_three:.1%}, size {self.size:.1%}, place {self.place:.1%} of {self.images}"
+            f"{shares}, all three {self.all_three:.1%}, size {self.size:.1%}, place {self.place:.1%} of {self.images}, "
+            f"fit {self.fit:.3f}"
         )
 
 
@@ -95,7 +100,7 @@ def score(images: Sequence[Image.Image], asked: Sequence[Asked], kind: str | Non
         background = prompt.background is None or reading.background == prompt.background
         size = prompt.size is None or (right and reading.size == prompt.size)
         place = prompt.place is None or (right and reading.place == prompt.place)
-        rows.append((right, colour, background, right and colour and background, size, place))
+        rows.append((right, colour, background, right and colour and background, size, place, reading.fit))
     return Score(*np.mean(rows, axis=0).tolist(), images=len(rows))
 
 

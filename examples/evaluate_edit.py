@@ -57,12 +57,14 @@ class EditScores:
     changed: float
     kept: float
     both: float
+    fit: float  # how crisp objects are: the mean of `edits.EditScore.fit`
     by_action: dict[str, float]  # both, by what is asked
     images: int
 
     def __str__(self) -> str:
         each = ", ".join(f"{name} {share:.0%}" for name, share in self.by_action.items())
-        return f"changed {self.changed:.1%}, kept {self.kept:.1%}, both {self.both:.1%} of {self.images} ({each})"
+        shares = f"changed {self.changed:.1%}, kept {self.kept:.1%}, both {self.both:.1%} of {self.images}"
+        return f"{shares}, fit {self.fit:.3f} ({each})"
 
 
 def held_out_edits(count: int, seed: int = 0) -> list[AskedEdit]:
@@ -86,6 +88,7 @@ def score(images: Sequence[Image.Image], asked: Sequence[AskedEdit]) -> EditScor
         float(np.mean([each.changed for each in found])),
         float(np.mean([each.kept for each in found])),
         float(np.mean([each.changed and each.kept for each in found])),
+        float(np.mean([each.fit for each in found])),
         {name: right[name] / total[name] for name in sorted(total)},
         len(found),
     )
