@@ -1,7 +1,8 @@
 """The editing model's pretraining: from the small text-to-image model, its VAE and its knowledge of the world.
 
 It learns by flow matching on pairs of images with an instruction: the language model reads the instruction and what
-the vision tower sees, the transformer has the images' latents beside the noise. `examples.pretrain --edit` runs it.
+the vision tower sees, the transformer has the images' latents beside the noise. `examples.pretrain --edit` runs it. The
+shipped model was made by these settings; its README says how long that took, and how well it edits.
 """
 
 import random
