@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo serve test test-slow lint clean
+.PHONY: demo demo-edit serve test test-slow lint clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 
 demo: $(VENV)/.installed  ## train a LoRA with the zero-prior token on the small model, and draw with it
 	$(BIN)/python -m examples.demo
+
+demo-edit: $(VENV)/.installed  ## train LoRAs of an edit and of a subject on the small editing model, and edit with them
+	$(BIN)/python -m examples.demo_edit
 
 serve: $(VENV)/.installed  ## cog's server on the small model: predictions on port 5000, trainings on 5001
 	$(BIN)/python -m examples.serve

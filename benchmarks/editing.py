@@ -16,7 +16,20 @@ import numpy as np
 from PIL import Image
 
 from examples import demo_edit, evaluate_edit
-from examples.demo_edit import FRAME, OBJECT, REPLACE, SUBJECT, TOKEN, WITH_TOKEN, Pair, framed, replaced
+from examples.demo_edit import (
+    FRAME,
+    KEPT,
+    LONGER_FRAME,
+    LONGER_SUBJECT,
+    OBJECT,
+    REPLACE,
+    SUBJECT,
+    TOKEN,
+    WITH_TOKEN,
+    Pair,
+    framed,
+    replaced,
+)
 from examples.evaluate_edit import Asked, EditScores
 from examples.shapes import Scene
 from lora_utils.lora.weights import Weights, load_weights
@@ -49,8 +62,12 @@ def _house(name: str, **given: Any) -> Lesson:
 
 LESSONS = {
     "a golden frame": _frame(),
+    "the same with preserve_prompts": _frame(**KEPT),
+    "the same with preserve_prompts, 800 steps": _frame(**KEPT, **LONGER_FRAME),
     "the same, targets alone": _frame(**TARGETS_ALONE),
     f"a house as {TOKEN}": _house(TOKEN, **WITH_TOKEN),
+    f"a house as {TOKEN} with preserve_prompts": _house(TOKEN, **WITH_TOKEN, **KEPT),
+    f"a house as {TOKEN} with preserve_prompts, 1500 steps": _house(TOKEN, **WITH_TOKEN, **KEPT, **LONGER_SUBJECT),
     f"a house as `{OBJECT}`": _house(f"a {OBJECT}"),
     "a house as `TOK`": _house("TOK"),
     f"a house as {TOKEN}, targets alone": _house(TOKEN, **WITH_TOKEN, **TARGETS_ALONE),

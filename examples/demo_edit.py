@@ -1,9 +1,10 @@
 """Teach the small editing model an edit and a subject, through train.py and predict.py themselves.
 
-`python -m examples.pretrain --edit` makes that model; it isn't shipped yet.
+`make demo-edit` runs it.
 
 The edit is a golden frame, which the model has never seen. The subject is a house, which it has no name for: a token
-is taught to stand for it in "replace it with <zwx>". Writes out/demo_edit.png, and with --score measures both.
+is taught to stand for it in "replace it with <zwx>". `preserve_prompts` keeps other edits what they are. Writes
+out/demo_edit.png, and with --score measures both.
 """
 
 import argparse
@@ -30,10 +31,20 @@ OUT = Path("out")
 TOKEN, OBJECT = "<zwx>", "house"
 FRAME_PX, GOLD = 6, (232, 184, 44)
 FRAME, REPLACE = "give it a golden frame", f"replace it with {TOKEN}"
+PINK = "change the background to pink"  # an edit that the model knows
+# Edits that the model knows, which a LoRA would bend towards what it learns.
+KNOWN = "\n".join(
+    [
+        *(f"make it {word}" for word in ("red", "green", "white", "small", "big")),
+        *(f"put it on a {word} background" for word in ("black", "pink", "cyan")),
+        *(f"move it to the {word}" for word in ("left", "right", "top")),
+        *("add a small blue ring", "replace it with a yellow cross", "turn it into a purple circle"),
+    ]
+)
 PAIRS = 20
 TRAINING = {
     "rank": 16,
-    "steps": 300,
+    "steps": 500,
     "learning_rate": 5e-4,
     "batch_size": 4,
     "lora_targets": "attention_mlp",
@@ -42,6 +53,9 @@ TRAINING = {
     "lr_scheduler": "cosine",
     "seed": 0,
 }
+SUBJECT = {"steps": 1000}  # an object is more to learn than a frame
+KEPT = {"preserve_prompts": KNOWN}  # a quarter of the batches holds them, so as many more steps are taken
+LONGER_FRAME, LONGER_SUBJECT = {"steps": 800}, {"steps": 1500}
 WITH_TOKEN = {"train_placeholder_token": True, "placeholder_token": TOKEN}
 SAMPLING = {"steps": 20, "guidance": 4.0, "width": 64, "height": 64, "output_format": "png"}
 MOST_OFF = 14.0  # mean difference in grey levels that what is to stay may have
@@ -68,6 +82,11 @@ def framed(scene: Scene) -> Image.Image:
 def replaced(scene: Scene) -> Image.Image:
     """Return the scene with the taught object in its object's place."""
     return shapes.to_image(shapes.draw(replace(scene, kind=OBJECT, colour=None, parts=())))
+
+
+def on_pink(scene: Scene) -> Image.Image:
+    """Return the scene on a pink background."""
+    return shapes.to_image(shapes.draw(replace(scene, background="pink")))
 
 
 def make_pairs(edited: Callable[[Scene], Image.Image], count: int, seed: int) -> list[Pair]:
@@ -161,12 +180,13 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     os.environ["BASE_MODEL"] = str(MODEL)
     print(f"teaching an edit the base model doesn't know, a golden frame, from {PAIRS} pairs")
-    frame = teach("frame", make_pairs(framed, PAIRS, seed=1), FRAME)
+    frame = teach("frame", make_pairs(framed, PAIRS, seed=1), FRAME, **KEPT, **LONGER_FRAME)
     print(f"teaching {TOKEN}, a {OBJECT}, which the base model has never seen, from {PAIRS} pairs")
-    subject = teach("subject", make_pairs(replaced, PAIRS, seed=2), REPLACE, **WITH_TOKEN)
+    subject = teach("subject", make_pairs(replaced, PAIRS, seed=2), REPLACE, **WITH_TOKEN, **KEPT, **LONGER_SUBJECT)
     editor = Editor()
     rows = rows_of(editor, "An edit", make_pairs(framed, 3, seed=11), FRAME, frame)
     rows += rows_of(editor, "A subject", make_pairs(replaced, 3, seed=12), REPLACE, subject)
+    rows += rows_of(editor, "The frame's LoRA, a known edit", make_pairs(on_pink, 2, seed=13), PINK, frame)
     contact_sheet(rows).save(OUT / "demo_edit.png")
     if arguments.score:
         print_scores(editor, arguments.score, frame, subject)

@@ -1,5 +1,6 @@
 """The lines of docs/editing.md run as they are written, on a small model that edits."""
 
+import re
 import shutil
 
 from PIL import Image
@@ -8,12 +9,15 @@ from examples.demo import call
 from lora_utils import constants
 from predict import Predictor
 from tests.editing.material import write_pairs
+from tests.helpers import ROOT
 from tests.integration.test_docs import EDITING, FAST_TRAINING, console_lines, given_inputs
 from train import train
 
 
 def test_the_lines_on_editing_train_on_pairs_and_edit_an_image(edit_models, tmp_path, monkeypatch):
-    named, train_line, predict_line = [line for page, line in console_lines() if page == EDITING]
+    named, train_line, predict_line, demo_line = [line for page, line in console_lines() if page == EDITING]
+    assert demo_line == "make demo-edit"
+    assert re.search(r"^demo-edit:", (ROOT / "Makefile").read_text(), re.M)
     assert named == f"export BASE_MODEL={constants.EDIT_MODEL}"
     monkeypatch.setenv("BASE_MODEL", str(edit_models["2511"]))
     write_pairs(tmp_path / "pairs.zip")
