@@ -129,11 +129,12 @@ def has_company(each: np.ndarray, ground: np.ndarray) -> bool:
     return bool((np.abs(each[:, 34:] - ground).max(axis=2) > 40).mean() > 0.05)
 
 
-def squares(count: int) -> list[evaluate.Asked]:
+def class_prompts(noun: str, count: int) -> list[evaluate.Asked]:
+    """Prompts for the plain class, in all colours and on all backgrounds in turn."""
     rng, asked = np.random.default_rng(7), []
     for index in range(count):
         colour, ground = list(shapes.COLOURS)[index % 6], list(shapes.BACKGROUNDS)[index % 5]
-        prompt = shapes.Prompt(CLASS, colour=colour, background=ground)
+        prompt = shapes.Prompt(noun, colour=colour, background=ground)
         asked.append(evaluate.Asked(prompt, str(rng.choice(prompt.wordings()))))
     return asked
 
@@ -159,7 +160,7 @@ def classes(components: Components, seed: int, given: Mapping[str, Any]) -> dict
     measured = {}
     for name, asked, kind in (
         ("<zwx> square is a house", houses, KIND),
-        ("square is a square", squares(PROMPTS), None),
+        ("square is a square", class_prompts(CLASS, PROMPTS), None),
         ("other shapes", others, None),
     ):
         score = evaluate.score(sampled(components, lora, placeholders, [item.text for item in asked]), asked, kind)

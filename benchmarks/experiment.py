@@ -80,6 +80,14 @@ def unpack_kept(folder: Path, kept: Path) -> None:
             path.write_text(json.dumps(record))
 
 
+def gather(specs: Sequence[Spec], folder: Path, kept: Path, run: Callable[[Spec], Run], processes: int) -> list[Run]:
+    """Run what neither the folder nor the kept file has, and keep all. -> the runs that there are"""
+    unpack_kept(folder, kept)
+    execute(specs, folder, run, processes)
+    keep(folder, kept)
+    return load(folder)
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import experiment
-from benchmarks.dataset_inputs import images_of, sampled, set_up
+from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up
 from benchmarks.experiment import Run, Spec, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
 from benchmarks.preservation_ways import CLASSES, WAYS, Bench
 from examples import evaluate, shapes
@@ -38,16 +38,6 @@ MEASURED = {"fidelity": "object right", "class_kept": "class kept", "others": "o
 @lru_cache(maxsize=1)
 def _bench() -> Bench:
     return Bench(load_components(MODEL, default_placement()))
-
-
-def class_prompts(noun: str, count: int) -> list[evaluate.Asked]:
-    """Prompts for the plain class, in all colours and on all backgrounds in turn."""
-    rng, asked = np.random.default_rng(7), []
-    for index in range(count):
-        colour, ground = list(shapes.COLOURS)[index % 6], list(shapes.BACKGROUNDS)[index % 5]
-        prompt = shapes.Prompt(noun, colour=colour, background=ground)
-        asked.append(evaluate.Asked(prompt, str(rng.choice(prompt.wordings()))))
-    return asked
 
 
 def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run:
@@ -115,11 +105,7 @@ def main() -> None:
     specs = [
         Spec("ways", way, kind, seed) for seed in range(given.seeds) for kind in given.objects for way in given.ways
     ]
-    experiment.unpack_kept(WORK, KEPT)
-    if not given.report:
-        experiment.execute(specs, WORK, run_way, given.processes)
-    experiment.keep(WORK, KEPT)
-    runs = experiment.load(WORK)
+    runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_way, given.processes)
     write_page(runs)
     print(table(runs))
 

@@ -149,11 +149,7 @@ def main() -> None:
         for recipe in GROUPS[group]
         if given.only in recipe
     ]
-    experiment.unpack_kept(WORK, KEPT)
-    if not given.report:
-        experiment.execute(specs, WORK, run_recipe, given.processes)
-    experiment.keep(WORK, KEPT)
-    runs = experiment.load(WORK)
+    runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_recipe, given.processes)
     write_page(runs)
     print("\n\n".join(table(runs, group) for group in given.groups))
 

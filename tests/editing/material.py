@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from examples import edits, shapes, small_model
+from examples import edits, shapes, small_model, stock_edit
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import Dataset, load
 from lora_utils.io.archive import extract_archive
 from lora_utils.model.device import Placement
+from lora_utils.model.latents import Size
 from lora_utils.model.variant import EDIT, EDIT_PLUS, Variant
 
 CPU = Placement(torch.device("cpu"), torch.float32)
@@ -40,6 +42,24 @@ def write_model(folder: Path, kind: str) -> Path:
     tokenizer.save_pretrained(folder / "processor")
     (folder / "model_index.json").write_text(small_model.edit_model_index(variant.pipeline))
     return folder
+
+
+def stock_run(
+    stock: Any, images: list[Image.Image], prompt: str, size: Size, guidance: float, area_px: int
+) -> torch.Tensor:
+    """Return the latents of four steps of diffusers' own pipeline from seed 7, the images at this area."""
+    with stock_edit.image_area(area_px):
+        return stock(
+            image=images if len(images) > 1 else images[0],
+            prompt=prompt,
+            negative_prompt=" " if guidance > 1 else None,
+            true_cfg_scale=guidance,
+            num_inference_steps=4,
+            width=size.width_px,
+            height=size.height_px,
+            generator=torch.Generator().manual_seed(7),
+            output_type="latent",
+        ).images
 
 
 def draw_pairs(count: int, controls: int = 1) -> list[edits.Edit]:

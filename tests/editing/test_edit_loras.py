@@ -20,6 +20,7 @@ from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import sampler
 from lora_utils.sampling.options import choose_options
 from lora_utils.sampling.sampler import Conditioning, PromptCache, SamplingJob
+from tests.editing.material import stock_run
 
 PROMPT, AREA_PX, SIZE = "make it red", 64 * 64, Size(64, 64)
 
@@ -64,21 +65,6 @@ def edited(parts, path, request, to_edit):
         )
 
 
-def stock_run(stock, to_edit, steps, guidance):
-    with stock_edit.image_area(AREA_PX):
-        return stock(
-            image=to_edit,
-            prompt=PROMPT,
-            negative_prompt=" " if guidance > 1 else None,
-            true_cfg_scale=guidance,
-            num_inference_steps=steps,
-            width=SIZE.width_px,
-            height=SIZE.height_px,
-            generator=torch.Generator().manual_seed(7),
-            output_type="latent",
-        ).images
-
-
 def test_stock_diffusers_edits_with_our_file_as_we_do(kind, edit_models, parts_of, to_edit, tmp_path):
     parts, path = parts_of[kind], tmp_path / "l.safetensors"
     write_lora_file(path, LoraFile(layers_of(parts.transformer, 4, 4.0)), dtype=torch.float32)
@@ -86,9 +72,9 @@ def test_stock_diffusers_edits_with_our_file_as_we_do(kind, edit_models, parts_o
     ours = edited(parts, path, request, to_edit)
 
     stock = stock_edit.load_pipeline(edit_models[kind])
-    without = stock_run(stock, to_edit, steps=4, guidance=4.0)
+    without = stock_run(stock, to_edit, PROMPT, SIZE, 4.0, AREA_PX)
     stock.load_lora_weights(str(path))
-    theirs = stock_run(stock, to_edit, steps=4, guidance=4.0)
+    theirs = stock_run(stock, to_edit, PROMPT, SIZE, 4.0, AREA_PX)
     assert (theirs - without).abs().mean() > 0.01
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -104,5 +90,5 @@ def test_a_lightning_lora_for_editing_samples_as_its_authors_say(kind, edit_mode
     shift = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
     stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(stock.scheduler.config, **shift)
     stock.load_lora_weights(str(path))
-    theirs = stock_run(stock, to_edit, steps=4, guidance=1.0)
+    theirs = stock_run(stock, to_edit, PROMPT, SIZE, 1.0, AREA_PX)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

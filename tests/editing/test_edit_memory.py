@@ -89,15 +89,15 @@ def test_a_level_of_their_own_for_the_images_keeps_hardly_more_for_the_backward_
     dataset = extracted_pairs(tmp_path, CONFIG)
     for kind in ("2509", "2511"):
         state = make_state(CONFIG, dataset, edit_models[kind], placement=CPU, variant=EDIT_PLUS)
-        sizes = dict[int, int]()
+        saved = dict[int, torch.Tensor]()  # by storage; held, so that none of it is used again
 
-        def keep(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = flow_matching_loss(state, next(state.stream))
         assert loss.requires_grad
         weights = {own.untyped_storage()._cdata for own in state.components.transformer.parameters()}
-        kept[kind] = sum(size for key, size in sizes.items() if key not in weights)
+        kept[kind] = sum(own.untyped_storage().nbytes() for key, own in saved.items() if key not in weights)
     assert kept["2511"] == pytest.approx(kept["2509"], rel=0.03)

@@ -15,7 +15,7 @@ from lora_utils.model.variant import EDIT_PLUS
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.sampling import sampler
 from lora_utils.sampling.sampler import Conditioning, SamplingJob
-from tests.editing.material import CPU, KINDS
+from tests.editing.material import CPU, KINDS, stock_run
 
 AREA_PX = 64 * 64
 PROMPT = "put it on a pink background"
@@ -67,21 +67,6 @@ def stock_prompt(stock, parts, images, prompt):
     return stock.encode_prompt(prompt, given, device=torch.device("cpu"))
 
 
-def stock_run(stock, images, prompt, size, guidance, steps=4):
-    with stock_edit.image_area(AREA_PX):
-        return stock(
-            image=images if len(images) > 1 else images[0],
-            prompt=prompt,
-            negative_prompt=" " if guidance > 1 else None,
-            true_cfg_scale=guidance,
-            num_inference_steps=steps,
-            width=size.width_px,
-            height=size.height_px,
-            generator=torch.Generator().manual_seed(7),
-            output_type="latent",
-        ).images
-
-
 @pytest.mark.parametrize("prompt", [PROMPT, " ", "", "ein Bär {0} 🐻 <b>"])
 def test_a_prompt_with_images_is_encoded_as_by_the_pipeline(kind, parts, stock, controls, to_edit, prompt):
     images = images_of(kind, to_edit)
@@ -112,7 +97,7 @@ def test_a_complete_run_gives_the_pipelines_latents(kind, parts, stock, controls
         ours = sampler.denoise(
             parts, job, sampler.initial_noise(size, 7), Conditioning(text, negative), lambda _step: None
         )
-    theirs = stock_run(stock, images_of(kind, to_edit), PROMPT, size, guidance)
+    theirs = stock_run(stock, images_of(kind, to_edit), PROMPT, size, guidance, AREA_PX)
     torch.testing.assert_close(ours, theirs, atol=MOST, rtol=MOST)
 
 
