@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_utils import cli
 from lora_utils.config import SampleInputs, TrainInputs, from_inputs
@@ -68,5 +68,14 @@ def sample(output: Path, given: dict[str, Any]) -> None:
         model.close()
 
 
+def end(code: int) -> NoReturn:
+    """End the process, as one of a run on several GPUs if it is one."""
+    if "RANK" in os.environ:
+        from lora_utils.training.distributed import end_process  # noqa: PLC0415 (a run on one GPU does without it)
+
+        end_process(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

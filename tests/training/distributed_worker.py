@@ -53,6 +53,7 @@ def main(model: Path, images: Path, given: str, shard_base: str) -> None:
     norm = float(sum(tensor.double().norm() for tensor in tensors))
     print(json.dumps({"rank": ranks.rank, "losses": losses, "digest": digest, "norm": norm, "held": held}), flush=True)
     distributed.destroy(ranks)
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":
