@@ -59,8 +59,8 @@ def destroy(ranks: Ranks) -> None:
 def end_process(code: int) -> NoReturn:
     """End a process of a run on several GPUs, once all is written, without tearing its libraries down.
 
-    A thread of a communication library that still runs then aborts the process ("terminate called without an active
-    exception"), and a finished run would count as failed.
+    One such process was seen to abort after a complete run ("terminate called without an active exception"), which a
+    thread that still runs causes at the interpreter's end. The finished run then counted as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -262,7 +262,7 @@ def test_alone_nothing_is_exchanged():
 
 
 def test_a_process_that_has_written_all_ends_well_though_its_libraries_would_not():
-    """Gloo's threads abort a process now and then while the interpreter ends, after a complete run."""
+    """One was seen to abort while the interpreter ended, after a complete run."""
     script = (
         "import atexit, os; atexit.register(os.abort)\n"
         "from lora_utils.training.distributed import end_process\n"
