@@ -5,6 +5,7 @@ A way is a change to the package's own training: of its config, its batches, its
 Legend: B batch, N image tokens, C packed channels, D_in the width that a layer takes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -189,6 +190,32 @@ def _in_pairs(images: int, weight: float) -> Any:
     return changed
 
 
+def _beside(every: int, images: int, weight: float, first: float = 0.0, last: float = 1.0) -> Any:
+    """Hold some of a step's images beside all that it teaches, in every so many steps of a share of the run."""
+
+    def changed(_bench: Bench, run: TrainState, noun: str, _seed: int, stack: ExitStack) -> None:
+        original, token = loop.forward_backward, run.config.tokens[0]
+        steps = range(math.ceil(first * run.config.steps), round(last * run.config.steps), every)
+
+        def beside(state: TrainState, batches: Sequence[Batch], needs_base: Any) -> Tensor:
+            if state.step not in steps:
+                return original(state, batches, needs_base)
+            (batch,) = batches
+            count, few = len(batch.captions), slice(0, images)
+            captions = tuple(text.replace(f"{token} {noun}", noun) for text in batch.captions)
+            _know_captions(state, captions)
+            teaches = replace(batch, image_weights=torch.full((count,), 2.0))  # the step is the mean of its batches
+            holds = Batch(
+                batch.noisy[few], batch.target[few], batch.sigma[few], captions[few], batch.size, batch.names[few],
+                is_prior=True, image_weights=torch.full((min(images, count),), 2.0 * weight),
+            )  # fmt: skip
+            return original(state, [teaches, holds], [False, True])[:1]
+
+        stack.enter_context(mock.patch.object(loop, "forward_backward", beside))
+
+    return changed
+
+
 # --- projections ----------------------------------------------------------------------------------------------------
 
 
@@ -281,10 +308,15 @@ WAYS: dict[str, Way] = {
         QUARTER,
     ),
     "a tenth of the batches": Way("The same, of a tenth.", {"preservation_weight": 0.1}),
+    "a twentieth of the batches": Way("The same, of a twentieth.", {"preservation_weight": 0.05}),
+    "a fiftieth of the batches": Way("The same, of a fiftieth.", {"preservation_weight": 0.02}),
     "a quarter, a quarter as strong": Way(
         "The loss of those batches counts a quarter.",
         QUARTER,
         changed=_weighted(lambda sigma: torch.full_like(sigma, 0.25)),
+    ),
+    "a quarter, a twentieth as strong": Way(
+        "It counts a twentieth.", QUARTER, changed=_weighted(lambda sigma: torch.full_like(sigma, 0.05))
     ),
     "a quarter, above 0.7": Way(
         "Only levels of noise above 0.7 count in those batches.",
@@ -315,6 +347,21 @@ WAYS: dict[str, Way] = {
         {"gradient_accumulation": 2},
         holds=False,
         changed=_in_pairs(1, 0.25),
+    ),
+    "beside every 4th step": Way(
+        "Every fourth step holds its images at the same noise, beside teaching them.",
+        holds=False,
+        changed=_beside(4, 4, 1.0),
+    ),
+    "beside every 4th step, a quarter as strong": Way(
+        "The same, and what it holds counts a quarter.", holds=False, changed=_beside(4, 4, 0.25)
+    ),
+    "beside every 10th step": Way("Every tenth step does.", holds=False, changed=_beside(10, 4, 1.0)),
+    "beside every 2nd step of the first third": Way(
+        "Every second step does, in the first third of the run.", holds=False, changed=_beside(2, 4, 1.0, last=1 / 3)
+    ),
+    "beside every 2nd step of the last third": Way(
+        "In the last third.", holds=False, changed=_beside(2, 4, 1.0, first=2 / 3)
     ),
     "conflicts projected out": Way(
         "Of what teaches, the part that goes against the mean gradient of what holds is left out.",
