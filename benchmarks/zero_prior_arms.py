@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from examples import demo, shapes
 
+SECOND_TOKEN = "<zwy>"
 RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its four tokens
 # What a prompt guide would have users write: the object in words that the model knows.
 PHRASES = {
@@ -22,6 +23,7 @@ class Arm:
     rank: int = 16
     images: int = 15
     vectors: int = 1  # embeddings that the token's name stands for, one behind the other
+    look_alike: bool = False  # a second token is taught beside it, for an object that looks alike
     rate_factor: float = 1.0  # of the default rate
     init_std: float = 1e-5
     remedy: str | None = None
@@ -29,13 +31,19 @@ class Arm:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The names of its embeddings."""
+        if self.look_alike:
+            return (demo.TOKEN, SECOND_TOKEN)
         return (demo.TOKEN,) if self.vectors == 1 else tuple(f"<zwx_{index + 1}>" for index in range(self.vectors))
 
-    def told(self, kind: str) -> shapes.Prompt:
-        """How captions and prompts call the object."""
+    def told(self, kind: str) -> dict[str, shapes.Prompt]:
+        """How captions and prompts call the objects that are taught, by their kinds."""
+        if self.look_alike:
+            kinds = (kind, shapes.LOOK_ALIKES[kind])
+            return {own: shapes.Prompt(token) for own, token in zip(kinds, self.tokens, strict=True)}
         if self.trigger == "phrase":
-            return PHRASES[kind]
-        return shapes.Prompt({"token": "".join(self.tokens), "prior": shapes.TOK, "rare": RARE_WORD}[self.trigger])
+            return {kind: PHRASES[kind]}
+        name = {"token": "".join(self.tokens), "prior": shapes.TOK, "rare": RARE_WORD}[self.trigger]
+        return {kind: shapes.Prompt(name)}
 
 
 ARMS: dict[str, Arm] = {
@@ -54,7 +62,8 @@ REMEDIES: dict[str, Arm] = {
     name: Arm("token", "trained", remedy=name)
     for name in ("norm below the median", "frozen after a tenth", "trained after a tenth", "orthogonal to words")
 }
-# Where training the embedding should pay, if anywhere: a LoRA that can carry little, few images, more embeddings.
+# Where training the embedding should pay, if anywhere: a LoRA that can carry little, few images, more embeddings, and
+# objects that only their tokens tell apart.
 PAYS: dict[str, Arm] = {
     f"{name}, {row}": replace(arm, row=row)
     for name, arm in {
@@ -62,6 +71,8 @@ PAYS: dict[str, Arm] = {
         **{f"rank {rank}": Arm("token", rank=rank) for rank in (1, 2, 4)},
         **{f"{images} images": Arm("token", images=images) for images in (3, 5)},
         **{f"{vectors} embeddings": Arm("token", vectors=vectors) for vectors in (2, 4)},
+        "two look-alikes": Arm("token", images=8, look_alike=True),
+        "two look-alikes, rank 2": Arm("token", images=8, rank=2, look_alike=True),
     }.items()
     for row in ("frozen", "trained")
 }

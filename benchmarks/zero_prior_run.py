@@ -61,7 +61,7 @@ class Point:
     """What a model does after so many steps. Shares are of images, 0 to 1."""
 
     step: int
-    fidelity: float  # of the trigger's images, those that show the taught object
+    fidelity: float  # of the triggers' images, those that show the trigger's own object
     background: float  # of the trigger's images, those on the background asked for
     leakage: float  # of the trigger's images, those that show what the model knew before instead
     intrusion: float  # of other prompts' images, those that show the taught object
@@ -83,6 +83,13 @@ class Bench:
     def words(self) -> WordEmbeddings:
         """The words that the model knows."""
         return measure_words(self.base.need_text_encoder(), self.base.tokenizer)
+
+
+def taught_prompts(told: dict[str, shapes.Prompt], count: int) -> tuple[list[str], list[Asked]]:
+    """Return the kinds that prompts ask for, and the prompts: `count` of them, as many of each object."""
+    each = count // len(told)
+    asked = [question for prompt in told.values() for question in trigger_prompts(prompt, each)]
+    return [kind for kind in told for _ in range(each)], asked
 
 
 def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
@@ -135,13 +142,15 @@ def _as_components(bench: Bench, run: TrainState) -> Components:
 def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Point:
     """Draw and count. Draws nothing from the run's random streams and changes nothing of it."""
     trained = _as_components(bench, run)
-    asked = trigger_prompts(arm.told(kind), bench.length.token_prompts)
+    told = arm.told(kind)
+    kinds, asked = taught_prompts(told, bench.length.token_prompts)
     plain = evaluate.held_out_prompts(bench.length.plain_prompts)
     prior = trigger_prompts(shapes.Prompt(shapes.TOK), bench.length.prior_prompts)
     texts = [question.text for question in (*asked, *plain, *prior)]
     sampling_steps = bench.length.sampling_steps
     images = evaluate.sample_ours(trained, texts, run.placeholders, sampling_steps, batch=SAMPLED_AT_ONCE)
-    readings = [shapes.read(image) for image in images]
+    readable = (*shapes.SHAPES, *shapes.OBJECTS, *(other for other in told if other not in shapes.OBJECTS))
+    readings = [shapes.read(image, readable) for image in images]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
     matrix = embedding_matrix(trained.need_text_encoder())
@@ -149,12 +158,12 @@ def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Po
     rows = run.placeholders.embeddings
     return Point(
         step=step,
-        fidelity=_share([reading.kind == kind for reading in of_trigger]),
+        fidelity=_share([reading.kind == own for reading, own in zip(of_trigger, kinds, strict=True)]),
         background=_share(
             [r.background == question.prompt.background for r, question in zip(of_trigger, asked, strict=True)]
         ),
         leakage=_share([reading.kind in known for reading in of_trigger]),
-        intrusion=_share([reading.kind == kind for reading in of_plain]),
+        intrusion=_share([reading.kind in told for reading in of_plain]),
         base_accuracy=_share(
             [
                 (r.kind, r.colour, r.background) == (q.prompt.noun, q.prompt.colour, q.prompt.background)
@@ -190,7 +199,7 @@ def remedy_of(arm: Arm, run: TrainState, bench: Bench) -> Callable[[int], object
     """What is done to the row after each step."""
     if arm.remedy is None:
         return lambda step: None
-    (row,) = run.placeholders.embeddings
+    (row,) = run.placeholders.embeddings  # no remedy is tried on several
     words = embedding_matrix(bench.base.need_text_encoder())[: len(run.components.tokenizer)].detach()
     optimizers, tenth = run.optimizers, run.config.steps // 10
     rate = optimizers.embedding_learning_rate
@@ -230,14 +239,16 @@ def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
 
 
 def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> TrainState:
-    """A run on 15 images of one object.
+    """A run on the images of one object, or of two.
 
     Seeds are paired: the same seed gives each arm the same images, LoRA, order, noise and sigmas.
     """
     config = _config(arm, bench, seed)
     with tempfile.TemporaryDirectory() as folder:
-        demo.write_dataset(Path(folder) / "d.zip", kind, arm.told(kind), arm.images, seed, WORDINGS)
-        extract_archive(Path(folder) / "d.zip", Path(folder) / "pictures")
+        for own, told in arm.told(kind).items():
+            archive = Path(folder) / f"{own}.zip"
+            demo.write_dataset(archive, own, told, arm.images, seed, WORDINGS)
+            extract_archive(archive, Path(folder) / "pictures" / own)
         found = load(Path(folder) / "pictures", config)
         run = setup(
             TrainJob(
@@ -265,6 +276,7 @@ def run_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> tuple[dict, list[Im
         after_step(report.step)
         if report.step in bench.length.measured_at:
             points.append(measure(bench, run, arm, kind, report.step))
-    texts = [question.text for question in trigger_prompts(arm.told(kind), 5)]
+    _, asked = taught_prompts(arm.told(kind), 5 * len(arm.told(kind)))
+    texts = [question.text for question in asked]
     images = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, bench.length.sampling_steps)
     return {"points": [asdict(point) for point in points], "seconds": time.monotonic() - began}, images

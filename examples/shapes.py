@@ -81,6 +81,13 @@ OBJECTS: dict[str, Layers] = {
     ),
 }
 TAUGHT = ("mushroom", "fish", "house")
+# Each taught object has one that looks like it, but for the colour of one layer. `read` looks for them on request.
+LOOK_ALIKES = {"mushroom": "toadstool", "fish": "perch", "house": "barn"}
+_LOOK_ALIKE_LAYERS: dict[str, Layers] = {
+    "toadstool": things.recoloured(OBJECTS["mushroom"], 1, (90, 60, 160)),
+    "perch": things.recoloured(OBJECTS["fish"], 1, (60, 170, 120)),
+    "barn": things.recoloured(OBJECTS["house"], 1, (150, 60, 120)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +202,9 @@ def is_held_out(prompt: Prompt) -> bool:
 def _layers(kind: str, colour: str | None) -> Layers:
     if kind == THING:
         return ()  # all of it is parts
-    return OBJECTS[kind] if kind in OBJECTS else ((SHAPES[kind], COLOURS[colour or "white"]),)
+    if kind in SHAPES:
+        return ((SHAPES[kind], COLOURS[colour or "white"]),)
+    return OBJECTS[kind] if kind in OBJECTS else _LOOK_ALIKE_LAYERS[kind]
 
 
 def draw(scene: Scene) -> Pixels:

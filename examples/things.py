@@ -48,6 +48,11 @@ def random_object(rng: np.random.Generator) -> Layers:
     return tuple(layers)
 
 
+def recoloured(layers: Layers, index: int, colour: Colour) -> Layers:
+    """Return an object with another colour for one of its layers."""
+    return (*layers[:index], (layers[index][0], colour), *layers[index + 1 :])
+
+
 def paint(ground: Pixels, layers: Layers, radius_px: float, centre_px: tuple[float, float]) -> Pixels:
     """Lay an object on an image [H, W, 3] and return the new one."""
     x, y = fields.grid(centre_px, radius_px)

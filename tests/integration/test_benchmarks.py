@@ -19,7 +19,7 @@ from benchmarks import (
     zero_prior_run,
 )
 from benchmarks.hub_layout import SMALL
-from benchmarks.zero_prior_arms import ARMS
+from benchmarks.zero_prior_arms import ARMS, PAYS
 from examples import demo
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
@@ -67,13 +67,14 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     specs = zero_prior.plan(["arms", "remedies"], ["house"], seeds=2)
     some = [spec for spec in specs if spec.arm in {"prior word, row trained", "phrase", "fresh token, trained"}]
     more = zero_prior.plan(["pays"], ["house"], seeds=1)
-    some += [spec for spec in more if spec.arm in {"2 embeddings, frozen", "2 embeddings, trained"}]
+    some += [spec for spec in more if spec.arm.startswith(("2 embeddings,", "two look-alikes,"))]
     folder = zero_prior.execute(some, random_model, length, processes=2)
     runs = experiment.load(folder)
     assert {(run["arm"], run["seed"]) for run in runs} == {(spec.arm, spec.seed) for spec in some}
     assert all([point["step"] for point in run["points"]] == [0, 4] for run in runs)
     shares = {run["arm"]: run["points"][-1]["row_share"] for run in runs}
     assert shares["phrase"] is None
+    assert len(list(folder.glob("pays-two_look-alikes_trained-house-0-*.png"))) == 10, "five of each object"
     assert "| 2 embeddings | +0.000 (p 1.000) |" in zero_prior_report.pays_table(experiment.by_arm(runs, "pays"))
     assert shares["fresh token, trained"] > runs[0]["points"][0]["row_share"]
 
@@ -92,13 +93,25 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     assert json.loads((folder / f"{some[0].name}.json").read_text())["kind"] == "house"
 
 
+def test_two_look_alikes_are_taught_by_a_token_each(random_model):
+    base = load_components(random_model, default_placement())
+    bench = zero_prior_run.Bench(random_model, base, zero_prior_run.Length(steps=1, measured_at=()))
+    run = zero_prior_run.prepare_arm(bench, PAYS["two look-alikes, trained"], "fish", 0)
+    captions = [example.caption for example in run.data.examples]
+    assert [sum(token in caption for caption in captions) for token in ("<zwx>", "<zwy>")] == [8, 8]
+    assert run.placeholders.tokens == ("<zwx>", "<zwy>")
+    kinds, asked = zero_prior_run.taught_prompts(PAYS["two look-alikes, trained"].told("fish"), 4)
+    assert kinds == ["fish", "fish", "perch", "perch"]
+    assert ["<zwy>" in question.text for question in asked] == [False, False, True, True]
+
+
 def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random_model):
     base = load_components(random_model, default_placement())
     bench = zero_prior_run.Bench(random_model, base, zero_prior_run.Length(steps=1, measured_at=()))
     prepared = {name: zero_prior_run.prepare_arm(bench, arm, "fish", 3) for name, arm in ARMS.items()}
     reference = prepared["fresh token, trained"]
     for name, run in prepared.items():
-        told = ARMS[name].told("fish")
+        (told,) = ARMS[name].told("fish").values()
         pairs = list(zip(run.data.examples, reference.data.examples, strict=True))
         assert all(torch.equal(one.latents, other.latents) for one, other in pairs)
         assert all(torch.equal(one, other) for one, other in zip(run.lora, reference.lora, strict=True))

@@ -30,6 +30,15 @@ def test_the_scorer_reads_every_drawing(taught):
         assert prompt.place in (None, reading.place)
 
 
+@pytest.mark.parametrize(("kind", "other"), shapes.LOOK_ALIKES.items())
+def test_objects_that_look_alike_are_told_apart_on_request(kind, other):
+    readable = (*shapes.SHAPES, *shapes.OBJECTS, other)
+    for ground in shapes.BACKGROUNDS:
+        drawn = {own: shapes.draw(shapes.Scene(own, ground, 17.0, (31.0, 33.0))) for own in (kind, other)}
+        assert {own: shapes.read(image, readable).kind for own, image in drawn.items()} == {kind: kind, other: other}
+        assert shapes.read(drawn[kind]).kind == kind
+
+
 def test_the_scorer_reads_through_noise_and_finds_nothing_in_nothing():
     rng = np.random.default_rng(0)
     for _, scene, image in drawings(10, seed=2):
