@@ -33,6 +33,7 @@ MODEL = Path(__file__).parent / "tiny_qwen_image_edit"
 STEPS, GUIDANCE = 20, 4.0
 SIZE = Size(shapes.SIDE_PX, shapes.SIDE_PX)
 AREA_PX = shapes.SIDE_PX**2
+PARTS = ("text_encoder", "transformer", "both")  # that have the images to edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +119,11 @@ def edit_ours(
     asked: Sequence[Asked],
     weights: Weights | None = None,
     steps: int = STEPS,
-    blind: bool = False,
+    black_for: str = "",
 ) -> list[Image.Image]:
     """Edit through the code that `predict.py` runs, with a LoRA and its tokens or without; image i from seed i.
 
-    If `blind`, the text encoder sees black images, and only the transformer has the true ones.
+    `black_for` is the part that has black images in place of the true ones: "text_encoder", "transformer" or "both".
     """
     placeholders = placeholders_of([weights], components) if weights else no_placeholders()
     black = Image.new("RGB", SIZE.pixels)
@@ -131,9 +132,11 @@ def edit_ours(
         for index, own in enumerate(asked):
             request = SampleRequest(own.text, steps=steps, guidance=GUIDANCE, width=64, height=64, seed=index)
             controls = encode_controls(components, own.images, AREA_PX)
-            if blind:
-                unseen = encode_controls(components, [black] * len(own.images), AREA_PX)
-                controls = replace(controls, seen=unseen.seen)
+            hidden = encode_controls(components, [black] * len(own.images), AREA_PX)
+            if black_for in ("text_encoder", "both"):
+                controls = replace(controls, seen=hidden.seen)
+            if black_for in ("transformer", "both"):
+                controls = replace(controls, latents=hidden.latents)
             job = SamplingJob(request, SIZE, placeholders, controls=controls)
             images += [made.pixels for made in sampler.sample(components, job, lambda *_: None)]
     return images
@@ -152,13 +155,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--ours", action="store_true", help="through this package in place of diffusers' pipeline")
-    parser.add_argument("--blind", action="store_true", help="through this package, its text encoder sees black images")
+    parser.add_argument("--black-for", choices=PARTS, default="", help="through this package; it has black images")
     parser.add_argument("--as-released", action="store_true", help="diffusers' pipeline without image positions")
     parser.add_argument("--sheet", type=Path, help="write a sheet of the first ones")
     arguments = parser.parse_args()
     began, asked = time.monotonic(), held_out_edits(arguments.edits)
-    if arguments.ours or arguments.blind:
-        images = edit_ours(load_components(arguments.model, default_placement()), asked, blind=arguments.blind)
+    if arguments.ours or arguments.black_for:
+        components = load_components(arguments.model, default_placement())
+        images = edit_ours(components, asked, black_for=arguments.black_for)
     else:
         images = edit_stock(arguments.model, asked, not arguments.as_released)
     print(f"held-out edits, {STEPS} steps, CFG {GUIDANCE}: {score(images, asked)}")

@@ -180,10 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["vae", "model", "write"], help="one stage alone; all of them if left out")
     parser.add_argument("--edit", action="store_true", help="make the editing model in place of all that")
+    parser.add_argument("--start", type=Path, help="with --edit: go on from this editing model")
+    parser.add_argument("--steps", type=int, default=pretrain_edit.EditSettings.steps, help="with --edit")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     if arguments.edit:
-        pretrain_edit.train_edit(pretrain_edit.EditSettings())
+        pretrain_edit.train_edit(pretrain_edit.EditSettings(steps=arguments.steps), arguments.start)
         pretrain_edit.write_edit(arguments.out or pretrain_edit.OUT)
         return
     if arguments.stage in (None, "vae"):

@@ -40,14 +40,26 @@ def encode_images(vae: AutoencoderKLQwenImage, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor, size: Size) -> Tensor:
+    """Decode normalised packed latents [B, N, C] into pixels [B, 3, H, W], mostly in -1 to 1."""
+    grid = unpack_latents(latents, size).to(vae.device, vae.dtype)  # [B, 16, H/8, W/8]
+    mean, std = _latent_statistics(vae, grid)
+    return decode_frame(vae, grid * std + mean)
+
+
+@torch.no_grad()
 def decode_images(vae: AutoencoderKLQwenImage, latents: Tensor, size: Size) -> list[Image.Image]:
     """Decode normalised packed latents [B, N, C] into images. Raises UserError where they aren't finite."""
     if not torch.isfinite(latents).all():
         raise UserError("the image came out as NaN or infinity; lower lora_scale or guidance.")
-    grid = unpack_latents(latents, size).to(vae.device, vae.dtype)  # [B, 16, H/8, W/8]
-    mean, std = _latent_statistics(vae, grid)
-    frames = decode_frame(vae, grid * std + mean)  # [B, 3, H, W]
-    pixels = ((frames.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (
+        ((decode_latents(vae, latents, size).float() / 2 + 0.5).clamp(0, 1) * 255)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
     return [Image.fromarray(own) for own in pixels]
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from examples import demo_edit, edits, evaluate_edit, pretrain_edit, shapes, small_model
+from examples import demo_edit, edit_pairs, edits, evaluate_edit, pretrain_edit, shapes, small_model
+from examples.pretrain_vae import to_tensor
 from lora_utils import constants
 from lora_utils.model.text_encoder import Prompt, encode_prompts
+from lora_utils.model.vae import decode_latents, encode_images, load_vae
 from lora_utils.model.variant import EDIT_PLUS
 from lora_utils.model.vision import features, resized
 from lora_utils.placeholder.tokens import no_placeholders
@@ -56,7 +58,7 @@ def test_the_demos_frame_and_object_are_read_from_drawings():
 
 def test_pretraining_reads_images_and_instructions_as_the_package_does(made):
     images = [own.images[0] for own in made[:4]]
-    seen = torch.stack([pretrain_edit._seen(image) for image in images])
+    seen = torch.stack([edit_pairs.what_is_seen(image) for image in images])
     scaled = [resized(image, constants.VISION_AREA_PX) for image in images]
     cut = small_model.new_processor()(images=scaled, return_tensors="pt")
     assert torch.equal(pretrain_edit.patches(seen), cut["pixel_values"])
@@ -71,3 +73,20 @@ def test_pretraining_reads_images_and_instructions_as_the_package_does(made):
         ours = encode_prompts(model.language_model, tokenizer, prompts, no_placeholders(), EDIT_PLUS)
     for own, state in zip(states, ours, strict=True):
         torch.testing.assert_close(own[: len(state)], state)
+
+
+def test_errors_are_weighed_by_how_far_the_decoder_shows_them(made):
+    """Of two errors of one size, the one along the greatest weight changes the image at least ten times as much."""
+    vae = load_vae(edit_pairs.TEXT_TO_IMAGE, edit_pairs.CPU)
+    pixels = to_tensor([np.asarray(own.images[0], float) for own in made[:6]])
+    clean = encode_images(vae, pixels)
+    visible = pretrain_edit.visibility(vae, clean[:3])
+    torch.testing.assert_close(visible, visible.T)
+    assert float(visible.trace()) == pytest.approx(64, rel=1e-4)
+    _, directions = torch.linalg.eigh(visible)
+    before = decode_latents(vae, clean[3:], evaluate_edit.SIZE)
+    least, most = (
+        float((decode_latents(vae, clean[3:] + 0.1 * direction, evaluate_edit.SIZE) - before).square().mean())
+        for direction in (directions[:, 0], directions[:, -1])
+    )
+    assert most > 100 * least
