@@ -66,6 +66,16 @@ def test_the_same_instruction_makes_of_each_image_its_own_right_result(component
     assert swapped.kept <= 0.2, "another image's result isn't right for this one"
 
 
+def test_the_vision_tower_tells_an_image_that_the_transformer_is_not_given(components):
+    asked = asked_of(Instruction("background", "cyan"), sources(5, background="gray"))
+    images = evaluate_edit.edit_ours(components, asked, black_for="transformer")
+    colours = [shapes.read(image).colour for image in images]
+    assert sum(colour == own.edit.target.colour for colour, own in zip(colours, asked, strict=True)) >= 4
+    unseen = evaluate_edit.edit_ours(components, asked, black_for="both")
+    colours = [shapes.read(image).colour for image in unseen]
+    assert sum(colour == own.edit.target.colour for colour, own in zip(colours, asked, strict=True)) <= 2
+
+
 def test_a_second_image_is_what_is_taken_over(components):
     (source,) = sources(1, background="gray")
     others = [replace(source, kind="ring", background=background) for background in ("pink", "cyan", "brown")]
