@@ -39,7 +39,8 @@ def test_a_command_that_fails_says_what_it_wrote(tmp_path):
 
 
 @pytest.mark.slow
-def test_our_side_trains_in_a_process_of_its_own_and_is_measured(tmp_path):
+def test_our_side_trains_in_a_process_of_its_own_and_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", str(MODEL))
     against_diffusers.write_images(tmp_path, seed=0)
     inputs = {"dataset": str(tmp_path / "dataset.zip"), "steps": 2, "resolution": "64"}
     command = [sys.executable, "-c", against_diffusers.CHILD, json.dumps(inputs), str(tmp_path / "weights.zip")]
