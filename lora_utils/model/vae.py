@@ -52,14 +52,8 @@ def decode_images(vae: AutoencoderKLQwenImage, latents: Tensor, size: Size) -> l
     """Decode normalised packed latents [B, N, C] into images. Raises UserError where they aren't finite."""
     if not torch.isfinite(latents).all():
         raise UserError("the image came out as NaN or infinity; lower lora_scale or guidance.")
-    pixels = (
-        ((decode_latents(vae, latents, size).float() / 2 + 0.5).clamp(0, 1) * 255)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
+    frames = decode_latents(vae, latents, size)  # [B, 3, H, W]
+    pixels = ((frames.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(own) for own in pixels]
 
 
