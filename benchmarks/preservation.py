@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks import experiment
 from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up
 from benchmarks.experiment import Run, Spec, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
-from benchmarks.preservation_ways import CLASSES, WAYS, Bench
+from benchmarks.preservation_changes import Bench
+from benchmarks.preservation_ways import CLASSES, WAYS
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.model.components import load_components

@@ -1,51 +1,30 @@
-"""The ways of holding a class that `benchmarks.preservation` compares.
+"""The ways of holding a class that `benchmarks.preservation` compares."""
 
-A way is a change to the package's own training: of its config, its batches, its loss, or what follows a step.
-
-Legend: B batch, N image tokens, C packed channels, D_in the width that a layer takes.
-"""
-
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-from examples import evaluate, shapes
-from lora_utils.io.images import to_pixels
-from lora_utils.lora.layers import LoraLinear
-from lora_utils.model import flow
-from lora_utils.model.components import Components
-from lora_utils.model.text_encoder import Prompt, encode_prompts
-from lora_utils.model.vae import encode_images
-from lora_utils.placeholder.tokens import no_placeholders
-from lora_utils.training import loop, loss
-from lora_utils.training.batches import Batch
+from benchmarks.preservation_changes import (
+    AfterStep,
+    Bench,
+    beside,
+    beyond,
+    class_left_out,
+    conflicts_projected,
+    empty_too,
+    in_pairs,
+    orthogonal,
+    other_prompts,
+    own_images,
+    weighted,
+    words_left_out,
+)
 from lora_utils.training.state import TrainState
 
 CLASSES = {"house": "square", "mushroom": "circle", "fish": "ring"}
-AfterStep = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """The untouched model."""
-
-    components: Components
-
-
-class Stream:
-    """A run's batches, changed one by one. It stands for the stream itself, whose state no run here needs."""
-
-    def __init__(self, batches: Iterator[Batch]):
-        self.batches = batches
-
-    def __next__(self) -> Batch:
-        return next(self.batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,241 +43,6 @@ class Way:
             yield after or (lambda: None)
 
 
-def _change_batches(run: TrainState, change: Callable[[Batch], Batch]) -> None:
-    run.stream = Stream(map(change, iter(run.stream)))  # type: ignore[assignment]
-
-
-# --- strength and levels of noise -----------------------------------------------------------------------------------
-
-
-def _weighted(weight_of: Callable[[Tensor], Tensor]) -> Any:
-    """Weight the batches that hold by their levels of noise [B]."""
-
-    def changed(_bench: Bench, run: TrainState, _noun: str, _seed: int, _stack: ExitStack) -> None:
-        def change(batch: Batch) -> Batch:
-            return replace(batch, image_weights=weight_of(batch.sigma)) if batch.is_prior else batch
-
-        _change_batches(run, change)
-
-    return changed
-
-
-def _beyond(margin: float) -> Any:
-    """Hold only what is off by more than a margin."""
-
-    def changed(_bench: Bench, _run: TrainState, _noun: str, _seed: int, stack: ExitStack) -> None:
-        original = loss.flow_matching_loss
-
-        def with_margin(state: TrainState, batch: Batch, *given: Any) -> Tensor:
-            each = original(state, batch, *given)
-            return (each - margin).clamp_min(0.0) if batch.is_prior else each
-
-        stack.enter_context(mock.patch.object(loss, "flow_matching_loss", with_margin))
-
-    return changed
-
-
-# --- what is held ---------------------------------------------------------------------------------------------------
-
-
-def _descriptions(noun: str, count: int, seed: int) -> list[str]:
-    """Prompts of the plain class, none of them a caption."""
-    order = torch.Generator().manual_seed(seed)
-    wordings = [
-        wording
-        for colour in shapes.COLOURS
-        for ground in shapes.BACKGROUNDS
-        for wording in shapes.Prompt(noun, colour=colour, background=ground).wordings()
-    ]
-    return [wordings[index] for index in torch.randperm(len(wordings), generator=order)[:count].tolist()]
-
-
-def _know_captions(run: TrainState, texts: Sequence[str]) -> None:
-    """Encode captions that the run itself shows none of, once, as it does with its own."""
-    new = [text for text in dict.fromkeys(texts) if text not in run.data.texts]
-    if not new:
-        return
-    components, longest = run.components, max(run.data.text_tokens.values())
-    prompts = [Prompt(text) for text in new]
-    with torch.no_grad():
-        states = encode_prompts(components.need_text_encoder(), components.tokenizer, prompts, no_placeholders())
-    run.data = replace(
-        run.data,
-        texts={**run.data.texts, **dict(zip(new, states, strict=True))},
-        text_tokens={**dict.fromkeys(new, longest), **run.data.text_tokens},
-    )
-
-
-def _other_prompts(_bench: Bench, run: TrainState, noun: str, seed: int, _stack: ExitStack) -> None:
-    texts, generator = _descriptions(noun, 48, seed), torch.Generator().manual_seed(seed)
-    _know_captions(run, texts)
-
-    def change(batch: Batch) -> Batch:
-        if not batch.is_prior:
-            return batch
-        chosen = torch.randint(len(texts), (len(batch.captions),), generator=generator).tolist()
-        return replace(batch, captions=tuple(texts[index] for index in chosen))
-
-    _change_batches(run, change)
-
-
-def _own_images(bench: Bench, run: TrainState, noun: str, seed: int, _stack: ExitStack) -> None:
-    texts, generator = _descriptions(noun, 24, seed), torch.Generator().manual_seed(seed)
-    _know_captions(run, texts)
-    images = evaluate.sample_ours(bench.components, texts, no_placeholders())
-    with torch.inference_mode():
-        pixels = torch.stack([to_pixels(image) for image in images])
-        latents = encode_images(bench.components.need_vae(), pixels).cpu().clone()
-
-    def change(batch: Batch) -> Batch:
-        if not batch.is_prior:
-            return batch
-        chosen = torch.randint(len(texts), (len(batch.captions),), generator=generator)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = flow.add_noise(clean, noise, batch.sigma)
-        captions = tuple(texts[index] for index in chosen.tolist())
-        return replace(batch, noisy=noisy, target=flow.velocity_target(clean, noise), captions=captions)
-
-    _change_batches(run, change)
-
-
-# --- when it is held ------------------------------------------------------------------------------------------------
-
-
-def _in_pairs(images: int, weight: float) -> Any:
-    """Hold, in each step, some of its images at the very noise at which they teach; of `weight` beside them."""
-
-    def changed(_bench: Bench, run: TrainState, noun: str, _seed: int, _stack: ExitStack) -> None:
-        token = run.config.tokens[0]
-        batches = iter(run.stream)
-
-        def paired() -> Iterator[Batch]:
-            for batch in batches:
-                count = len(batch.captions)
-                captions = tuple(text.replace(f"{token} {noun}", noun) for text in batch.captions)
-                _know_captions(run, captions)
-                yield replace(batch, image_weights=torch.full((count,), 2.0))  # the step is the mean of its batches
-                few = slice(0, images)
-                yield Batch(
-                    batch.noisy[few], batch.target[few], batch.sigma[few], captions[few], batch.size,
-                    batch.names[few], is_prior=True, image_weights=torch.full((min(images, count),), 2.0 * weight),
-                )  # fmt: skip
-
-        run.stream = Stream(paired())  # type: ignore[assignment]
-
-    return changed
-
-
-def _beside(every: int, images: int, weight: float, first: float = 0.0, last: float = 1.0) -> Any:
-    """Hold some of a step's images beside all that it teaches, in every so many steps of a share of the run."""
-
-    def changed(_bench: Bench, run: TrainState, noun: str, _seed: int, stack: ExitStack) -> None:
-        original, token = loop.forward_backward, run.config.tokens[0]
-        steps = range(math.ceil(first * run.config.steps), round(last * run.config.steps), every)
-
-        def beside(state: TrainState, batches: Sequence[Batch], needs_base: Any) -> Tensor:
-            if state.step not in steps:
-                return original(state, batches, needs_base)
-            (batch,) = batches
-            count, few = len(batch.captions), slice(0, images)
-            captions = tuple(text.replace(f"{token} {noun}", noun) for text in batch.captions)
-            _know_captions(state, captions)
-            teaches = replace(batch, image_weights=torch.full((count,), 2.0))  # the step is the mean of its batches
-            holds = Batch(
-                batch.noisy[few], batch.target[few], batch.sigma[few], captions[few], batch.size, batch.names[few],
-                is_prior=True, image_weights=torch.full((min(images, count),), 2.0 * weight),
-            )  # fmt: skip
-            return original(state, [teaches, holds], [False, True])[:1]
-
-        stack.enter_context(mock.patch.object(loop, "forward_backward", beside))
-
-    return changed
-
-
-# --- projections ----------------------------------------------------------------------------------------------------
-
-
-def _conflicts_projected(_bench: Bench, run: TrainState, _noun: str, _seed: int, stack: ExitStack) -> None:
-    """Remove from what teaches the part that goes against the running mean of what holds."""
-    original, mean = loop.forward_backward, list[Tensor]()
-
-    def projected(state: TrainState, batches: Any, needs_base: Any) -> Tensor:
-        losses = original(state, batches, needs_base)
-        # The last block's text isn't used, so its layers have none.
-        gradients = [each.grad for each in state.lora if each.grad is not None]
-        if batches[0].is_prior:
-            if not mean:
-                mean.extend(torch.zeros_like(each) for each in gradients)
-            for kept, gradient in zip(mean, gradients, strict=True):
-                kept.lerp_(gradient, 0.1)
-        elif mean:
-            along = sum(float((kept * each).sum()) for kept, each in zip(mean, gradients, strict=True))
-            if along < 0:
-                square = sum(float(kept.square().sum()) for kept in mean)
-                for kept, gradient in zip(mean, gradients, strict=True):
-                    gradient.sub_(kept, alpha=along / square)
-        return losses
-
-    stack.enter_context(mock.patch.object(loop, "forward_backward", projected))
-
-
-def _orthogonal(energy: float, only: str = "") -> Any:
-    """Keep each LoRA's A out of the directions in which the class's activations lie, up to a share of their energy."""
-
-    def changed(bench: Bench, run: TrainState, noun: str, _seed: int, _stack: ExitStack) -> AfterStep:
-        layers = {
-            name: module
-            for name, module in run.components.transformer.named_modules()
-            if isinstance(module, LoraLinear) and only in name
-        }
-        token = run.config.tokens[0]
-        projections = {}
-        for name, moments in _moments_of_class(run, layers, f"{token} {noun}", noun).items():
-            values, vectors = torch.linalg.eigh(moments)
-            shares = values.flip(0).cumsum(0) / values.sum()
-            held = int((shares < energy).sum()) + 1
-            basis = vectors.flip(1)[:, :held]  # [D_in, held]
-            projections[name] = torch.eye(len(moments)) - basis @ basis.T
-
-        def project() -> None:
-            with torch.no_grad():
-                for name, layer in layers.items():
-                    layer.down.copy_(layer.down @ projections[name])
-
-        project()
-        return project
-
-    return changed
-
-
-@torch.no_grad()
-def _moments_of_class(run: TrainState, layers: Mapping[str, LoraLinear], phrase: str, noun: str) -> dict[str, Tensor]:
-    """Return the second moments [D_in, D_in] of what each layer is given for prompts of the class."""
-    moments = {name: torch.zeros(layer.down.shape[1], layer.down.shape[1]) for name, layer in layers.items()}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-
-            def record(_module: Any, given: tuple[Tensor, ...], name: str = name) -> None:
-                flat = given[0].flatten(0, -2)
-                moments[name] += flat.T @ flat
-
-            stack.callback(layer.base_layer.register_forward_pre_hook(record).remove)
-        stream = loop_stream(run)
-        for _ in range(min(24, run.config.steps)):
-            batch = next(stream)
-            captions = tuple(text.replace(phrase, noun) for text in batch.captions)
-            _know_captions(run, captions)
-            loss.flow_matching_loss(run, replace(batch, captions=captions))
-    return moments
-
-
-def loop_stream(run: TrainState) -> Iterator[Batch]:
-    """Return batches as the run's own, from a stream that leaves the run's where it is."""
-    fresh = type(run.stream)(run.config, run.data.examples, run.components.schedule)
-    return iter(fresh)
-
-
 QUARTER = {"preservation_weight": 0.25}
 TEXT_LAYERS = ",".join(f"transformer_blocks.*.{layer}" for layer in ("attn.add_*_proj", "attn.to_add_out", "txt_mlp.*"))
 WAYS: dict[str, Way] = {
@@ -313,73 +57,97 @@ WAYS: dict[str, Way] = {
     "a quarter, a quarter as strong": Way(
         "The loss of those batches counts a quarter.",
         QUARTER,
-        changed=_weighted(lambda sigma: torch.full_like(sigma, 0.25)),
+        changed=weighted(lambda sigma: torch.full_like(sigma, 0.25)),
     ),
     "a quarter, a twentieth as strong": Way(
-        "It counts a twentieth.", QUARTER, changed=_weighted(lambda sigma: torch.full_like(sigma, 0.05))
+        "It counts a twentieth.", QUARTER, changed=weighted(lambda sigma: torch.full_like(sigma, 0.05))
     ),
     "a quarter, above 0.7": Way(
         "Only levels of noise above 0.7 count in those batches.",
         QUARTER,
-        changed=_weighted(lambda sigma: (sigma > 0.7).float()),
+        changed=weighted(lambda sigma: (sigma > 0.7).float()),
     ),
     "a quarter, below 0.7": Way(
-        "Only levels below 0.7 count.", QUARTER, changed=_weighted(lambda sigma: (sigma <= 0.7).float())
+        "Only levels below 0.7 count.", QUARTER, changed=weighted(lambda sigma: (sigma <= 0.7).float())
     ),
-    "a quarter, beyond 0.003": Way("Only what is off by more than a margin counts.", QUARTER, changed=_beyond(0.003)),
-    "a quarter, beyond 0.01": Way("The same with a wider margin.", QUARTER, changed=_beyond(0.01)),
+    "a quarter, beyond 0.003": Way("Only what is off by more than a margin counts.", QUARTER, changed=beyond(0.003)),
+    "a quarter, beyond 0.01": Way("The same with a wider margin.", QUARTER, changed=beyond(0.01)),
     "a quarter, other prompts": Way(
-        "The images are shown under other prompts of the class.", QUARTER, changed=_other_prompts
+        "The images are shown under other prompts of the class.", QUARTER, changed=other_prompts
     ),
     "a quarter, the model's own images": Way(
         "24 images that the base model makes of the class are shown in place of the training's.",
         QUARTER,
-        changed=_own_images,
+        changed=own_images,
+    ),
+    "a quarter, the class left out of half of the captions": Way(
+        "Half of the captions that teach say `<zwx>` alone.", QUARTER, changed=class_left_out(0.5)
+    ),
+    "a quarter, half of the words left out": Way(
+        "Captions that teach lose each word beside `<zwx> square` with a chance of a half.",
+        QUARTER,
+        changed=words_left_out(0.5),
+    ),
+    "a quarter, half of it the empty prompt": Way(
+        "No caption is dropped, and half of what is held is the empty prompt.",
+        {**QUARTER, "caption_dropout": 0.0},
+        changed=empty_too(0.5),
+    ),
+    "a quarter, four fifths of it the empty prompt": Way(
+        "No caption is dropped, and four fifths of what is held is the empty prompt.",
+        {**QUARTER, "caption_dropout": 0.0},
+        changed=empty_too(0.8),
+    ),
+    "a quarter, four fifths of it the empty prompt, which is taught too": Way(
+        "The same, with a tenth of the captions dropped.", QUARTER, changed=empty_too(0.8)
+    ),
+    "a quarter, all of it the empty prompt": Way(
+        "No caption is dropped, and the empty prompt alone is held.",
+        {**QUARTER, "caption_dropout": 0.0},
+        changed=empty_too(1.0),
     ),
     "in pairs": Way(
         "Each step teaches two images and holds them at the same noise.",
         {"batch_size": 2, "gradient_accumulation": 2, "preservation_weight": 0.0},
         holds=False,
-        changed=_in_pairs(2, 1.0),
+        changed=in_pairs(2, 1.0),
     ),
     "one image of each step": Way(
         "Each step teaches four images and holds one of them at the same noise, a quarter as strongly.",
         {"gradient_accumulation": 2},
         holds=False,
-        changed=_in_pairs(1, 0.25),
+        changed=in_pairs(1, 0.25),
     ),
     "beside every 4th step": Way(
         "Every fourth step holds its images at the same noise, beside teaching them.",
         holds=False,
-        changed=_beside(4, 4, 1.0),
+        changed=beside(4, 4, 1.0),
     ),
     "beside every 4th step, a quarter as strong": Way(
-        "The same, and what it holds counts a quarter.", holds=False, changed=_beside(4, 4, 0.25)
+        "The same, and what it holds counts a quarter.", holds=False, changed=beside(4, 4, 0.25)
     ),
-    "beside every 10th step": Way("Every tenth step does.", holds=False, changed=_beside(10, 4, 1.0)),
+    "beside every 10th step": Way("Every tenth step does.", holds=False, changed=beside(10, 4, 1.0)),
     "beside every 2nd step of the first third": Way(
-        "Every second step does, in the first third of the run.", holds=False, changed=_beside(2, 4, 1.0, last=1 / 3)
+        "Every second step does, in the first third of the run.", holds=False, changed=beside(2, 4, 1.0, last=1 / 3)
     ),
     "beside every 2nd step of the last third": Way(
-        "In the last third.", holds=False, changed=_beside(2, 4, 1.0, first=2 / 3)
+        "In the last third.", holds=False, changed=beside(2, 4, 1.0, first=2 / 3)
     ),
     "conflicts projected out": Way(
         "Of what teaches, the part that goes against the mean gradient of what holds is left out.",
         QUARTER,
-        changed=_conflicts_projected,
+        changed=conflicts_projected,
     ),
     "orthogonal, 90 %": Way(
         "Nothing is held. Each A is kept out of the directions that hold 90 % of the class's activations.",
         holds=False,
-        changed=_orthogonal(0.9),
+        changed=orthogonal(0.9),
     ),
-    "orthogonal, 99 %": Way("The same, of 99 %.", holds=False, changed=_orthogonal(0.99)),
+    "orthogonal, 99 %": Way("The same, of 99 %.", holds=False, changed=orthogonal(0.99)),
     "text layers": Way(
         "Nothing is held. Only the layers of the text stream learn.", {"lora_targets": TEXT_LAYERS}, holds=False
     ),
-    "text layers, orthogonal, 99 %": Way(
-        "Both.", {"lora_targets": TEXT_LAYERS}, holds=False, changed=_orthogonal(0.99)
-    ),
+    "text layers, orthogonal, 99 %": Way("Both.", {"lora_targets": TEXT_LAYERS}, holds=False, changed=orthogonal(0.99)),
     "text layers, a tenth": Way(
         "The layers of the text stream, and a tenth of the batches holds.",
         {"lora_targets": TEXT_LAYERS, "preservation_weight": 0.1},

@@ -3,6 +3,7 @@
     python -m examples.pretrain                 # all stages; resumes where it was stopped
     python -m examples.pretrain --stage vae     # one stage
     python -m examples.pretrain --edit          # `tiny_qwen_image_edit`, from the small model: see pretrain_edit.py
+    python -m examples.pretrain --start examples/tiny_qwen_image --steps 4000 --out build/longer  # train it longer
 
 Each stage logs to standard output and keeps its checkpoints in `build/pretrain/`; the finished folder is written by
 the last one.
@@ -17,17 +18,19 @@ import argparse
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor, nn
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from examples import pretrain_edit, shapes, small_model
+from examples.edit_pairs import CPU
 from examples.pretrain_vae import (
     WORK,
     VaeSettings,
@@ -41,7 +44,7 @@ from examples.pretrain_vae import (
 from lora_utils import constants
 from lora_utils.model import flow
 from lora_utils.model.latents import pack_latents
-from lora_utils.model.vae import encode_frame, unfolded_state
+from lora_utils.model.vae import encode_frame, load_vae, unfolded_state
 
 OUT = Path(__file__).parent / "tiny_qwen_image"
 
@@ -68,12 +71,12 @@ class World:
     latents_std: Tensor
 
 
-def encode_world(vae: AutoencoderKLQwenImage, images: int) -> World:
+def encode_world(vae: AutoencoderKLQwenImage, images: int, seed: int = 7) -> World:
     """Draw the world and encode it once. Held-out prompts are skipped. Kept in the work folder."""
-    kept = WORK / f"world_{images}.pt"
+    kept = WORK / f"world_{images}_{seed}.pt"
     if kept.exists():
         return World(**torch.load(kept))
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     wordings, latents = [], []
     while len(wordings) < images:
         drawn = []
@@ -121,13 +124,36 @@ def learning_rate_factor(step: int, settings: ModelSettings) -> float:
     return min(1.0, (settings.steps - step) / (0.4 * settings.steps))
 
 
-def train_model(settings: ModelSettings) -> Path:
-    """Text encoder and transformer together, by flow matching on the frozen VAE's latents."""
-    world = encode_world(trained_vae(), settings.images)
+def world_of(settings: ModelSettings, start: Path | None) -> World:
+    """Return the training set: as a model that goes on sees it, other images, by its own VAE and statistics."""
+    if start is None:
+        return encode_world(trained_vae(), settings.images)
+    vae = load_vae(start, CPU)
+    world = encode_world(vae, settings.images, seed=8)
+    config: Any = vae.config
+    mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+    # A token has the 2 x 2 positions of each channel side by side.
+    packed_mean, packed_std = mean.repeat_interleave(4), std.repeat_interleave(4)
+    raw = world.latents * world.latents_std.repeat_interleave(4) + world.latents_mean.repeat_interleave(4)
+    return World((raw - packed_mean) / packed_std, world.wordings, mean, std)
+
+
+def new_network(start: Path | None) -> tuple[Qwen2Tokenizer, Qwen2_5_VLForConditionalGeneration, nn.ModuleDict]:
+    """Return the tokenizer, the text encoder and what learns of it and the transformer; with a start's weights."""
     torch.manual_seed(0)
     tokenizer = small_model.train_tokenizer()
     text_encoder, transformer = small_model.new_text_encoder(tokenizer), small_model.new_transformer()
-    network = nn.ModuleDict({"text": text_encoder.model.language_model, "transformer": transformer})
+    if start:
+        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(start / "text_encoder", dtype=torch.float32)
+        transformer = QwenImageTransformer2DModel.from_pretrained(start / "transformer", torch_dtype=torch.float32)
+    parts = {"text": text_encoder.model.language_model, "transformer": transformer}
+    return tokenizer, text_encoder, nn.ModuleDict(parts)
+
+
+def train_model(settings: ModelSettings, start: Path | None = None) -> Path:
+    """Text encoder and transformer together, by flow matching on the frozen VAE's latents."""
+    world = world_of(settings, start)
+    tokenizer, _, network = new_network(start)
     schedule, grid = flow.Schedule(), [(1, 4, 4)]
 
     def new_loss(start: int) -> Callable[[], Tensor]:
@@ -141,7 +167,7 @@ def train_model(settings: ModelSettings) -> Path:
             clean = world.latents[chosen][rows]
             noise = torch.randn(clean.shape, generator=generator)
             sigma = flow.sample_sigmas(len(rows), schedule.mu(clean.shape[1]), generator)
-            velocity = transformer(
+            velocity = network["transformer"](
                 hidden_states=flow.add_noise(clean, noise, sigma),
                 timestep=flow.model_time(sigma, torch.float32),
                 encoder_hidden_states=text[rows],
@@ -156,17 +182,17 @@ def train_model(settings: ModelSettings) -> Path:
     return train_averaged("model", network, settings, lambda s: learning_rate_factor(s, settings), new_loss, 500)
 
 
-def write_model(out: Path, settings: ModelSettings) -> None:
+def write_model(out: Path, settings: ModelSettings, start: Path | None = None) -> None:
     """The diffusers folder: EMA weights; transformer and VAE stored as fp16, which loads back as fp32."""
-    world = encode_world(trained_vae(), settings.images)
-    folded = trained_vae()
-    vae = small_model.new_vae(world.latents_mean.tolist(), world.latents_std.tolist())
-    vae.load_state_dict(unfolded_state(folded))
-    torch.manual_seed(0)
-    tokenizer = small_model.train_tokenizer()
-    text_encoder, transformer = small_model.new_text_encoder(tokenizer), small_model.new_transformer()
-    network = nn.ModuleDict({"text": text_encoder.model.language_model, "transformer": transformer})
+    if start:
+        vae = AutoencoderKLQwenImage.from_pretrained(start / "vae")
+    else:
+        world = encode_world(trained_vae(), settings.images)
+        vae = small_model.new_vae(world.latents_mean.tolist(), world.latents_std.tolist())
+        vae.load_state_dict(unfolded_state(trained_vae()))
+    tokenizer, text_encoder, network = new_network(start)
     network.load_state_dict(torch.load(WORK / "model.pt")["ema"])
+    transformer = cast(QwenImageTransformer2DModel, network["transformer"])
     if out.exists():
         for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
             shutil.rmtree(out / part, ignore_errors=True)
@@ -180,20 +206,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["vae", "model", "write"], help="one stage alone; all of them if left out")
     parser.add_argument("--edit", action="store_true", help="make the editing model in place of all that")
-    parser.add_argument("--start", type=Path, help="with --edit: go on from this editing model")
-    parser.add_argument("--steps", type=int, default=pretrain_edit.EditSettings.steps, help="with --edit")
+    parser.add_argument("--start", type=Path, help="go on from this model, with --edit from this editing model")
+    parser.add_argument("--steps", type=int, help="of the model's training, or of the editing model's")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     if arguments.edit:
-        pretrain_edit.train_edit(pretrain_edit.EditSettings(steps=arguments.steps), arguments.start)
+        editing = pretrain_edit.EditSettings()
+        editing = replace(editing, steps=arguments.steps or editing.steps)
+        pretrain_edit.train_edit(editing, arguments.start)
         pretrain_edit.write_edit(arguments.out or pretrain_edit.OUT)
         return
-    if arguments.stage in (None, "vae"):
+    settings = replace(ModelSettings(), steps=arguments.steps or ModelSettings().steps)
+    if arguments.stage == "vae" or (arguments.stage is None and arguments.start is None):
         train_vae(VaeSettings())
     if arguments.stage in (None, "model"):
-        train_model(ModelSettings())
+        train_model(settings, arguments.start)
     if arguments.stage in (None, "write"):
-        write_model(arguments.out or OUT, ModelSettings())
+        write_model(arguments.out or OUT, settings, arguments.start)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_pretraining_reads_images_and_instructions_as_the_package_does(made):
 
 
 def test_errors_are_weighed_by_how_far_the_decoder_shows_them(made):
-    """Of two errors of one size, the one along the greatest weight changes the image at least ten times as much."""
+    """Of two errors of one size, the one along the greatest weight shows at least a hundred times as much, squared."""
     vae = load_vae(edit_pairs.TEXT_TO_IMAGE, edit_pairs.CPU)
     pixels = to_tensor([np.asarray(own.images[0], float) for own in made[:6]])
     clean = encode_images(vae, pixels)
