@@ -21,7 +21,7 @@ from lora_utils.io.images import to_pixels
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.model import flow
 from lora_utils.model.components import Components
-from lora_utils.model.text_encoder import Prompt, encode_prompts
+from lora_utils.model.text_encoder import Prompt, TextEmbeddings, encode_prompts
 from lora_utils.model.vae import encode_images
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.training import loop, loss
@@ -38,11 +38,24 @@ class Bench:
     components: Components
 
 
+def together(*changes: Any) -> Any:
+    """Make several changes, in this order."""
+
+    def changed(*given: Any) -> None:
+        for change in changes:
+            change(*given)
+
+    return changed
+
+
 class Stream:
     """A run's batches, changed one by one. It stands for the stream itself, whose state no run here needs."""
 
     def __init__(self, batches: Iterator[Batch]):
         self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
 
     def __next__(self) -> Batch:
         return next(self.batches)
@@ -121,6 +134,22 @@ def words_left_out(share: float) -> Any:
         return " ".join(kept).replace("_", " ")
 
     return _taught_as(change)
+
+
+def noisy_text(size: float) -> Any:
+    """Add noise to all text states, of this share of their own size, for what teaches and what holds alike."""
+
+    def changed(_bench: Bench, _run: TrainState, _noun: str, seed: int, stack: ExitStack) -> None:
+        original, generator = loss.batch_text, torch.Generator().manual_seed(seed)
+
+        def noisy(*given: Any) -> TextEmbeddings:
+            text = original(*given)
+            rms = text.states.detach().square().mean(dim=-1, keepdim=True).sqrt()
+            return replace(text, states=text.states + size * rms * torch.randn(text.states.shape, generator=generator))
+
+        stack.enter_context(mock.patch.object(loss, "batch_text", noisy))
+
+    return changed
 
 
 # --- what is held ---------------------------------------------------------------------------------------------------
