@@ -33,7 +33,13 @@ KEPT = Path(__file__).parent / "preservation_runs.jsonl"
 PAGE = Path(__file__).parent / "PRESERVATION.md"
 PROMPTS = 40
 REFERENCE = "nothing held"
-MEASURED = {"fidelity": "object right", "class_kept": "class kept", "others": "other shapes right"}
+MEASURED = {
+    "fidelity": "object right",
+    "as_captioned": "in the captions' words",  # no caption names a size or a place
+    "in_new_words": "in new words",
+    "class_kept": "class kept",
+    "others": "other shapes right",
+}
 
 
 @lru_cache(maxsize=1)
@@ -63,7 +69,16 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
         images = sampled(bench.components, lora, placeholders, [item.text for item in asked])
         score = evaluate.score(images, asked, kind)
         measured[name] = score.kind if kind else score.all_three
+        if kind:
+            for part, new in (("as_captioned", False), ("in_new_words", True)):
+                pairs = [pair for pair in zip(images, asked, strict=True) if says_new_words(pair[1].prompt) == new]
+                measured[part] = evaluate.score(*zip(*pairs, strict=True), kind).kind
     return measured
+
+
+def says_new_words(prompt: shapes.Prompt) -> bool:
+    """Return whether a prompt names what no caption here does: a size or a place."""
+    return bool(prompt.size or prompt.place)
 
 
 def table(runs: list[Run]) -> str:
@@ -89,7 +104,8 @@ def write_page(runs: list[Run]) -> None:
         "# How to hold a class\n\n"
         f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.preservation`. An "
         "object is taught as `<zwx> square`, `<zwx> circle` or `<zwx> ring`. Mean ± standard error over objects and "
-        f"seeds, {PROMPTS} prompts of each kind a training; differences are paired by object and seed.\n\n"
+        f"seeds, {PROMPTS} prompts of each kind a training; differences are paired by object and seed. No "
+        "caption names a size or a place, and 45 % of the prompts do: those are the new words.\n\n"
         f"{table(runs)}\n\n{said}\n"
     )
 
