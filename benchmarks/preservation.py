@@ -71,8 +71,9 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
         measured[name] = score.kind if kind else score.all_three
         if kind:
             for part, new in (("as_captioned", False), ("in_new_words", True)):
-                pairs = [pair for pair in zip(images, asked, strict=True) if says_new_words(pair[1].prompt) == new]
-                measured[part] = evaluate.score(*zip(*pairs, strict=True), kind).kind
+                chosen = [index for index, item in enumerate(asked) if says_new_words(item.prompt) == new]
+                own = [images[index] for index in chosen], [asked[index] for index in chosen]
+                measured[part] = evaluate.score(*own, kind).kind
     return measured
 
 
