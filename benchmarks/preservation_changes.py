@@ -39,7 +39,7 @@ class Bench:
 
 
 def together(*changes: Any) -> Any:
-    """Make several changes, in this order."""
+    """Make several changes, in this order, none of which acts after a step."""
 
     def changed(*given: Any) -> None:
         for change in changes:

@@ -16,9 +16,11 @@ from benchmarks.preservation_changes import (
     conflicts_projected,
     empty_too,
     in_pairs,
+    noisy_text,
     orthogonal,
     other_prompts,
     own_images,
+    together,
     weighted,
     words_left_out,
 )
@@ -105,6 +107,14 @@ WAYS: dict[str, Way] = {
         "No caption is dropped, and the empty prompt alone is held.",
         {**QUARTER, "caption_dropout": 0.0},
         changed=empty_too(1.0),
+    ),
+    "a quarter, other prompts and the empty one": Way(
+        "Half of what is held is other prompts of the class, half the empty one. No caption is dropped.",
+        {**QUARTER, "caption_dropout": 0.0},
+        changed=together(other_prompts, empty_too(0.5)),
+    ),
+    "a quarter, noise on the text": Way(
+        "Text states have noise of 0.3 of their size.", QUARTER, changed=noisy_text(0.3)
     ),
     "in pairs": Way(
         "Each step teaches two images and holds them at the same noise.",

@@ -150,11 +150,16 @@ def new_network(start: Path | None) -> tuple[Qwen2Tokenizer, Qwen2_5_VLForCondit
     return tokenizer, text_encoder, nn.ModuleDict(parts)
 
 
+def checkpoint_name(start: Path | None) -> str:
+    """Return a name of its own for a run that goes on from a model, which must not resume the first one."""
+    return "model" if start is None else "longer"
+
+
 def train_model(settings: ModelSettings, start: Path | None = None) -> Path:
     """Text encoder and transformer together, by flow matching on the frozen VAE's latents."""
     world = world_of(settings, start)
     tokenizer, _, network = new_network(start)
-    schedule, grid = flow.Schedule(), [(1, 4, 4)]
+    schedule, grid, checkpoint = flow.Schedule(), [(1, 4, 4)], checkpoint_name(start)
 
     def new_loss(start: int) -> Callable[[], Tensor]:
         rng, generator = random.Random(start + 1), torch.Generator().manual_seed(start + 1)
@@ -179,7 +184,7 @@ def train_model(settings: ModelSettings, start: Path | None = None) -> Path:
 
         return loss
 
-    return train_averaged("model", network, settings, lambda s: learning_rate_factor(s, settings), new_loss, 500)
+    return train_averaged(checkpoint, network, settings, lambda s: learning_rate_factor(s, settings), new_loss, 500)
 
 
 def write_model(out: Path, settings: ModelSettings, start: Path | None = None) -> None:
@@ -191,7 +196,7 @@ def write_model(out: Path, settings: ModelSettings, start: Path | None = None) -
         vae = small_model.new_vae(world.latents_mean.tolist(), world.latents_std.tolist())
         vae.load_state_dict(unfolded_state(trained_vae()))
     tokenizer, text_encoder, network = new_network(start)
-    network.load_state_dict(torch.load(WORK / "model.pt")["ema"])
+    network.load_state_dict(torch.load(WORK / f"{checkpoint_name(start)}.pt")["ema"])
     transformer = cast(QwenImageTransformer2DModel, network["transformer"])
     if out.exists():
         for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
