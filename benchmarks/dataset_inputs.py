@@ -29,6 +29,7 @@ from lora_utils.model.device import default_placement
 from lora_utils.model.memory_estimate import read_shapes
 from lora_utils.model.text_encoder import load_tokenizer
 from lora_utils.placeholder.tokens import Placeholders
+from lora_utils.sampling.sampler import LorasByText
 from lora_utils.training import loop
 from lora_utils.training.setup import TrainJob, setup
 from lora_utils.training.state import TrainState, final_lora
@@ -101,12 +102,14 @@ def set_up(taught: Taught, seed: int, given: Mapping[str, Any], beside: Mapping[
 
 
 def sampled(
-    components: Components, lora: LoraFile, placeholders: Placeholders, texts: Sequence[str]
+    components: Components, lora: LoraFile, placeholders: Placeholders, texts: Sequence[str], named: bool = False
 ) -> list[Image.Image]:
+    """Sample under a LoRA; `named`: under the texts alone, which name what it was taught, not under the empty one."""
     moved = move_lora(lora, components.transformer, components.placement)
     detached = replace(placeholders, embeddings=tuple(each.detach() for each in placeholders.embeddings))
-    with applied_loras(components.transformer, [(moved, 1.0)]):
-        return evaluate.sample_ours(components, texts, detached)
+    with applied_loras(components.transformer, [(moved, 1.0)]) as applied:
+        by_text = LorasByText(applied, frozenset({0}), frozenset()) if named else None
+        return evaluate.sample_ours(components, texts, detached, loras=by_text)
 
 
 def masks(components: Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim import Muon
 
+from benchmarks.muon import Muon
 from benchmarks.peers import Recipe
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.presets import PRESETS
@@ -37,8 +37,8 @@ def _principal_directions(run: TrainState) -> None:
 
 
 def _muon(run: TrainState) -> None:
-    """Let torch's Muon move the LoRA: each update is made orthogonal (Jordan et al. 2024)."""
-    run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate, weight_decay=0.0)
+    """Let Muon move the LoRA: each update is made orthogonal."""
+    run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate)
 
 
 def _given(**inputs: Any) -> Move:
@@ -53,6 +53,10 @@ MOVES: dict[str, Recipe] = {
     "our default": Move(),
     "a token": Move(given={"train_placeholder_token": True}),
     **_rates(2e-4, 5e-4, 1e-3, 2e-3),
+    **{
+        f"rate 5e-4, B {ratio} times as fast": _given(learning_rate=5e-4, lora_alpha=float(ratio * RANK))
+        for ratio in (4, 16)
+    },
     # A LoRA's output is alpha / rank * B A. AdamW's steps don't follow the gradient's size, so a larger alpha is a
     # larger rate of B alone: LoRA+ with that ratio (Hayou et al. 2024). Rank-stabilised alphas are such ones too.
     **{f"B {ratio} times as fast (LoRA+)": _given(lora_alpha=float(ratio * RANK)) for ratio in (4, 16)},

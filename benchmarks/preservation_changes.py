@@ -5,7 +5,6 @@ Each is made for `preservation_ways` and acts on a run that is set up.
 Legend: B batch, N image tokens, C packed channels, D_in the width that a layer takes.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,14 +14,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from examples import evaluate, shapes
 from lora_utils import constants
-from lora_utils.io.images import to_pixels
 from lora_utils.lora.layers import LoraLinear
-from lora_utils.model import flow
 from lora_utils.model.components import Components
 from lora_utils.model.text_encoder import Prompt, TextEmbeddings, encode_prompts
-from lora_utils.model.vae import encode_images
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.training import loop, loss
 from lora_utils.training.batches import Batch
@@ -36,16 +31,6 @@ class Bench:
     """The untouched model."""
 
     components: Components
-
-
-def together(*changes: Any) -> Any:
-    """Make several changes, in this order, none of which acts after a step."""
-
-    def changed(*given: Any) -> None:
-        for change in changes:
-            change(*given)
-
-    return changed
 
 
 class Stream:
@@ -95,45 +80,7 @@ def beyond(margin: float) -> Any:
     return changed
 
 
-# --- what is taught -------------------------------------------------------------------------------------------------
-
-
-def _taught_as(change: Callable[[str, str, torch.Generator], str]) -> Any:
-    """Change the captions of what teaches: `change` is given the token, a caption's words and a source of chance."""
-
-    def changed(_bench: Bench, run: TrainState, noun: str, seed: int, _stack: ExitStack) -> None:
-        token, generator = run.config.tokens[0], torch.Generator().manual_seed(seed)
-
-        def each(batch: Batch) -> Batch:
-            if batch.is_prior:
-                return batch
-            captions = tuple(change(f"{token} {noun}", text, generator) for text in batch.captions)
-            _know_captions(run, captions)
-            return replace(batch, captions=captions)
-
-        _change_batches(run, each)
-
-    return changed
-
-
-def class_left_out(share: float) -> Any:
-    """Name the object by its token alone in a share of the captions."""
-
-    def change(phrase: str, text: str, generator: torch.Generator) -> str:
-        return text.replace(phrase, phrase.split(maxsplit=1)[0]) if torch.rand(1, generator=generator) < share else text
-
-    return _taught_as(change)
-
-
-def words_left_out(share: float) -> Any:
-    """Leave out each word of the captions, but for the token and its class, with a chance."""
-
-    def change(phrase: str, text: str, generator: torch.Generator) -> str:
-        words = text.replace(phrase, phrase.replace(" ", "_")).split(" ")
-        kept = [word for word in words if "_" in word or torch.rand(1, generator=generator) >= share]
-        return " ".join(kept).replace("_", " ")
-
-    return _taught_as(change)
+# --- texts ----------------------------------------------------------------------------------------------------------
 
 
 def noisy_text(size: float) -> Any:
@@ -155,18 +102,6 @@ def noisy_text(size: float) -> Any:
 # --- what is held ---------------------------------------------------------------------------------------------------
 
 
-def _descriptions(noun: str, count: int, seed: int) -> list[str]:
-    """Prompts of the plain class, none of them a caption."""
-    order = torch.Generator().manual_seed(seed)
-    wordings = [
-        wording
-        for colour in shapes.COLOURS
-        for ground in shapes.BACKGROUNDS
-        for wording in shapes.Prompt(noun, colour=colour, background=ground).wordings()
-    ]
-    return [wordings[index] for index in torch.randperm(len(wordings), generator=order)[:count].tolist()]
-
-
 def _know_captions(run: TrainState, texts: Sequence[str]) -> None:
     """Encode captions that the run itself shows none of, once, as it does with its own. Tokens stay under gradient."""
     new = [text for text in dict.fromkeys(texts) if text not in run.data.text_tokens]
@@ -185,8 +120,9 @@ def _know_captions(run: TrainState, texts: Sequence[str]) -> None:
     )
 
 
-def other_prompts(_bench: Bench, run: TrainState, noun: str, seed: int, _stack: ExitStack) -> None:
-    texts, generator = _descriptions(noun, 48, seed), torch.Generator().manual_seed(seed)
+def everyday(_bench: Bench, run: TrainState, noun: str, seed: int, _stack: ExitStack) -> None:
+    """Hold everyday prompts of the class, none of them a caption."""
+    texts, generator = everyday_prompts(noun), torch.Generator().manual_seed(seed)
     _know_captions(run, texts)
 
     def change(batch: Batch) -> Batch:
@@ -196,6 +132,29 @@ def other_prompts(_bench: Bench, run: TrainState, noun: str, seed: int, _stack: 
         return replace(batch, captions=tuple(texts[index] for index in chosen))
 
     _change_batches(run, change)
+
+
+# English's basic colour terms (Berlin and Kay 1969)
+COLOURS = ("white", "black", "red", "green", "yellow", "blue", "brown", "purple", "pink", "orange", "gray")
+PLACES = ("outdoors", "indoors", "in a city", "in a forest", "on a beach", "on a table", "in the snow", "at night")
+KINDS = ("small", "big", "new", "old", "beautiful")
+
+
+def everyday_prompts(noun: str) -> list[str]:
+    """Return 61 prompts of a class: plain, in each colour, on a ground of each, of several kinds, and in places."""
+    beside = (*COLOURS[3:], *COLOURS[:3])  # a ground of another colour
+    return [
+        noun,
+        f"a {noun}",
+        f"a photo of a {noun}",
+        f"a drawing of a {noun}",
+        *(f"a {colour} {noun}" for colour in COLOURS),
+        *(f"a photo of a {colour} {noun}" for colour in COLOURS),
+        *(f"{noun}, {ground} background" for ground in COLOURS),
+        *(f"a {own} {noun} on a {ground} background" for own, ground in zip(COLOURS, beside, strict=True)),
+        *(f"a {kind} {noun}" for kind in KINDS),
+        *(f"a {noun} {place}" for place in PLACES),
+    ]
 
 
 def empty_too(share: float) -> Any:
@@ -213,80 +172,6 @@ def empty_too(share: float) -> Any:
             return replace(batch, captions=tuple(captions))
 
         _change_batches(run, change)
-
-    return changed
-
-
-def own_images(bench: Bench, run: TrainState, noun: str, seed: int, _stack: ExitStack) -> None:
-    texts, generator = _descriptions(noun, 24, seed), torch.Generator().manual_seed(seed)
-    _know_captions(run, texts)
-    images = evaluate.sample_ours(bench.components, texts, no_placeholders())
-    with torch.inference_mode():
-        pixels = torch.stack([to_pixels(image) for image in images])
-        latents = encode_images(bench.components.need_vae(), pixels).cpu().clone()
-
-    def change(batch: Batch) -> Batch:
-        if not batch.is_prior:
-            return batch
-        chosen = torch.randint(len(texts), (len(batch.captions),), generator=generator)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = flow.add_noise(clean, noise, batch.sigma)
-        captions = tuple(texts[index] for index in chosen.tolist())
-        return replace(batch, noisy=noisy, target=flow.velocity_target(clean, noise), captions=captions)
-
-    _change_batches(run, change)
-
-
-# --- when it is held ------------------------------------------------------------------------------------------------
-
-
-def in_pairs(images: int, weight: float) -> Any:
-    """Hold, in each step, some of its images at the very noise at which they teach; of `weight` beside them."""
-
-    def changed(_bench: Bench, run: TrainState, noun: str, _seed: int, _stack: ExitStack) -> None:
-        token = run.config.tokens[0]
-        batches = iter(run.stream)
-
-        def paired() -> Iterator[Batch]:
-            for batch in batches:
-                count = len(batch.captions)
-                captions = tuple(text.replace(f"{token} {noun}", noun) for text in batch.captions)
-                _know_captions(run, captions)
-                yield replace(batch, image_weights=torch.full((count,), 2.0))  # the step is the mean of its batches
-                few = slice(0, images)
-                yield Batch(
-                    batch.noisy[few], batch.target[few], batch.sigma[few], captions[few], batch.size,
-                    batch.names[few], is_prior=True, image_weights=torch.full((min(images, count),), 2.0 * weight),
-                )  # fmt: skip
-
-        run.stream = Stream(paired())  # type: ignore[assignment]
-
-    return changed
-
-
-def beside(every: int, images: int, weight: float, first: float = 0.0, last: float = 1.0) -> Any:
-    """Hold some of a step's images beside all that it teaches, in every so many steps of a share of the run."""
-
-    def changed(_bench: Bench, run: TrainState, noun: str, _seed: int, stack: ExitStack) -> None:
-        original, token = loop.forward_backward, run.config.tokens[0]
-        steps = range(math.ceil(first * run.config.steps), round(last * run.config.steps), every)
-
-        def beside(state: TrainState, batches: Sequence[Batch], needs_base: Any) -> Tensor:
-            if state.step not in steps:
-                return original(state, batches, needs_base)
-            (batch,) = batches
-            count, few = len(batch.captions), slice(0, images)
-            captions = tuple(text.replace(f"{token} {noun}", noun) for text in batch.captions)
-            _know_captions(state, captions)
-            teaches = replace(batch, image_weights=torch.full((count,), 2.0))  # the step is the mean of its batches
-            holds = Batch(
-                batch.noisy[few], batch.target[few], batch.sigma[few], captions[few], batch.size, batch.names[few],
-                is_prior=True, image_weights=torch.full((min(images, count),), 2.0 * weight),
-            )  # fmt: skip
-            return original(state, [teaches, holds], [False, True])[:1]
-
-        stack.enter_context(mock.patch.object(loop, "forward_backward", beside))
 
     return changed
 

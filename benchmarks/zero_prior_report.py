@@ -85,6 +85,18 @@ def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
     return markdown_table(["minus the trained fresh token", *measured], rows)
 
 
+def as_pairs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the arms above as settings of the last table: each with its frozen and its trained embedding."""
+    arms, remedies = by_arm(runs, "arms"), by_arm(runs, "remedies")
+    frozen, after = arms.get("fresh token, frozen", []), "trained after a tenth"
+    return {
+        "as above, frozen": frozen,
+        "as above, trained": arms.get("fresh token, trained", []),
+        f"{after}, frozen": frozen,
+        f"{after}, trained": remedies.get(after, []),
+    }
+
+
 def pays_table(arms: dict[str, list[Run]]) -> str:
     """Each setting's trained embedding minus its frozen one, with p corrected over the table."""
     measured: dict[str, Callable[[Run], float | None]] = {
@@ -178,6 +190,7 @@ def write(runs: list[Run], folder: Path, target: Path) -> Path:
         if found := by_arm(runs, group):
             page += [f"## {title}", end_table(found), matched_table(found), paired_table(found, reference)]
     if found := by_arm(runs, "pays"):
+        found = {**as_pairs(runs), **found}
         page += [
             "## When training the embedding pays",
             "Paired by object and seed; p of a two-sided sign-flip test, corrected by Holm's method over this table.",

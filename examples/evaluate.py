@@ -27,7 +27,7 @@ from lora_utils.model.vae import decode_images
 from lora_utils.placeholder.embedding import initial_embedding
 from lora_utils.placeholder.tokens import Placeholders, no_placeholders
 from lora_utils.sampling import sampler
-from lora_utils.sampling.sampler import Conditioning, SamplingJob
+from lora_utils.sampling.sampler import Conditioning, LorasByText, SamplingJob
 
 MODEL = Path(__file__).parent / "tiny_qwen_image"
 STEPS, GUIDANCE = 20, 4.0
@@ -126,7 +126,12 @@ def sample_stock(model: Path, texts: Sequence[str], batch: int = 25) -> list[Ima
 
 @torch.inference_mode()
 def sample_ours(
-    components: Components, texts: Sequence[str], placeholders: Placeholders, steps: int = STEPS, batch: int = 60
+    components: Components,
+    texts: Sequence[str],
+    placeholders: Placeholders,
+    steps: int = STEPS,
+    batch: int = 60,
+    loras: LorasByText | None = None,
 ) -> list[Image.Image]:
     """Through the code that `predict.py` runs, in batches; image i from seed i. LoRAs are the caller's to apply."""
     size = Size(shapes.SIDE_PX, shapes.SIDE_PX)
@@ -139,7 +144,7 @@ def sample_ours(
             for words in (prompts, [request.negative_prompt] * len(prompts))
         )
         noise = torch.cat([sampler.initial_noise(size, start + index) for index in range(len(prompts))])
-        job = SamplingJob(request, size, placeholders)
+        job = SamplingJob(request, size, placeholders, loras=loras)
         latents = sampler.denoise(components, job, noise, Conditioning(text, empty), lambda _step: None)
         images += decode_images(components.need_vae(), latents, size)
     return images

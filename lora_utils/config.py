@@ -487,6 +487,11 @@ class SampleRequest:
         parse=parse_extra_loras,
     )
     extra_lora_scale: float = option(1.0, "Strength of the extra LoRAs that have none of their own.", ge=-1, le=3)
+    lora_acts: str = option(
+        "auto", "Under which texts a LoRA acts, prompt and negative prompt each. always: both. named: those that name "
+        "what it was taught. auto: named for a LoRA trained with class_word, else always.",
+        choices=("auto", "always", "named"),
+    )
     lightning: str = option(
         "auto", "Whether a LoRA is a Lightning one, made for 4 or 8 steps. auto: its header, or its ranks and alphas, "
         "tell.", choices=("auto", "yes", "no"),

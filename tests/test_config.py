@@ -124,7 +124,7 @@ def test_every_input_is_declared_once_and_described_in_sentences():
         for each in declared:
             assert option_of(each).sentence.endswith("."), each.name
     assert [field.name for field in fields(TrainInputs)] == ["config", "options", "files"]
-    assert (len(declared_inputs(TrainInputs)), len(declared_inputs(SampleInputs))) == (60, 26)
+    assert (len(declared_inputs(TrainInputs)), len(declared_inputs(SampleInputs))) == (60, 27)
 
 
 @pytest.mark.parametrize("name", ["steps", "learning_rate", "seed"])

@@ -96,42 +96,64 @@ def adapts_the_table(lora: LoraFile) -> bool:
     return any(map(modulation.table_depends_on, lora.names))
 
 
+@dataclass(slots=True)
+class AppliedLoras:
+    """The LoRAs that a transformer computes with, by their index in what was applied: all of them, until some rest."""
+
+    acting: frozenset[int]
+
+    @contextmanager
+    def only(self, which: frozenset[int]) -> Iterator[None]:
+        """Let only these act within it."""
+        before, self.acting = self.acting, which
+        try:
+            yield
+        finally:
+            self.acting = before
+
+
 @dataclass(frozen=True, slots=True)
 class _AddUpdates:
-    """A forward hook on a linear layer: what all LoRAs change of it is added to its output, in place."""
+    """A forward hook on a linear layer: what all acting LoRAs change of it is added to its output, in place."""
 
-    updates: Sequence[tuple[Update, float]]  # each with its scale
-    biases: Sequence[tuple[Tensor, float]]  # [D_out]
+    updates: Sequence[tuple[int, Update, float]]  # each of a LoRA by its index, with its scale
+    biases: Sequence[tuple[int, Tensor, float]]  # [D_out]
+    applied: AppliedLoras
 
     def __call__(self, layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add to output [..., D_out] for the input [..., D_in]."""
         x, base, own = arguments[0], output, without_wrapper(layer)
-        if any(isinstance(update, Decomposed) for update, _ in self.updates):  # these change what W alone gives
+        updates = [(update, scale) for index, update, scale in self.updates if index in self.applied.acting]
+        if any(isinstance(update, Decomposed) for update, _ in updates):  # these change what W alone gives
             base = output.clone() if own.bias is None else output - own.bias
-        for update, scale in self.updates:
+        for update, scale in updates:
             if isinstance(update, Decomposed):
                 per_input = update.magnitude.shape[1] != 1
                 update.add_to(output, x, scale, base, dense(own.weight) if per_input else None)
             else:
                 update.add_to(output, x, scale)
-        for bias, scale in self.biases:
-            output.add_(bias, alpha=scale)
+        for index, bias, scale in self.biases:
+            if index in self.applied.acting:
+                output.add_(bias, alpha=scale)
         return output
 
 
 @contextmanager
-def applied_loras(transformer: QwenImageTransformer2DModel, loras: Sequence[tuple[LoraFile, float]]) -> Iterator[None]:
+def applied_loras(
+    transformer: QwenImageTransformer2DModel, loras: Sequence[tuple[LoraFile, float]]
+) -> Iterator[AppliedLoras]:
     """Let the transformer compute with these LoRAs, moved by `move_lora`, within it, each at its scale; 0 is none.
 
     One that adapts what the modulation table follows from switches the table off; its layers must have been loaded.
     """
+    applied = AppliedLoras(frozenset(range(len(loras))))
     with ExitStack() as stack:
         if any(scale != 0 and adapts_the_table(lora) for lora, scale in loras):
             stack.enter_context(modulation.without_table(transformer))
-        used = [(lora, scale) for lora, scale in loras if scale != 0]
-        for name in dict.fromkeys(name for lora, _ in used for name in lora.names):
-            updates = [(lora.layers[name], scale) for lora, scale in used if name in lora.layers]
-            biases = [(lora.biases[name], scale) for lora, scale in used if name in lora.biases]
-            handle = transformer.get_submodule(name).register_forward_hook(_AddUpdates(updates, biases))
+        used = [(index, lora, scale) for index, (lora, scale) in enumerate(loras) if scale != 0]
+        for name in dict.fromkeys(name for _, lora, _ in used for name in lora.names):
+            updates = [(index, lora.layers[name], scale) for index, lora, scale in used if name in lora.layers]
+            biases = [(index, lora.biases[name], scale) for index, lora, scale in used if name in lora.biases]
+            handle = transformer.get_submodule(name).register_forward_hook(_AddUpdates(updates, biases, applied))
             stack.callback(handle.remove)
-        yield
+        yield applied

@@ -32,7 +32,7 @@ from lora_utils.model.text_encoder import length_warning
 from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
 from lora_utils.sampling.options import check_files, choose_options, load_controls, load_init_image
-from lora_utils.sampling.sampler import GeneratedImage, PromptCache, SamplingJob
+from lora_utils.sampling.sampler import GeneratedImage, LorasByText, PromptCache, SamplingJob
 from lora_utils.triggers import expand_trigger, holds, holds_mark
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class ModelPredictor:
         try:
             loras = self.load_loras(inputs.request, inputs.files, access)
             request = self.read_prompts(inputs.request, loras)
+            loras = without_unnamed(request, loras)
             loaded = time.monotonic()
             images, size = self.sample(request, loras, inputs.files)
             paths = self.save(images, request, loras, size)
@@ -143,8 +144,8 @@ class ModelPredictor:
         """
         taught = [Taught.by(lora.weights) for lora in loras]
         for each in (each for each in taught if each.trigger_word or each.tokens):
-            prompts = (expand_trigger(text, *each) for text in (request.prompt, request.negative_prompt))
-            prompt, negative_prompt = prompts
+            texts = request.prompt, request.negative_prompt
+            prompt, negative_prompt = (expand_trigger(text, each.trigger_word, each.tokens) for text in texts)
             request = replace(request, prompt=prompt, negative_prompt=negative_prompt)
         if holds_mark(request.prompt):
             log.info("hint: [trigger] is text like any other: no weights say what it is called")
@@ -188,9 +189,15 @@ class ModelPredictor:
             log.warning("the prompt is too long for the settings in a %s file, and is cut there", request.output_format)
         request, options = choose_options(request, active, init_image)
         log.info("seed %d, size %s", request.seed, size)
-        job = SamplingJob(request, size, placeholders, options, controls)
         load_what_they_adapt([weights.lora for weights in active], self.components)
-        with applied_loras(self.components.transformer, [(lora.weights.lora, lora.scale) for lora in loras]):
+        scaled = [(lora.weights.lora, lora.scale) for lora in loras]
+        with applied_loras(self.components.transformer, scaled) as applied:
+            by_text = LorasByText(
+                applied,
+                acting_under(request.prompt, request, loras),
+                acting_under(request.negative_prompt, request, loras),
+            )
+            job = SamplingJob(request, size, placeholders, options, controls, by_text)
             images = sampler.sample(self.components, job, progress_lines(job), self.prompts)
         return images, size
 
@@ -232,17 +239,62 @@ class ModelPredictor:
 
 
 class Taught(NamedTuple):
-    """By which words weights were taught, as their meta.json says: what `[trigger]` stands for."""
+    """By which words weights were taught, as their meta.json says: what `[trigger]` stands for.
+
+    With a class word, what was taught is told apart from its class by these words alone.
+    """
 
     trigger_word: str
     tokens: tuple[str, ...]
+    class_word: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The words for what was taught."""
+        return ((self.trigger_word,) if self.trigger_word else ()) + self.tokens
 
     @classmethod
     def by(cls, weights: Weights) -> "Taught":
         """Read it of weights; nothing for a file without a meta.json."""
         config = weights.meta.config if weights.meta else {}
-        word = config.get("trigger_word")
-        return cls(word if isinstance(word, str) else "", tuple(weights.lora.embeddings))
+        trigger, class_word = (
+            word if isinstance(word, str) else "" for word in map(config.get, ("trigger_word", "class_word"))
+        )
+        return cls(trigger, tuple(weights.lora.embeddings), class_word)
+
+    def acts_under(self, text: str, lora_acts: str) -> bool:
+        """Return whether a LoRA that was taught so acts under a text, as the input `lora_acts` has it."""
+        if lora_acts == "always" or not self.names or (lora_acts == "auto" and not self.class_word):
+            return True
+        return any(holds(text, name) for name in self.names)
+
+
+def acting_under(text: str, request: SampleRequest, loras: Sequence[ScaledLora]) -> frozenset[int]:
+    """Return which LoRAs, by index, change what a text shows.
+
+    Where one acts under texts that name what it was taught, a prompt of the class alone shows what the base model makes
+    of it. Guidance gains too. It moves away from what the negative prompt shows, which under the LoRA is what was
+    taught, for a LoRA changes all prompts somewhat: part of what the prompt's pass adds is then taken away again.
+    """
+    return frozenset(
+        index
+        for index, lora in enumerate(loras)
+        if lora.scale != 0 and Taught.by(lora.weights).acts_under(text, request.lora_acts)
+    )
+
+
+def without_unnamed(request: SampleRequest, loras: Sequence[ScaledLora]) -> list[ScaledLora]:
+    """Return the LoRAs at their scales, 0 where neither text lets one act."""
+    texts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
+    acting = frozenset[int]().union(*(acting_under(text, request, loras) for text in texts))
+    for index in (index for index, lora in enumerate(loras) if lora.scale != 0 and index not in acting):
+        taught = Taught.by(loras[index].weights)
+        log.info(
+            "the prompt doesn't name %s, so this LoRA%s is left out; lora_acts=always applies it",
+            " or ".join(taught.names),
+            f" for a {taught.class_word}" if taught.class_word else "",
+        )
+    return [lora if index in acting else replace(lora, scale=0.0) for index, lora in enumerate(loras)]
 
 
 def progress_lines(job: SamplingJob) -> Callable[[range, int], None]:

@@ -8,7 +8,7 @@ Legend: B batch, N image tokens, C packed channels (64), T text tokens, D the te
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_utils import constants
 from lora_utils.config import SampleRequest
 from lora_utils.errors import UserError
+from lora_utils.lora.hooks import AppliedLoras
 from lora_utils.model import flow, fsdp, memory
 from lora_utils.model.components import Components
 from lora_utils.model.controls import Controls, text_key
@@ -40,10 +41,19 @@ PROMPTS_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
+class LorasByText:
+    """Which of the applied LoRAs act under the prompt, and which under the negative prompt, by their indices."""
+
+    applied: AppliedLoras
+    prompt: frozenset[int]
+    negative: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingJob:
     """What is to be sampled: the request, the images' size, the tokens that its prompts may hold, and how.
 
-    `controls` are the images to edit, for an editing model.
+    `controls` are the images to edit, for an editing model. Without `loras`, all that are applied act under both texts.
     """
 
     request: SampleRequest
@@ -51,6 +61,7 @@ class SamplingJob:
     placeholders: Placeholders
     options: SamplingOptions = field(default_factory=SamplingOptions)
     controls: Controls | None = None
+    loras: LorasByText | None = None
 
     @property
     def tokens(self) -> int:
@@ -163,7 +174,7 @@ def _sample_group(
     noise = torch.cat([initial_noise(job.size, request.seed_of(index)) for index in group])
     with ExitStack() as stack:
         if job.options.reuse_threshold is not None:
-            branches = 2 if conditioning.negative is not None and not goes_together(job.tokens, count) else 1
+            branches = 2 if conditioning.negative is not None and not goes_together(job, count) else 1
             stack.enter_context(first_block_caching(components.transformer, job.options.reuse_threshold, branches))
         latents = denoise(components, job, noise, conditioning.repeated(count), lambda step: on_step(group, step))
     share_s, images = (time.monotonic() - began) / count, []
@@ -208,18 +219,21 @@ def denoise(
     negative = conditioning.negative
     controls = [job.controls.latents] * count if job.controls else []
     both = None
-    if negative is not None and goes_together(job.tokens, count):
+    if negative is not None and goes_together(job, count):
         both = concatenate_embeddings(conditioning.text, negative)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         level = torch.full((count,), sigma)
         if both is not None:
             twice = latents.repeat(2, 1, 1), level.repeat(2), both, size, controls * 2
-            with_prompt, without = predict_velocity(components.transformer, *twice).chunk(2)
+            with acting(job.loras, of_prompt=True):
+                with_prompt, without = predict_velocity(components.transformer, *twice).chunk(2)
             velocity = flow.guide(with_prompt, without, request.guidance)
         else:
-            velocity = predict_velocity(components.transformer, latents, level, conditioning.text, size, controls)
+            with acting(job.loras, of_prompt=True):
+                velocity = predict_velocity(components.transformer, latents, level, conditioning.text, size, controls)
             if negative is not None:
-                without = predict_velocity(components.transformer, latents, level, negative, size, controls)
+                with acting(job.loras, of_prompt=False):
+                    without = predict_velocity(components.transformer, latents, level, negative, size, controls)
                 velocity = flow.guide(velocity, without, request.guidance)
         latents = flow.euler_step(latents, velocity, sigma, sigma_next)
         if repaint is not None:
@@ -228,9 +242,17 @@ def denoise(
     return latents
 
 
-def goes_together(tokens: int, count: int) -> bool:
-    """Return whether guidance's two branches of so many images of so many tokens each are one batch."""
-    return 2 * count * tokens <= TOGETHER_TOKENS
+def goes_together(job: SamplingJob, count: int) -> bool:
+    """Return whether guidance's two branches of so many images are one batch: small ones under the same LoRAs are."""
+    same = job.loras is None or job.loras.prompt == job.loras.negative
+    return same and 2 * count * job.tokens <= TOGETHER_TOKENS
+
+
+def acting(loras: LorasByText | None, of_prompt: bool) -> AbstractContextManager[None]:
+    """Let those LoRAs act that do under the prompt, or else under the negative prompt."""
+    if loras is None:
+        return nullcontext()
+    return loras.applied.only(loras.prompt if of_prompt else loras.negative)
 
 
 def at_once(components: Components, tokens: int) -> int:

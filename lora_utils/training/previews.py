@@ -19,7 +19,7 @@ from lora_utils.dataset.examples import Dataset
 from lora_utils.errors import UserError
 from lora_utils.lora.adapter import without_lora
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file
-from lora_utils.lora.hooks import applied_loras, move_lora
+from lora_utils.lora.hooks import AppliedLoras, applied_loras, move_lora
 from lora_utils.model.controls import Controls, no_controls, text_key
 from lora_utils.model.device import release_memory
 from lora_utils.model.latents import Size, image_size
@@ -27,9 +27,9 @@ from lora_utils.model.text_encoder import pad_embeddings
 from lora_utils.model.vae import load_vae
 from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
-from lora_utils.sampling.sampler import PromptCache, SamplingJob
+from lora_utils.sampling.sampler import LorasByText, PromptCache, SamplingJob
 from lora_utils.training.state import TrainState, current_lora
-from lora_utils.triggers import expand_trigger
+from lora_utils.triggers import expand_trigger, holds
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +165,9 @@ def _generate(state: TrainState, rows: Sequence[PreviewRow]) -> list[list[Image.
 
     def image(request: SampleRequest, controls: Controls | None) -> Image.Image:
         size = image_size(request.width, request.height, request.aspect_ratio)
-        job = SamplingJob(request, size, placeholders, controls=controls)
-        with applied_loras(transformer, [(lora, request.lora_scale)]):
+        with applied_loras(transformer, [(lora, request.lora_scale)]) as applied:
+            by_text = loras_by_text(applied, request, state.config)
+            job = SamplingJob(request, size, placeholders, controls=controls, loras=by_text)
             return sampler.sample(components, job, _ignore, prompts)[0].pixels
 
     images = []
@@ -176,6 +177,16 @@ def _generate(state: TrainState, rows: Sequence[PreviewRow]) -> list[list[Image.
             controls = own.load() if own else None
             images.append([image(request, controls) for request in row])
     return images
+
+
+def loras_by_text(applied: AppliedLoras, request: SampleRequest, config: TrainConfig) -> LorasByText:
+    """Return under which texts the LoRA acts: as in prediction, but under a prompt of the class alone as well.
+
+    Prediction would leave it out there. The preview shows whether the LoRA itself keeps the class, as in other tools.
+    """
+    named = bool(config.class_word) and any(holds(request.prompt, name) for name in config.triggers)
+    rests = named and not any(holds(request.negative_prompt, name) for name in config.triggers)
+    return LorasByText(applied, frozenset({0}), frozenset() if rests else frozenset({0}))
 
 
 def preview_texts(state: TrainState, rows: Sequence[PreviewRow]) -> list[str]:

@@ -6,10 +6,11 @@ import pytest
 from PIL import Image, ImageChops
 
 from examples.demo import call
-from lora_utils.config import RunOptions, TrainConfig
+from lora_utils.config import RunOptions, SampleRequest, TrainConfig
 from lora_utils.errors import UserError
+from lora_utils.lora.hooks import AppliedLoras
 from lora_utils.tracking import contact_sheet
-from lora_utils.training.previews import generate_previews, preview_rows
+from lora_utils.training.previews import generate_previews, loras_by_text, preview_rows
 from predict import Predictor
 from tests.helpers import PREVIEW_PROMPTS, SHORT_RUN, lora_of, without_thumbnail
 
@@ -101,6 +102,21 @@ def test_a_prompt_with_a_token_is_previewed_without_it_too(prompt, config, expec
     (row,) = preview_rows(config, RunOptions(run_dir="x", sample_prompts=prompt))
     assert [request.prompt for request in row] == expected
     assert {request.seed for request in row} == {config.seed}, "from the same noise"
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt", "negative", "acts"),
+    [
+        ({}, "a photo of <zwx>", " ", [True, True]),
+        ({"class_word": "house"}, "a photo of <zwx>", " ", [True, False]),
+        ({"class_word": "house"}, "a photo of <zwx>", "an ugly <zwx>", [True, True]),
+        ({"class_word": "house"}, "a photo of house", " ", [True, True]),  # what other tools would show
+    ],
+)
+def test_the_lora_acts_in_previews_as_in_prediction_but_for_the_class_alone(given, prompt, negative, acts):
+    request = SampleRequest(prompt, negative_prompt=negative)
+    by_text = loras_by_text(AppliedLoras(frozenset({0})), request, replace(SHORT_RUN, **given))
+    assert [bool(by_text.prompt), bool(by_text.negative)] == acts
 
 
 def test_several_prompts_have_seeds_of_their_own():
