@@ -1,20 +1,22 @@
-"""What may make a training faster: changes to our default, one at a time, for `benchmarks.recipes`.
+"""What may make a training faster: changes to one of our recipes, one at a time, for `benchmarks.recipes`.
 
 Legend: R rank, D_in and D_out the widths of a linear layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.muon import Muon
-from benchmarks.peers import Recipe
+from benchmarks.peers import RECIPES, Recipe
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.presets import PRESETS
 from lora_utils.training.state import TrainState
 
+BASE_NAME = "ours, at 5e-4, with MLPs"
+BASE = RECIPES[BASE_NAME].given
 RANK = PRESETS["none"].rank
 
 
@@ -22,7 +24,7 @@ RANK = PRESETS["none"].rank
 class Move(Recipe):
     """A change of inputs, or of a run that is set up."""
 
-    source: str = "lora_utils/config.py, but for this"
+    source: str = f"{BASE_NAME}, but for this"
     changed: Callable[[TrainState], None] | None = None
 
 
@@ -41,33 +43,25 @@ def _muon(run: TrainState) -> None:
     run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate)
 
 
-def _given(**inputs: Any) -> Move:
-    return Move(given=inputs)
-
-
-def _rates(*rates: float) -> Mapping[str, Move]:
-    return {f"rate {rate:g}": _given(learning_rate=rate) for rate in rates}
+def _given(changed: Callable[[TrainState], None] | None = None, **inputs: Any) -> Move:
+    return Move(given={**BASE, **inputs}, changed=changed)
 
 
 MOVES: dict[str, Recipe] = {
-    "our default": Move(),
-    "a token": Move(given={"train_placeholder_token": True}),
-    **_rates(2e-4, 5e-4, 1e-3, 2e-3),
-    **{
-        f"rate 5e-4, B {ratio} times as fast": _given(learning_rate=5e-4, lora_alpha=float(ratio * RANK))
-        for ratio in (4, 16)
-    },
+    "a token": _given(train_placeholder_token=True),
+    **{f"rate {rate}": _given(learning_rate=float(rate)) for rate in ("1e-4", "2e-4", "1e-3")},
     # A LoRA's output is alpha / rank * B A. AdamW's steps don't follow the gradient's size, so a larger alpha is a
     # larger rate of B alone: LoRA+ with that ratio (Hayou et al. 2024). Rank-stabilised alphas are such ones too.
     **{f"B {ratio} times as fast (LoRA+)": _given(lora_alpha=float(ratio * RANK)) for ratio in (4, 16)},
     "rank 8": _given(rank=8),
     "rank 64": _given(rank=64),
-    "attention and MLPs": _given(lora_targets="attention_mlp"),
+    "attention alone": _given(lora_targets="attention"),
     "logit_normal without shift": _given(timestep_sampling="logit_normal"),
     "uniform": _given(timestep_sampling="uniform"),
+    "style": _given(timestep_sampling="style"),
     "shift 3": _given(timestep_shift=3.0),
     "warm-up of 100 steps": _given(warmup_steps=100),
-    "beta2 0.99": _given(beta2=0.99),
+    "a rate that falls to 0": _given(lr_scheduler="linear"),
     "no clipping": _given(max_grad_norm=0.0),
     "batch of 4": _given(batch_size=4),
     "4 batches a step": _given(gradient_accumulation=4),
@@ -77,7 +71,7 @@ MOVES: dict[str, Recipe] = {
     "two resolutions": _given(resolution="64,96"),
     "prodigy": _given(optimizer="prodigy", learning_rate=1.0),
     "adafactor": _given(optimizer="adafactor"),
-    "Muon, rate 1e-3": Move(given={"learning_rate": 1e-3}, changed=_muon),
-    "Muon, rate 5e-3": Move(given={"learning_rate": 5e-3}, changed=_muon),
-    "A from the layer's own directions": Move(changed=_principal_directions),
+    "Muon, rate 1e-3": _given(_muon, learning_rate=1e-3),
+    "Muon, rate 3e-3": _given(_muon, learning_rate=3e-3),
+    "A from the layer's own directions": _given(_principal_directions),
 }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+AT_5E_4, ALL_LAYERS = {"learning_rate": 5e-4}, {"lora_targets": "attention_mlp"}
 # The image stream alone, peft's names to_q, to_k, to_v and to_out.0: diffusers' example and SimpleTuner leave out text.
 IMAGE_ATTENTION = ",".join(f"transformer_blocks.*.attn.to_{layer}" for layer in ("q", "k", "v", "out.0"))
 
@@ -19,10 +20,19 @@ class Recipe:
     source: str
     given: Mapping[str, Any] = field(default_factory=dict)
     differs: str = ""
+    named: bool = False  # sampled as a LoRA that acts where it is named, not always: `lora_acts`
 
 
 RECIPES: dict[str, Recipe] = {
     "ours": Recipe("lora_utils/config.py, its defaults"),
+    "ours, at 5e-4, with MLPs": Recipe(
+        "the same, at fal's and Replicate's rate and on their layers", {**AT_5E_4, **ALL_LAYERS}
+    ),
+    "ours, at 5e-4, with MLPs, a token, where it is named": Recipe(
+        "the same with train_placeholder_token and lora_acts=named",
+        {**AT_5E_4, **ALL_LAYERS, "train_placeholder_token": True},
+        named=True,
+    ),
     "ai-toolkit": Recipe(
         "ostris/ai-toolkit 01c9f83, config/examples/train_lora_qwen_image_24gb.yaml; timestep_type sigmoid is the "
         "default of toolkit/config_modules.py",

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_utils import constants
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.model.components import Components
-from lora_utils.model.text_encoder import Prompt, TextEmbeddings, encode_prompts
+from lora_utils.model.text_encoder import Prompt, encode_prompts
 from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.training import loop, loss
 from lora_utils.training.batches import Batch
@@ -76,25 +76,6 @@ def beyond(margin: float) -> Any:
             return (each - margin).clamp_min(0.0) if batch.is_prior else each
 
         stack.enter_context(mock.patch.object(loss, "flow_matching_loss", with_margin))
-
-    return changed
-
-
-# --- texts ----------------------------------------------------------------------------------------------------------
-
-
-def noisy_text(size: float) -> Any:
-    """Add noise to all text states, of this share of their own size, for what teaches and what holds alike."""
-
-    def changed(_bench: Bench, _run: TrainState, _noun: str, seed: int, stack: ExitStack) -> None:
-        original, generator = loss.batch_text, torch.Generator().manual_seed(seed)
-
-        def noisy(*given: Any) -> TextEmbeddings:
-            text = original(*given)
-            rms = text.states.detach().square().mean(dim=-1, keepdim=True).sqrt()
-            return replace(text, states=text.states + size * rms * torch.randn(text.states.shape, generator=generator))
-
-        stack.enter_context(mock.patch.object(loss, "batch_text", noisy))
 
     return changed
 

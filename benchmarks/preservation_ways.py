@@ -12,7 +12,6 @@ from benchmarks.preservation_changes import (
     conflicts_projected,
     empty_too,
     everyday,
-    noisy_text,
     orthogonal,
     weighted,
 )
@@ -60,9 +59,6 @@ WAYS: dict[str, Way] = {
         "No caption is dropped, and half of what is held is the empty prompt.",
         {**TENTH, "caption_dropout": 0.0},
         changed=empty_too(0.5),
-    ),
-    "a quarter, noise on the text": Way(
-        "Text states have noise of 0.3 of their size.", QUARTER, changed=noisy_text(0.3)
     ),
     "conflicts projected out": Way(
         "Of what teaches, the part that goes against the mean gradient of what holds is left out.",

@@ -5,7 +5,7 @@
     python -m benchmarks.recipes --report              # only write RECIPES.md from the runs there are
 
 A recipe is a set of inputs, run by this package's own training: what differs is its numbers, not its code. Moves are
-changes to our default, one at a time. A run ends when the subject is there in nine of ten images, twice in a row, or
+changes to one of ours, one at a time. A run ends when the subject is there in nine of ten images, twice in a row, or
 after so many steps.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks import experiment
 from benchmarks.dataset_inputs import set_up
 from benchmarks.experiment import Run, Spec, at_value, by_arm, markdown_table, mean_and_error
-from benchmarks.moves import MOVES, Move
+from benchmarks.moves import BASE_NAME, MOVES, Move
 from benchmarks.peers import RECIPES, Recipe
 from benchmarks.subjects import SUBJECTS
 from examples import evaluate, shapes
@@ -31,6 +31,7 @@ from examples.demo import MODEL, TOKEN
 from lora_utils.lora.hooks import applied_loras, move_lora
 from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
+from lora_utils.sampling.sampler import LorasByText
 from lora_utils.training import loop
 from lora_utils.training.state import TrainState, current_lora
 
@@ -57,25 +58,27 @@ def _components() -> Components:
     return load_components(MODEL, default_placement())
 
 
-def measure(run: TrainState, subject: str, trigger: str, length: Length) -> dict[str, float]:
+def measure(run: TrainState, subject: str, trigger: str, length: Length, named: bool = False) -> dict[str, float]:
     """Sample with what a run has learned so far.
 
-    -> shares of images: the subject is there, and, once it is in enough of them or at the end, other prompts are right
+    -> shares of images: the subject is there, and, once it is in enough of them or at the end, other prompts are right.
+    `named`: the LoRA acts under texts that name the subject, so not under the empty one or under other prompts.
     """
     components, lora = _components(), current_lora(run)
     placeholders = replace(run.placeholders, embeddings=tuple(each.detach() for each in run.placeholders.embeddings))
     moved = move_lora(lora, components.transformer, components.placement)
 
-    def sampled(asked: Sequence[evaluate.Asked]) -> list[Image.Image]:
+    def sampled(asked: Sequence[evaluate.Asked], scale: float = 1.0) -> list[Image.Image]:
         texts = [item.text for item in asked]
-        with applied_loras(components.transformer, [(moved, 1.0)]):
-            return evaluate.sample_ours(components, texts, placeholders, length.sampling_steps)
+        with applied_loras(components.transformer, [(moved, scale)]) as applied:
+            by_text = LorasByText(applied, frozenset({0}), frozenset()) if named else None
+            return evaluate.sample_ours(components, texts, placeholders, length.sampling_steps, loras=by_text)
 
     taught, plain = SUBJECTS[subject].prompts(trigger, length.prompts), evaluate.held_out_prompts(length.prompts)
     shown = [SUBJECTS[subject].shows(image, item.prompt) for image, item in zip(sampled(taught), taught, strict=True)]
     measured = {"fidelity": float(np.mean(shown))}
     if measured["fidelity"] >= FIDELITY or run.step >= length.steps:
-        measured["base_accuracy"] = evaluate.score(sampled(plain), plain).all_three
+        measured["base_accuracy"] = evaluate.score(sampled(plain, 0.0 if named else 1.0), plain).all_three
     return measured
 
 
@@ -88,31 +91,43 @@ def run_recipe(spec: Spec, length: Length = Length()) -> Run:
     run = set_up(taught, spec.seed, given, {"resolution": side})
     if isinstance(recipe, Move) and recipe.changed:
         recipe.changed(run)
-    points = [{"step": 0, "seconds": 0.0, **measure(run, spec.kind, trigger, length)}]
+    points = [{"step": 0, "seconds": 0.0, "fidelity": 0.0}]
     seconds, began = 0.0, time.process_time()
     for report in loop.train(run):
         if report.step in length.measured_at:
             seconds += time.process_time() - began
-            points.append({"step": report.step, "seconds": seconds, **measure(run, spec.kind, trigger, length)})
+            points.append(
+                {"step": report.step, "seconds": seconds, **measure(run, spec.kind, trigger, length, recipe.named)}
+            )
             if min(point["fidelity"] for point in points[-2:]) >= FIDELITY:
                 break
             began = time.process_time()
     return {"points": points, "seconds": seconds}
 
 
+def reached(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the measurement at which a run has the fidelity and the one before it; none where it never has it.
+
+    It has it where the next measurement does too, or where it has no next one.
+    """
+    for index, point in enumerate(points):
+        if min(each["fidelity"] for each in points[index : index + 2]) >= FIDELITY:
+            return [points[index - 1], point]
+    return []
+
+
 def table(runs: Sequence[Run], group: str = "recipes") -> str:
     """Return what each recipe of a group needs to reach the fidelity, over the runs that do."""
     rows = []
     for name, own in by_arm(runs, group).items():
-        reached = [run for run in own if at_value(run["points"], "step", "fidelity", FIDELITY) is not None]
+        found = [around for run in own if (around := reached(run["points"]))]
         cells = [
-            mean_and_error([at_value(run["points"], metric, "fidelity", FIDELITY) or 0.0 for run in reached])
+            mean_and_error([at_value(around, metric, "fidelity", FIDELITY) or 0.0 for around in found])
             for metric in ("step", "seconds")
         ]
-        first = [next(point for point in run["points"] if point["fidelity"] >= FIDELITY) for run in reached]
-        cells.append(mean_and_error([point["base_accuracy"] for point in first]))
+        cells.append(mean_and_error([around[1]["base_accuracy"] for around in found]))
         best = mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own])
-        rows.append([name, f"{len(reached)} of {len(own)}", *cells, best])
+        rows.append([name, f"{len(found)} of {len(own)}", *cells, best])
     return markdown_table(["", "reached by", "steps", "seconds", "other prompts right there", "best fidelity"], rows)
 
 
@@ -123,15 +138,18 @@ def write_page(runs: Sequence[Run]) -> None:
         "# Which recipe teaches how fast",
         f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.recipes`. Mean ± "
         f"standard error over subjects and seeds. A run has learned its subject where {FIDELITY:.0%} of "
-        f"{Length().prompts} images show it; steps, seconds and other prompts are those of that moment.",
+        f"{Length().prompts} images show it, twice in a row; steps, seconds and other prompts are of that moment.",
         "## All subjects",
         table(runs),
     ]
     for subject in SUBJECTS:
         if own := [run for run in runs if run["kind"] == subject]:
             parts += [f"## {subject}", table(own)]
-    if by_arm(runs, "moves"):
-        parts += ["## What moves it", "Changes to our default, one at a time.", table(runs, "moves")]
+    if moved := [run for run in runs if run["group"] == "moves"]:
+        seeds = {(run["kind"], run["seed"]) for run in moved}
+        base = [run for run in runs if run["arm"] == BASE_NAME and (run["kind"], run["seed"]) in seeds]
+        moved = [{**run, "group": "moves"} for run in base] + moved
+        parts += ["## What moves it", f"Changes to `{BASE_NAME}`, one at a time.", table(moved, "moves")]
     parts.append("## Sources")
     for name in by_arm(runs, "recipes"):
         recipe = RECIPES[name]

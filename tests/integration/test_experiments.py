@@ -68,6 +68,8 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     rows = recipes.table([run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.3)]).splitlines()
     assert rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan |"
     assert rows[3] == "| fal | 0 of 1 | – | – | – | 0.30 ± nan |"
+    unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
+    assert recipes.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
 
 def test_a_drawing_in_the_style_is_read_and_one_that_is_not_is_not():
