@@ -7,8 +7,9 @@ still squares? Each line is the mean of three seeds; the exact scorer reads the 
 
 import argparse
 import tempfile
+import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,14 @@ def set_up(taught: Taught, seed: int, given: Mapping[str, Any], beside: Mapping[
         extract_archive(Path(folder) / "set.zip", Path(folder) / "set")
         found = load(Path(folder) / "set", config, load_tokenizer(MODEL))
         return setup(TrainJob(config, found, MODEL, default_placement(), load_tokenizer(MODEL), read_shapes(MODEL)))
+
+
+def trained_seconds(run: TrainState, after_step: Callable[[], object] = lambda: None) -> float:
+    """Train a run to its end. -> seconds of the processor, which other work beside it doesn't lengthen"""
+    began = time.process_time()
+    for _ in loop.train(run):
+        after_step()
+    return time.process_time() - began
 
 
 def sampled(

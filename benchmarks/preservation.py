@@ -10,7 +10,6 @@ still squares, and are other shapes what they were?
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import experiment
-from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up
+from benchmarks import experiment, preserved_prompts
+from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up, trained_seconds
 from benchmarks.experiment import Run, Spec, by_arm, markdown_table, mean_and_error, sign_flip_p
 from benchmarks.preservation_changes import Bench
 from benchmarks.preservation_ways import CLASSES, WAYS
+from benchmarks.subjects import STYLE
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement
-from lora_utils.training import loop
 from lora_utils.training.state import final_lora
 
 WORK = Path("build/preservation")
@@ -51,15 +50,14 @@ def _bench() -> Bench:
 
 def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run:
     """Train in one way, with the seed's images, order and noise, and measure."""
+    if spec.group == preserved_prompts.GROUP:
+        return preserved_prompts.run_style(_bench().components, spec, steps, prompts)
     bench, way, noun = _bench(), WAYS[spec.arm], CLASSES[spec.kind]
     told = shapes.Prompt(f"{TOKEN} {noun}")
     given = {**way.given, **({"class_word": noun} if way.holds else {}), **({"steps": steps} if steps else {})}
     run = set_up(images_of(told, spec.seed, kind=spec.kind), spec.seed, given)
-    began = time.process_time()
     with way.applied(bench, run, noun, spec.seed) as after_step:
-        for _ in loop.train(run):
-            after_step()
-    seconds = time.process_time() - began
+        seconds = trained_seconds(run, after_step)
     lora, placeholders = final_lora(run), run.placeholders
 
     def shown(asked: Sequence[evaluate.Asked], named: bool = False) -> list[Image.Image]:
@@ -116,7 +114,11 @@ def write_page(runs: list[Run]) -> None:
         "caption names a size or a place, and 45 % of the prompts do: those are the new words. `LoRA where it is "
         "named` is what prediction does for a LoRA with a class word (`lora_acts`): the class alone is then the base "
         "model's, which shows it in all of these prompts.\n\n"
-        f"{table(runs)}\n\n{said}\n"
+        f"{table(runs)}\n\n{said}\n\n"
+        "## preserve_prompts\n\n"
+        "A style in two inks is taught over the whole image, by the word ohwx. What is held is "
+        f"{preserved_prompts.HELD} prompts of shapes, none of them among the {PROMPTS} that are measured.\n\n"
+        f"{preserved_prompts.table(runs)}\n"
     )
 
 
@@ -130,7 +132,14 @@ def main() -> None:
     given = parser.parse_args()
     # Seed by seed, so that what is there after an interruption is paired.
     specs = [
-        Spec("ways", way, kind, seed) for seed in range(given.seeds) for kind in given.objects for way in given.ways
+        Spec(group, way, kind, seed)
+        for seed in range(given.seeds)
+        for group, kinds, ways in (
+            ("ways", given.objects, given.ways),
+            (preserved_prompts.GROUP, [STYLE], list(preserved_prompts.SHARES)),
+        )
+        for kind in kinds
+        for way in ways
     ]
     runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_way, given.processes)
     write_page(runs)

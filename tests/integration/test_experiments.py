@@ -2,11 +2,11 @@
 
 import pytest
 
-from benchmarks import experiment, preservation, recipes
+from benchmarks import experiment, preservation, preserved_prompts, recipes
 from benchmarks.moves import MOVES
 from benchmarks.peers import RECIPES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
-from examples import shapes
+from examples import evaluate, shapes
 from lora_utils.config import TrainConfig
 from lora_utils.model.adapter_sizes import adapted_layers
 
@@ -26,6 +26,19 @@ def test_a_short_form_of_each_way_of_holding_a_class_runs(way):
     measured = preservation.run_way(experiment.Spec("ways", way, "fish", 0), steps=5, prompts=4)
     assert set(measured) == {*preservation.MEASURED, "seconds"}
     assert measured["class_kept"] == 1.0, "after so few steps"
+
+
+@pytest.mark.slow
+def test_a_short_form_of_holding_prompts_runs():
+    spec = experiment.Spec(preserved_prompts.GROUP, "a tenth of the batches", STYLE, 0)
+    measured = preservation.run_way(spec, steps=5, prompts=4)
+    assert set(measured) == {*preserved_prompts.MEASURED, "seconds"}
+    assert measured["others"] == 1.0, "after so few steps"
+
+
+def test_no_prompt_that_is_held_is_measured():
+    measured = {item.text for item in evaluate.held_out_prompts(preservation.PROMPTS)}
+    assert not measured & {text for seed in range(8) for text in preserved_prompts.held_prompts(seed)}
 
 
 def test_the_table_of_ways_compares_in_pairs():
