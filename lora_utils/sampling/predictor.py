@@ -211,6 +211,7 @@ class ModelPredictor:
             "size": str(size),
             "strength": request.strength,
             "go_fast": request.go_fast,
+            "lora_acts": request.lora_acts,
             "loras": [{"sha256": lora.weights.lora.sha256, "scale": lora.scale} for lora in loras],
             "base_model": base_model_label(),
             "versions": package_versions(),

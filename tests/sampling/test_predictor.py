@@ -137,7 +137,7 @@ def test_files_have_unique_names_and_carry_their_settings(predictor, archives, o
     assert {Path(path).suffix for path in paths} == {f".{output_format}"}
     settings = [read_settings(Path(path)) for path in paths]
     assert [item["seed"] for item in settings] == [5, 6]
-    assert settings[0]["prompt"] == TOKEN_PROMPT
+    assert (settings[0]["prompt"], settings[0]["lora_acts"]) == (TOKEN_PROMPT, "auto")
     assert len(settings[0]["loras"][0]["sha256"]) == 64  # type: ignore[index]
     assert "diffusers" in settings[0]["versions"]  # type: ignore[operator]
 
