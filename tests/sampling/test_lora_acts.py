@@ -69,7 +69,7 @@ def test_only_the_prompts_forward_has_the_lora_where_the_negative_prompt_does_no
 
 
 def test_guidance_starts_from_the_base_models_velocity(predictor, of_class, archives):
-    """Without guidance nothing tells the two apart; with it the image is another one, and no less sharp a change."""
+    """Without guidance nothing tells the two ways apart; with it the image is another one."""
     path, all_acting = of_class(), archives / "token.zip"
     for guidance, equal in ((1.0, True), (4.0, False)):
         kept = one(predictor, NAMED, replicate_weights=path, guidance=guidance)
