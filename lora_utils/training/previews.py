@@ -27,9 +27,10 @@ from lora_utils.model.text_encoder import pad_embeddings
 from lora_utils.model.vae import load_vae
 from lora_utils.placeholder.tokens import Placeholders, near_spellings
 from lora_utils.sampling import sampler
+from lora_utils.sampling.acting import Taught
 from lora_utils.sampling.sampler import LorasByText, PromptCache, SamplingJob
 from lora_utils.training.state import TrainState, current_lora
-from lora_utils.triggers import expand_trigger, holds
+from lora_utils.triggers import expand_trigger
 
 log = logging.getLogger(__name__)
 
@@ -184,8 +185,9 @@ def loras_by_text(applied: AppliedLoras, request: SampleRequest, config: TrainCo
 
     Prediction would leave it out there. The preview shows whether the LoRA itself keeps the class, as in other tools.
     """
-    named = bool(config.class_word) and any(holds(request.prompt, name) for name in config.triggers)
-    rests = named and not any(holds(request.negative_prompt, name) for name in config.triggers)
+    taught = Taught(config.trigger_word, config.tokens, config.class_word)
+    under_prompt, under_negative = (taught.acts_under(t, "auto") for t in (request.prompt, request.negative_prompt))
+    rests = under_prompt and not under_negative
     return LorasByText(applied, frozenset({0}), frozenset() if rests else frozenset({0}))
 
 

@@ -1,9 +1,11 @@
 """The experiments on what teaches best and what holds a class: a short form of each runs, and its table is right."""
 
 import pytest
+import torch
 
 from benchmarks import experiment, preservation, preserved_prompts, recipes
 from benchmarks.moves import MOVES
+from benchmarks.muon import Muon
 from benchmarks.peers import RECIPES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
 from examples import evaluate, shapes
@@ -52,6 +54,20 @@ def test_the_table_of_ways_compares_in_pairs():
     assert cells[:4] == ["a tenth of the batches", "0.80 ± 0.00", "0.60 ± 0.10", "0.25 ± 0.00"]
     assert cells[4:6] == ["1.00 ± 0.00", "0.50 ± 0.00"]
     assert cells[6:] == ["+0.000 (p 1.000)", "-0.200 (p 0.500)", "1.50", "2"], "the third seed has no pair"
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_muon_steps_as_torchs_does(shape):
+    generator = torch.Generator().manual_seed(0)
+    ours, torchs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    optimizers = Muon([ours], 1e-2), torch.optim.Muon([torchs], 1e-2, weight_decay=0.0)
+    for _ in range(4):
+        ours.grad = torch.randn(shape, generator=generator)
+        torchs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert ours.abs().max() > 1e-2
+    assert torch.allclose(ours, torchs, atol=1e-3), "torch's iterates in bf16"
 
 
 @pytest.mark.slow
