@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks import experiment, preserved_prompts
 from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up, trained_seconds
-from benchmarks.experiment import Run, Spec, by_arm, markdown_table, mean_and_error, sign_flip_p
+from benchmarks.experiment import Run, Spec, by_arm, holm, markdown_table, mean_and_error, sign_flip_p
 from benchmarks.preservation_changes import Bench
 from benchmarks.preservation_ways import CLASSES, WAYS
 from benchmarks.subjects import STYLE
@@ -27,6 +27,7 @@ from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement
+from lora_utils.placeholder.tokens import no_placeholders
 from lora_utils.training.state import final_lora
 
 WORK = Path("build/preservation")
@@ -34,6 +35,7 @@ KEPT = Path(__file__).parent / "preservation_runs.jsonl"
 PAGE = Path(__file__).parent / "PRESERVATION.md"
 PROMPTS = 40
 REFERENCE = "nothing held"
+BASE = "base"  # the group of the model as it is, whose only arm has no LoRA
 MEASURED = {
     "named": "object right, LoRA where it is named",
     "fidelity": "object right, LoRA always",
@@ -52,7 +54,12 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
     """Train in one way, with the seed's images, order and noise, and measure."""
     if spec.group == preserved_prompts.GROUP:
         return preserved_prompts.run_style(_bench().components, spec, steps, prompts)
-    bench, way, noun = _bench(), WAYS[spec.arm], CLASSES[spec.kind]
+    bench, noun = _bench(), CLASSES[spec.kind]
+    plain = class_prompts(noun, prompts)
+    if spec.group == BASE:
+        images = evaluate.sample_ours(bench.components, [item.text for item in plain], no_placeholders())
+        return {"seconds": 0.0, "class_kept": evaluate.score(images, plain).all_three}
+    way = WAYS[spec.arm]
     told = shapes.Prompt(f"{TOKEN} {noun}")
     given = {**way.given, **({"class_word": noun} if way.holds else {}), **({"steps": steps} if steps else {})}
     run = set_up(images_of(told, spec.seed, kind=spec.kind), spec.seed, given)
@@ -63,7 +70,7 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
     def shown(asked: Sequence[evaluate.Asked], named: bool = False) -> list[Image.Image]:
         return sampled(bench.components, lora, placeholders, [item.text for item in asked], named)
 
-    objects, plain = evaluate.object_prompts(told, prompts), class_prompts(noun, prompts)
+    objects = evaluate.object_prompts(told, prompts)
     others = [item for item in evaluate.held_out_prompts(2 * prompts) if item.prompt.noun != noun][: prompts // 2]
     images = shown(objects)
     new = [index for index, item in enumerate(objects) if says_new_words(item.prompt)]
@@ -84,20 +91,34 @@ def says_new_words(prompt: shapes.Prompt) -> bool:
 
 
 def table(runs: list[Run]) -> str:
-    """Return what each way came to, and what the object loses to training without a class word, in pairs."""
-    arms, rows = by_arm(runs, "ways"), []
-    reference = arms.get(REFERENCE, [])
-    theirs = {(run["kind"], run["seed"]): run for run in reference}
-    for name in (name for name in WAYS if name in arms):
-        own = arms[name]
+    """Return what each way came to, and what the object gains on training without a class word, in pairs.
+
+    The reference is that training with its LoRA always acting. p is corrected by Holm's method over the table.
+    """
+    arms = by_arm(runs, "ways")
+    ways = [name for name in WAYS if name in arms]
+    theirs = {(run["kind"], run["seed"]): run for run in arms.get(REFERENCE, [])}
+    pairs = {
+        name: [(run, theirs[key]) for run in arms[name] if (key := (run["kind"], run["seed"])) in theirs]
+        for name in ways
+    }
+    gains = {
+        (name, metric): [mine[metric] - other["fidelity"] for mine, other in pairs[name]]
+        for name in ways
+        for metric in ("named", "fidelity")
+        if pairs[name] and (name, metric) != (REFERENCE, "fidelity")
+    }
+    ps = dict(zip(gains, holm([sign_flip_p(by) for by in gains.values()]), strict=True))
+    rows = []
+    for name in ways:
+        own, beside = arms[name], pairs[name]
         cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
-        pairs = [(run, theirs[key]) for run in own if (key := (run["kind"], run["seed"])) in theirs]
-        lost = [
-            f"{np.mean(by):+.3f} (p {sign_flip_p(by):.3f})" if pairs else "–"
-            for by in ([mine[metric] - other["fidelity"] for mine, other in pairs] for metric in ("named", "fidelity"))
+        cells += [
+            f"{np.mean(gains[key]):+.3f} (p {ps[key]:.3f})" if (key := (name, metric)) in gains else "–"
+            for metric in ("named", "fidelity")
         ]
-        times = np.mean([mine["seconds"] / other["seconds"] for mine, other in pairs]) if pairs else float("nan")
-        rows.append([name, *cells, *lost, f"{times:.2f}", str(len(own))])
+        times = np.mean([mine["seconds"] / other["seconds"] for mine, other in beside]) if beside else float("nan")
+        rows.append([name, *cells, f"{times:.2f}", str(len(own))])
     compared = ["named, against no class word", "always, against no class word", "seconds, against none", "runs"]
     return markdown_table(["", *MEASURED.values(), *compared], rows)
 
@@ -106,14 +127,17 @@ def write_page(runs: list[Run]) -> None:
     """Write PRESERVATION.md."""
     said = "\n".join(f"- {name}: {WAYS[name].about}" for name in WAYS if name in by_arm(runs, "ways"))
     hours = sum(run["seconds"] for run in runs) / 3600
+    of_base = np.mean([run["class_kept"] for run in runs if run["group"] == BASE] or [np.nan])
+    trainings = sum(run["group"] != BASE for run in runs)
     PAGE.write_text(
         "# How to hold a class\n\n"
-        f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.preservation`. An "
+        f"{trainings} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.preservation`. An "
         "object is taught as `<zwx> square`, `<zwx> circle` or `<zwx> ring`. Mean ± standard error over objects and "
-        f"seeds, {PROMPTS} prompts of each kind a training; differences are paired by object and seed. No "
-        "caption names a size or a place, and 45 % of the prompts do: those are the new words. `LoRA where it is "
-        "named` is what prediction does for a LoRA with a class word (`lora_acts`): the class alone is then the base "
-        "model's, which shows it in all of these prompts.\n\n"
+        f"seeds, {PROMPTS} prompts of each kind a training; differences are paired by object and seed, p is of a "
+        "two-sided sign-flip test and corrected by Holm's method over the table. No caption names a size or a "
+        "place, and 45 % of the prompts do: those are the new words. `LoRA where it is named` is what "
+        "prediction does for a LoRA with a class word (`lora_acts`): the class alone is then the base model's, which "
+        f"is right for {of_base:.1%} of these prompts.\n\n"
         f"{table(runs)}\n\n{said}\n\n"
         "## preserve_prompts\n\n"
         "A style in two inks is taught over the whole image, by the word ohwx. What is held is "
@@ -140,7 +164,7 @@ def main() -> None:
         )
         for kind in kinds
         for way in ways
-    ]
+    ] + [Spec(BASE, "no LoRA", kind, 0) for kind in given.objects]
     runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_way, given.processes)
     write_page(runs)
     print(table(runs))

@@ -31,6 +31,12 @@ def test_a_short_form_of_each_way_of_holding_a_class_runs(way):
 
 
 @pytest.mark.slow
+def test_the_class_is_right_without_a_lora():
+    measured = preservation.run_way(experiment.Spec(preservation.BASE, "no LoRA", "fish", 0), prompts=4)
+    assert measured["class_kept"] == 1.0
+
+
+@pytest.mark.slow
 def test_a_short_form_of_holding_prompts_runs():
     spec = experiment.Spec(preserved_prompts.GROUP, "a tenth of the batches", STYLE, 0)
     measured = preservation.run_way(spec, steps=5, prompts=4)
@@ -53,7 +59,8 @@ def test_the_table_of_ways_compares_in_pairs():
     cells = preservation.table(runs).splitlines()[-1].strip("| ").split(" | ")
     assert cells[:4] == ["a tenth of the batches", "0.80 ± 0.00", "0.60 ± 0.10", "0.25 ± 0.00"]
     assert cells[4:6] == ["1.00 ± 0.00", "0.50 ± 0.00"]
-    assert cells[6:] == ["+0.000 (p 1.000)", "-0.200 (p 0.500)", "1.50", "2"], "the third seed has no pair"
+    assert cells[6:] == ["+0.000 (p 1.000)", "-0.200 (p 1.000)", "1.50", "2"], "the third seed has no pair"
+    assert preservation.table(runs).splitlines()[2].split(" | ")[6:8] == ["+0.000 (p 1.000)", "–"], "the reference"
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
