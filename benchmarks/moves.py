@@ -15,7 +15,7 @@ from lora_utils.lora.layers import LoraLinear
 from lora_utils.presets import PRESETS
 from lora_utils.training.state import TrainState
 
-BASE_NAME = "ours, at 5e-4, with MLPs"
+BASE_NAME = "ours"
 BASE = RECIPES[BASE_NAME].given
 RANK = PRESETS["none"].rank
 
@@ -56,6 +56,7 @@ MOVES: dict[str, Recipe] = {
     "rank 8": _given(rank=8),
     "rank 64": _given(rank=64),
     "attention alone": _given(lora_targets="attention"),
+    "attention, and the image's MLPs": _given(lora_targets="attention,transformer_blocks.*.img_mlp.*"),
     "logit_normal without shift": _given(timestep_sampling="logit_normal"),
     "uniform": _given(timestep_sampling="uniform"),
     "style": _given(timestep_sampling="style"),
@@ -73,5 +74,6 @@ MOVES: dict[str, Recipe] = {
     "adafactor": _given(optimizer="adafactor"),
     "Muon, rate 1e-3": _given(_muon, learning_rate=1e-3),
     "Muon, rate 3e-3": _given(_muon, learning_rate=3e-3),
+    "Muon, rate 3e-3 that falls to 0": _given(_muon, learning_rate=3e-3, lr_scheduler="linear"),
     "A from the layer's own directions": _given(_principal_directions),
 }
