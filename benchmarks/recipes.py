@@ -22,7 +22,17 @@ from PIL import Image
 
 from benchmarks import experiment
 from benchmarks.dataset_inputs import set_up
-from benchmarks.experiment import Run, Spec, at_value, by_arm, markdown_table, mean_and_error
+from benchmarks.experiment import (
+    Run,
+    Spec,
+    at_value,
+    by_arm,
+    holm,
+    markdown_table,
+    mean_and_error,
+    paired_differences,
+    sign_flip_p,
+)
 from benchmarks.moves import BASE_NAME, MOVES, Move
 from benchmarks.peers import RECIPES, Recipe
 from benchmarks.subjects import SUBJECTS
@@ -116,40 +126,64 @@ def reached(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     return []
 
 
-def table(runs: Sequence[Run], group: str = "recipes") -> str:
-    """Return what each recipe of a group needs to reach the fidelity, over the runs that do."""
+def needed(run: Run, metric: str = "step") -> float:
+    """Return the steps or seconds at which a run has the fidelity, and all that it took where it never has it."""
+    around = reached(run["points"])
+    found = at_value(around, metric, "fidelity", FIDELITY) if around else None
+    return run["points"][-1][metric] if found is None else found
+
+
+def others_right(run: Run) -> float:
+    """Return the share of other prompts that are right where a run has the fidelity, and else at its end."""
+    return (reached(run["points"]) or run["points"])[-1]["base_accuracy"]
+
+
+def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str:
+    """Return what each recipe of a group needs to reach the fidelity, in pairs with the one that it's held `against`.
+
+    p is of a sign-flip test of the steps and corrected by Holm's method over the table.
+    """
+    arms = by_arm(runs, group)
+    fewer = {name: by for name, own in arms.items() if (by := paired_differences(own, arms.get(against, []), needed))}
+    fewer.pop(against, None)
+    ps = dict(zip(fewer, holm([sign_flip_p(by) for by in fewer.values()]), strict=True))
     rows = []
-    for name, own in by_arm(runs, group).items():
-        found = [around for run in own if (around := reached(run["points"]))]
-        cells = [
-            mean_and_error([at_value(around, metric, "fidelity", FIDELITY) or 0.0 for around in found])
-            for metric in ("step", "seconds")
-        ]
-        cells.append(mean_and_error([around[1]["base_accuracy"] for around in found]))
-        best = mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own])
-        rows.append([name, f"{len(found)} of {len(own)}", *cells, best])
-    return markdown_table(["", "reached by", "steps", "seconds", "other prompts right there", "best fidelity"], rows)
+    for name, own in arms.items():
+        cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
+        cells.append(mean_and_error([others_right(run) for run in own]))
+        cells.append(mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own]))
+        compared = f"{np.mean(fewer[name]):+.0f} (p {ps[name]:.3f})" if name in fewer else "–"
+        rows.append([name, f"{sum(bool(reached(run['points'])) for run in own)} of {len(own)}", *cells, compared])
+    measured = ["steps", "seconds", "other prompts right there", "best fidelity"]
+    return markdown_table(["", "reached by", *measured, f"steps against {against or 'none'}"], rows)
+
+
+def best_peer(runs: Sequence[Run]) -> str:
+    """Return the recipe, not one of ours, that needs the fewest steps."""
+    peers = {name: own for name, own in by_arm(runs, "recipes").items() if not name.startswith("ours")}
+    return min(peers, key=lambda name: np.mean([needed(run) for run in peers[name]]), default="")
 
 
 def write_page(runs: Sequence[Run]) -> None:
     """Write RECIPES.md: a table for all subjects, one for each, and the sources."""
-    hours = sum(run["seconds"] for run in runs) / 3600
+    hours, peer = sum(run["seconds"] for run in runs) / 3600, best_peer(runs)
     parts = [
         "# Which recipe teaches how fast",
         f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.recipes`. Mean ± "
         f"standard error over subjects and seeds. A run has learned its subject where {FIDELITY:.0%} of "
-        f"{Length().prompts} images show it, twice in a row; steps, seconds and other prompts are of that moment.",
+        f"{Length().prompts} images show it, twice in a row; steps, seconds and other prompts are of that moment. A "
+        f"run that never has learned it counts with its {Length().steps} steps.",
         "## All subjects",
-        table(runs),
+        table(runs, "recipes", peer),
     ]
     for subject in SUBJECTS:
         if own := [run for run in runs if run["kind"] == subject]:
-            parts += [f"## {subject}", table(own)]
+            parts += [f"## {subject}", table(own, "recipes", peer)]
     if moved := [run for run in runs if run["group"] == "moves"]:
         seeds = {(run["kind"], run["seed"]) for run in moved}
         base = [run for run in runs if run["arm"] == BASE_NAME and (run["kind"], run["seed"]) in seeds]
         moved = [{**run, "group": "moves"} for run in base] + moved
-        parts += ["## What moves it", f"Changes to `{BASE_NAME}`, one at a time.", table(moved, "moves")]
+        parts += ["## What moves it", f"Changes to `{BASE_NAME}`, one at a time.", table(moved, "moves", BASE_NAME)]
     parts.append("## Sources")
     for name in by_arm(runs, "recipes"):
         recipe = RECIPES[name]

@@ -101,9 +101,11 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
         ]
         return {"group": "recipes", "arm": arm, "kind": "house", "seed": 0, "points": points}
 
-    rows = recipes.table([run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.3)]).splitlines()
-    assert rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan |"
-    assert rows[3] == "| fal | 0 of 1 | – | – | – | 0.30 ± nan |"
+    runs = [run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.1, 0.2, 0.3), run("diffusers", 0.0, 0.1, 0.2, 0.2, 0.2)]
+    assert recipes.best_peer(runs) == "fal"
+    rows = recipes.table(runs, "recipes", "fal").splitlines()
+    assert rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan | -150 (p 1.000) |"
+    assert rows[3] == "| fal | 0 of 1 | 300 ± nan | 6.00 ± nan | 1.00 ± nan | 0.30 ± nan | – |", "all that it took"
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
     assert recipes.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
