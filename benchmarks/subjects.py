@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from benchmarks.dataset_inputs import Taught, images_of
+from benchmarks.dataset_inputs import Taught
 from examples import evaluate, shapes
+from examples.demo import captioned_images
 from examples.fields import Pixels
 
 STYLE = "duotone"
 DARK, LIGHT = np.array([24.0, 32.0, 88.0]), np.array([255.0, 226.0, 178.0])  # the style's two inks
 MOST_OFF = 14.0  # grey levels that a pixel may be off the line between them, on average
 LEAST_CONTRAST = 12.0  # of its brightness: a plain ground is no image
-IMAGES = 12
+STYLED_IMAGES = 24  # a style shows in many scenes, so it is taught by more of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +46,25 @@ def is_inked(image: Image.Image) -> bool:
 
 def _object(kind: str) -> Subject:
     return Subject(
-        lambda trigger, seed: images_of(shapes.Prompt(trigger), seed, kind=kind),
+        lambda trigger, seed: _taught(captioned_images(kind, shapes.Prompt(trigger), seed=seed)),
         lambda trigger, count: evaluate.object_prompts(shapes.Prompt(trigger), count),
         lambda image, _prompt: shapes.read(image).kind == kind,
     )
 
 
+def _taught(captioned: list[tuple[Image.Image, str]]) -> Taught:
+    images, captions = [image for image, _ in captioned], [caption for _, caption in captioned]
+    return Taught(images, captions, [Image.new("L", image.size, 255) for image in images])
+
+
 def _styled_images(trigger: str, seed: int) -> Taught:
-    rng, taught = np.random.default_rng(seed), Taught([], [], [])
-    while len(taught.images) < IMAGES:
+    rng, found = np.random.default_rng(seed), list[tuple[Image.Image, str]]()
+    while len(found) < STYLED_IMAGES:
         prompt = shapes.random_prompt(rng, tok_share=0.0, thing_share=0.0, part_share=0.0)
         if not shapes.is_held_out(prompt):
-            taught.images.append(shapes.to_image(inked(shapes.draw(shapes.scene_of(prompt, rng)))))
-            taught.captions.append(f"{rng.choice(prompt.wordings())}, {trigger} style")
-            taught.masks.append(Image.new("L", taught.images[-1].size, 255))
-    return taught
+            image = shapes.to_image(inked(shapes.draw(shapes.scene_of(prompt, rng))))
+            found.append((image, f"{rng.choice(prompt.wordings())}, {trigger} style"))
+    return _taught(found)
 
 
 def _styled_prompts(trigger: str, count: int) -> list[evaluate.Asked]:

@@ -54,6 +54,25 @@ def call(function: Callable[..., Any], **given: Any) -> Any:
     return function(**{**declared, **given})
 
 
+def captioned_images(
+    kind: str, told: shapes.Prompt, count: int = 15, seed: int = 0, wordings: Sequence[int] = (0, 1, 2, 3)
+) -> list[tuple[Image.Image, str]]:
+    """Return images of one object, in some variety, each with a caption that tells it so.
+
+    `wordings` are those of `Prompt.wordings` that the captions take in turn.
+    """
+    rng = np.random.default_rng(seed)
+    sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
+    found = []
+    for index in range(count):
+        size = sizes[index % 2] if index % 5 in (1, 2) else None
+        place = places[index // 3 % len(places)] if index % 5 in (2, 3) else None
+        prompt = replace(told, background=SEEN[index % len(SEEN)], size=size, place=place)
+        image = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
+        found.append((image, prompt.wordings()[wordings[index % len(wordings)]]))
+    return found
+
+
 def write_dataset(
     archive: Path,
     kind: str,
@@ -62,24 +81,14 @@ def write_dataset(
     seed: int = 0,
     wordings: Sequence[int] = (0, 1, 2, 3),
 ) -> list[Image.Image]:
-    """A zip as a user would pack it: images of one object, in some variety, each with a caption that tells it so.
-
-    `wordings` are those of `Prompt.wordings` that the captions take in turn. -> the images.
-    """
-    rng = np.random.default_rng(seed)
-    sizes, places = list(shapes.SIZES_PX), list(shapes.PLACES)
-    images = []
+    """Write a zip as a user would pack it: `captioned_images`, each caption beside its image. -> the images"""
+    captioned = captioned_images(kind, told, count, seed, wordings)
     with zipfile.ZipFile(archive, "w") as packed:
-        for index in range(count):
-            size = sizes[index % 2] if index % 5 in (1, 2) else None
-            place = places[index // 3 % len(places)] if index % 5 in (2, 3) else None
-            prompt = replace(told, background=SEEN[index % len(SEEN)], size=size, place=place)
-            image = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
+        for index, (image, caption) in enumerate(captioned):
             with packed.open(f"pictures/{index:02d}.png", "w") as file:
                 image.save(file, "png")
-            packed.writestr(f"pictures/{index:02d}.txt", prompt.wordings()[wordings[index % len(wordings)]])
-            images.append(image)
-    return images
+            packed.writestr(f"pictures/{index:02d}.txt", caption)
+    return [image for image, _ in captioned]
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
 def test_a_drawing_in_the_style_is_read_and_one_that_is_not_is_not():
     for subject in SUBJECTS.values():
         taught = subject.images("ohwx", 3)
-        assert len(taught.images) == len(taught.captions) == 12
+        assert len(taught.images) == len(taught.captions) in (15, 24)
         assert all("ohwx" in caption for caption in taught.captions)
     scene = shapes.Scene("ring", "gray", 18.0, (32.0, 32.0), "red")
     plain, prompt = shapes.draw(scene), shapes.Prompt("ring")
