@@ -47,7 +47,7 @@ class Predictor(BasePredictor):
         control_resolution: str = Input(default="", description="Side in pixels of the square whose area images to edit are scaled to; auto: the area of what is made. Empty: as the LoRA was trained, else 1024."),
         extra_lora: str = Input(default="", description="More LoRAs, one a line or separated by |: a URL, a path, or a hub repository as owner/name or owner/name/file.safetensors. Each may end in a strength of its own, like --scale 0.8."),
         extra_lora_scale: float = Input(default=1.0, ge=-1, le=3, description="Strength of the extra LoRAs that have none of their own."),
-        lora_acts: str = Input(default="auto", choices=["auto", "always", "named"], description="Under which texts a LoRA acts, prompt and negative prompt each. always: both. named: those that name what it was taught. auto: named for a LoRA trained with class_word, else always."),
+        lora_acts: str = Input(default="auto", choices=["auto", "always", "named"], description="Under which texts a LoRA acts, prompt and negative prompt each. always: both. named: those that name what it was taught. auto: named for a LoRA of a person or an object, by its goal or class_word, else always."),
         lightning: str = Input(default="auto", choices=["auto", "yes", "no"], description="Whether a LoRA is a Lightning one, made for 4 or 8 steps. auto: its header, or its ranks and alphas, tell."),
         output_format: str = Input(default="webp", choices=["webp", "jpg", "png"], description="Format of the images."),
         output_quality: int = Input(default=95, ge=1, le=100, description="Quality of webp and jpg."),

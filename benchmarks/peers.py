@@ -26,10 +26,13 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "ours": Recipe("lora_utils/config.py, with fal's and Replicate's rate and layers", {**AT_5E_4, **ALL_LAYERS}),
-    "ours, by a token, where it is named": Recipe(
-        "the same with train_placeholder_token and lora_acts=named",
-        {**AT_5E_4, **ALL_LAYERS, "train_placeholder_token": True},
+    "ours, where it is named": Recipe(
+        "the same with lora_acts=named, which a LoRA of a person or an object has by its goal",
+        {**AT_5E_4, **ALL_LAYERS},
         named=True,
+    ),
+    "ours, by a token, where it is named": Recipe(
+        "the same with train_placeholder_token", {**AT_5E_4, **ALL_LAYERS, "train_placeholder_token": True}, named=True
     ),
     "ours, at 1e-4, attention alone": Recipe(
         "lora_utils/presets.py before this table", {"learning_rate": 1e-4, "lora_targets": "attention"}

@@ -195,7 +195,7 @@ def write_page(runs: Sequence[Run]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
-    parser.add_argument("--only", default="", help="the recipes whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="the recipes whose name holds one of these")
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -208,7 +208,7 @@ def main() -> None:
         for seed in range(given.seeds)
         for subject in given.subjects
         for recipe in GROUPS[group]
-        if given.only in recipe
+        if any(part in recipe for part in given.only)
     ]
     runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_recipe, given.processes)
     write_page(runs)

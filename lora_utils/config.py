@@ -489,7 +489,7 @@ class SampleRequest:
     extra_lora_scale: float = option(1.0, "Strength of the extra LoRAs that have none of their own.", ge=-1, le=3)
     lora_acts: str = option(
         "auto", "Under which texts a LoRA acts, prompt and negative prompt each. always: both. named: those that name "
-        "what it was taught. auto: named for a LoRA trained with class_word, else always.",
+        "what it was taught. auto: named for a LoRA of a person or an object, by its goal or class_word, else always.",
         choices=("auto", "always", "named"),
     )
     lightning: str = option(

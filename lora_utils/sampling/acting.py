@@ -14,6 +14,8 @@ from lora_utils.triggers import holds
 
 log = logging.getLogger(__name__)
 
+ONE_THING = ("person", "object")  # goals
+
 
 @dataclass(frozen=True, slots=True)
 class ScaledLora:
@@ -24,14 +26,17 @@ class ScaledLora:
 
 
 class Taught(NamedTuple):
-    """By which words weights were taught, as their meta.json says: what `[trigger]` stands for.
-
-    With a class word, what was taught is told apart from its class by these words alone.
-    """
+    """By which words weights were taught, and what, as their meta.json says: also what `[trigger]` stands for."""
 
     trigger_word: str
     tokens: tuple[str, ...]
     class_word: str
+    goal: str
+
+    @property
+    def is_one_thing(self) -> bool:
+        """Whether it is a thing among others, which its words alone tell apart; a style is a look of all things."""
+        return bool(self.class_word) or self.goal in ONE_THING
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,14 +47,14 @@ class Taught(NamedTuple):
     def by(cls, weights: Weights) -> "Taught":
         """Read it of weights; nothing for a file without a meta.json."""
         config = weights.meta.config if weights.meta else {}
-        trigger, class_word = (
-            word if isinstance(word, str) else "" for word in map(config.get, ("trigger_word", "class_word"))
+        trigger, class_word, goal = (
+            word if isinstance(word, str) else "" for word in map(config.get, ("trigger_word", "class_word", "goal"))
         )
-        return cls(trigger, tuple(weights.lora.embeddings), class_word)
+        return cls(trigger, tuple(weights.lora.embeddings), class_word, goal)
 
     def acts_under(self, text: str, lora_acts: str) -> bool:
         """Return whether a LoRA that was taught so acts under a text, as the input `lora_acts` has it."""
-        if lora_acts == "always" or not self.names or (lora_acts == "auto" and not self.class_word):
+        if lora_acts == "always" or not self.names or (lora_acts == "auto" and not self.is_one_thing):
             return True
         return any(holds(text, name) for name in self.names)
 
@@ -57,9 +62,9 @@ class Taught(NamedTuple):
 def acting_under(text: str, request: SampleRequest, loras: Sequence[ScaledLora]) -> frozenset[int]:
     """Return which LoRAs, by index, change what a text shows.
 
-    Where one acts under texts that name what it was taught, a prompt of the class alone shows what the base model makes
-    of it. Guidance gains too. It moves away from what the negative prompt shows, which under the LoRA is what was
-    taught, for a LoRA changes all prompts somewhat: part of what the prompt's pass adds is then taken away again.
+    Where one acts under texts that name what it was taught, any other prompt shows what the base model makes of it.
+    Guidance gains too. It moves away from what the negative prompt shows, which under the LoRA is what was taught, for
+    a LoRA changes all prompts somewhat: part of what the prompt's pass adds is then taken away again.
     """
     return frozenset(
         index

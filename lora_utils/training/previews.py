@@ -181,11 +181,11 @@ def _generate(state: TrainState, rows: Sequence[PreviewRow]) -> list[list[Image.
 
 
 def loras_by_text(applied: AppliedLoras, request: SampleRequest, config: TrainConfig) -> LorasByText:
-    """Return under which texts the LoRA acts: as in prediction, but under a prompt of the class alone as well.
+    """Return under which texts the LoRA acts: as in prediction, but under a prompt that doesn't name it as well.
 
-    Prediction would leave it out there. The preview shows whether the LoRA itself keeps the class, as in other tools.
+    Prediction may leave it out there. The preview shows whether the LoRA itself keeps a class, as in other tools.
     """
-    taught = Taught(config.trigger_word, config.tokens, config.class_word)
+    taught = Taught(config.trigger_word, config.tokens, config.class_word, config.goal)
     under_prompt, under_negative = (taught.acts_under(t, "auto") for t in (request.prompt, request.negative_prompt))
     rests = under_prompt and not under_negative
     return LorasByText(applied, frozenset({0}), frozenset() if rests else frozenset({0}))

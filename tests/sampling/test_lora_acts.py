@@ -17,12 +17,12 @@ NAMED, CLASS = "a photo of <zwx> circle", "a photo of a circle"
 def of_class(tmp_path_factory, archives):
     """An archive, its meta.json saying that it was trained with these words."""
 
-    def with_words(archive="token", class_word="circle", trigger_word=""):
+    def with_words(archive="token", class_word="circle", trigger_word="", goal="none"):
         path = tmp_path_factory.mktemp("of_class") / "of_class.zip"
         with zipfile.ZipFile(archives / f"{archive}.zip") as source, zipfile.ZipFile(path, "w") as packed:
             packed.writestr(LORA_MEMBER, source.read(LORA_MEMBER))
             meta = json.loads(source.read(META_MEMBER))
-            meta["config"] |= {"class_word": class_word, "trigger_word": trigger_word}
+            meta["config"] |= {"class_word": class_word, "trigger_word": trigger_word, "goal": goal}
             packed.writestr(META_MEMBER, json.dumps(meta))
         return path
 
@@ -76,10 +76,22 @@ def test_guidance_starts_from_the_base_models_velocity(predictor, of_class, arch
         assert same(kept, one(predictor, NAMED, replicate_weights=all_acting, guidance=guidance)) == equal
 
 
-def test_a_lora_without_a_class_word_acts_everywhere(predictor, of_class, archives, forwards):
-    for path in (archives / "token.zip", of_class(class_word=""), of_class("baseline", class_word="circle")):
+@pytest.mark.parametrize("goal", ["person", "object"])
+def test_a_goal_that_is_one_thing_is_as_good_as_a_class(goal, predictor, of_class, forwards):
+    one(predictor, NAMED, replicate_weights=of_class(class_word="", goal=goal))
+    assert forwards == [{0}, set()] * SMALL["steps"]
+
+
+@pytest.mark.parametrize("goal", ["none", "style", "else", 7])
+def test_a_lora_of_no_one_thing_acts_everywhere(goal, predictor, of_class, forwards):
+    one(predictor, CLASS, replicate_weights=of_class(class_word="", goal=goal))
+    assert forwards == [{0}] * SMALL["steps"]
+
+
+def test_a_lora_acts_everywhere_that_has_no_words_or_says_nothing(predictor, of_class, archives, forwards):
+    for path in (archives / "token.zip", of_class("baseline", class_word="circle", goal="object")):
         one(predictor, CLASS, replicate_weights=path)
-    assert forwards == [{0}] * SMALL["steps"] * 3, "the last one has neither token nor trigger word to be named by"
+    assert forwards == [{0}] * SMALL["steps"] * 2
 
 
 def test_a_trigger_word_names_it_too_in_any_capitals(predictor, of_class):
