@@ -52,10 +52,9 @@ MOVES: dict[str, Recipe] = {
     **{f"rate {rate}": _given(learning_rate=float(rate)) for rate in ("1e-4", "2e-4", "1e-3")},
     # A LoRA's output is alpha / rank * B A. AdamW's steps don't follow the gradient's size, so a larger alpha is a
     # larger rate of B alone: LoRA+ with that ratio (Hayou et al. 2024). Rank-stabilised alphas are such ones too.
-    **{f"B {ratio} times as fast (LoRA+)": _given(lora_alpha=float(ratio * RANK)) for ratio in (4, 16)},
+    **{f"B {ratio} times as fast (LoRA+)": _given(lora_alpha=float(ratio * RANK)) for ratio in (2, 4, 16)},
     "rank 8": _given(rank=8),
-    "rank 16": _given(rank=16),
-    "rank 16, B twice as fast": _given(rank=16, lora_alpha=32.0),
+    "rank 32": _given(rank=32),
     "rank 64": _given(rank=64),
     "attention alone": _given(lora_targets="attention"),
     "attention, and the image's MLPs": _given(lora_targets="attention,transformer_blocks.*.img_mlp.*"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-AT_5E_4, ALL_LAYERS = {"learning_rate": 5e-4}, {"lora_targets": "attention_mlp"}
+OURS = {"learning_rate": 5e-4, "rank": 16, "lora_targets": "attention_mlp"}  # a test says that they are the defaults
 # The image stream alone, peft's names to_q, to_k, to_v and to_out.0: diffusers' example and SimpleTuner leave out text.
 IMAGE_ATTENTION = ",".join(f"transformer_blocks.*.attn.to_{layer}" for layer in ("q", "k", "v", "out.0"))
 ACCUMULATED = "its 4 accumulated batches are one of 4 here, which has the same gradient and takes fewer seconds"
@@ -25,17 +25,15 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "ours": Recipe("lora_utils/config.py, with fal's and Replicate's rate and layers", {**AT_5E_4, **ALL_LAYERS}),
+    "ours": Recipe("lora_utils/config.py, its defaults", OURS),
     "ours, where it is named": Recipe(
-        "the same with lora_acts=named, which a LoRA of a person or an object has by its goal",
-        {**AT_5E_4, **ALL_LAYERS},
-        named=True,
+        "the same with lora_acts=named, which a LoRA of a person or an object has by its goal", OURS, named=True
     ),
     "ours, by a token, where it is named": Recipe(
-        "the same with train_placeholder_token", {**AT_5E_4, **ALL_LAYERS, "train_placeholder_token": True}, named=True
+        "the same with train_placeholder_token", {**OURS, "train_placeholder_token": True}, named=True
     ),
-    "ours, at 1e-4, attention alone": Recipe(
-        "lora_utils/presets.py before this table", {"learning_rate": 1e-4, "lora_targets": "attention"}
+    "ours until 2026-11-28": Recipe(
+        "lora_utils/presets.py as it was", {"learning_rate": 1e-4, "rank": 32, "lora_targets": "attention"}
     ),
     "ai-toolkit": Recipe(
         "ostris/ai-toolkit 01c9f83, config/examples/train_lora_qwen_image_24gb.yaml; timestep_type sigmoid is the "

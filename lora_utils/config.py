@@ -184,11 +184,11 @@ class TrainConfig:
         ge=1, le=20000, preset=True, group="main",
     )
     rank: int = option(
-        PRESETS["none"].rank, "Rank of the LoRA. Empty: the goal's, 32 without one.",
+        PRESETS["none"].rank, "Rank of the LoRA. Empty: the goal's, 16 without one.",
         ge=1, le=256, preset=True, group="main",
     )
     learning_rate: float = option(
-        PRESETS["none"].learning_rate, "Learning rate of the LoRA. Empty: the goal's, 1e-4 without one; 1 for prodigy, "
+        PRESETS["none"].learning_rate, "Learning rate of the LoRA. Empty: the goal's, 5e-4 without one; 1 for prodigy, "
         "which multiplies the rate it finds.", ge=1e-7, le=1, preset=True, group="main",
     )
     resolution: str = option(
@@ -206,8 +206,8 @@ class TrainConfig:
     )
     lora_targets: str = option(
         PRESETS["none"].lora_targets, "Layers that the LoRA adapts: attention, attention_mlp (2.3 times as large), or "
-        "patterns like transformer_blocks.{20-39}.attn.*, separated by commas. Empty: the goal's, attention without "
-        "one.", parse=parse_targets, preset=True,
+        "patterns like transformer_blocks.{20-39}.attn.*, separated by commas. Empty: the goal's, attention_mlp "
+        "without one.", parse=parse_targets, preset=True,
     )
     quantization: str = option(
         "auto", "How the frozen model's weights are stored. auto: exact where the GPU has room, else in 8 bits, else "

@@ -9,7 +9,7 @@ from lora_utils.config import RunOptions, TrainConfig
 from lora_utils.errors import UserError
 
 # Adam moves each weight by about its rate at every step, and a trained LoRA's weights are of a size of 0.01 to 0.1:
-# at 0.1 the first step is larger than all that could be learned. 1e-4 to 2e-4 is what the field trains with.
+# at 0.1 the first step is larger than all that could be learned. 1e-4 to 5e-4 is what the field trains with.
 RUINOUS_RATE, HIGH_RATE = 0.1, 0.01
 PRODIGY_LEAST_RATE = 0.1  # it multiplies the rate that Prodigy finds, which its authors leave at 1
 HIGH_EMBEDDING_RATE = 0.1  # a usual embedding of Qwen-Image has an rms of 0.015
@@ -32,7 +32,7 @@ def _refused(config: TrainConfig) -> Iterator[str]:
     if config.optimizer != "prodigy" and rate >= RUINOUS_RATE:
         yield (
             f"learning_rate {rate:g} with {config.optimizer} moves every weight by more than a whole training should; "
-            "set it to about 1e-4, or leave it empty."
+            "set it to about 5e-4, or leave it empty."
         )
     if config.warmup_steps and config.warmup_steps >= config.steps:
         yield f"warmup_steps {config.warmup_steps} doesn't end within the run's {config.steps} steps; set fewer."
@@ -48,7 +48,7 @@ def _refused(config: TrainConfig) -> Iterator[str]:
 def _warned(config: TrainConfig, options: RunOptions) -> Iterator[str]:
     rate, token_rate = config.learning_rate, config.placeholder_learning_rate
     if config.optimizer != "prodigy" and rate > HIGH_RATE:
-        yield f"learning_rate {rate:g} is a hundred times the usual with {config.optimizer}; 1e-4 is a good start"
+        yield f"learning_rate {rate:g} is far above the usual with {config.optimizer}; 5e-4 is a good start"
     if config.tokens and token_rate is not None and token_rate > HIGH_EMBEDDING_RATE:
         yield f"placeholder_learning_rate {token_rate:g} moves the token further than a word is large; try 5e-4"
     if config.caption_dropout == 1:

@@ -42,7 +42,7 @@ def test_a_default_is_shown_unless_the_sentence_says_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     told = help_of("train", capsys)
     assert "Denoising steps of a preview. [1 to 100, default 20]" in told
-    assert "Rank of the LoRA. Empty: the goal's, 32 without one. [1 to 256]" in told
+    assert "Rank of the LoRA. Empty: the goal's, 16 without one. [1 to 256]" in told
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ TOKEN = {"train_placeholder_token": True}
     ("given", "message"),
     [
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, "prodigy.*leave it empty, or set it to 1"),
-        ({"learning_rate": 1.0}, "learning_rate 1 with adamw.*set it to about 1e-4"),
+        ({"learning_rate": 1.0}, "learning_rate 1 with adamw.*set it to about 5e-4"),
         ({"learning_rate": 0.5, "optimizer": "adafactor"}, "learning_rate 0.5 with adafactor"),
         ({"learning_rate": 0.5, "optimizer": "adamw8bit"}, "learning_rate 0.5 with adamw8bit"),
         ({"warmup_steps": 1001}, "warmup_steps 1001 doesn't end within the run's 1000 steps; set fewer"),
@@ -34,7 +34,7 @@ def test_what_would_teach_nothing_is_refused(given, message):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"learning_rate": 0.02}, {}, "1e-4 is a good start"),
+        ({"learning_rate": 0.02}, {}, "5e-4 is a good start"),
         ({**TOKEN, "placeholder_learning_rate": 0.5}, {}, "try 5e-4"),
         ({"caption_dropout": 1.0}, {}, "nothing is learned of what they say"),
         ({"mask_from": "file", "mask_floor": 1.0}, {}, "mask_floor 1"),

@@ -172,7 +172,14 @@ def learned(tmp_path_factory, tiny_model):
     return learned
 
 
-TRAINING = {"train_placeholder_token": True, "rank": 8, "learning_rate": 1e-3, "batch_size": 4, "mask_floor": 0.0}
+TRAINING = {
+    "train_placeholder_token": True,
+    "lora_targets": "attention",
+    "rank": 8,
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "mask_floor": 0.0,
+}
 
 
 def errors_by_half(run: TrainState) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from benchmarks import experiment, preservation, preserved_prompts, recipes
 from benchmarks.moves import MOVES
 from benchmarks.muon import Muon
-from benchmarks.peers import RECIPES
+from benchmarks.peers import OURS, RECIPES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
 from examples import evaluate, shapes
 from lora_utils.config import TrainConfig
@@ -20,6 +20,11 @@ def test_each_recipe_is_one_of_this_package_and_names_its_source(name):
     adapted = adapted_layers(config.lora_targets, 6)
     assert len(set(map(len, adapted))) == 1, "the same layers of each block"
     assert recipe.source
+
+
+def test_ours_is_what_a_training_does_by_default():
+    default = TrainConfig(seed=0)
+    assert {name: getattr(default, name) for name in OURS} == OURS
 
 
 @pytest.mark.slow

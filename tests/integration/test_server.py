@@ -207,7 +207,7 @@ def test_a_goal_fills_what_is_left_out_and_a_folder_keeps_what_is_seen(trainer, 
     }
     reply = trainer.post("/trainings", given).json()
     assert reply["status"] == "succeeded", reply
-    assert "goal object: steps 2 (yours; the goal's is 1000), learning_rate 0.0002, rank 16" in reply["logs"]
+    assert "goal object: steps 2 (yours; the goal's is 1000), learning_rate 0.0005, rank 16" in reply["logs"]
     made = {path.name for path in (trainer.log.parent / "runs" / "mine").iterdir()}
     assert made == {"metrics.jsonl", "report.html", "samples", "status.json", "tensorboard"}
 

@@ -98,25 +98,27 @@ def test_on_a_cpu_no_run_is_compiled(dataset, random_model):
 
 def timing_of(images, card=roofline.CARDS[0]):
     shape = flops.Shape(60, 3072, 64, 3584)
-    return memory_plan.Timing(card, roofline.Step(shape, 4096, 128), size_of(1024), images)
+    return memory_plan.Timing(
+        card, roofline.Step(shape, 4096, 128, TrainConfig(seed=0).lora_targets), size_of(1024), images
+    )
 
 
 def test_on_a_known_gpu_a_run_is_compiled_that_is_long_enough_to_win_it_back():
-    """By its data sheet an H200 wins 2.8 ms an image, and compiling takes a minute and a half."""
+    """By its data sheet an H200 wins 6.2 ms an image, and compiling takes a minute and a half."""
 
     def compiled(asked="auto", **given):
         return memory_plan.choose_training_plan(asked, demand(141e9), live_text=False, **given).compiled
 
     assert not compiled(timing=timing_of(1000))
-    assert not compiled(timing=timing_of(25_000))
-    assert compiled(timing=timing_of(45_000))
+    assert not compiled(timing=timing_of(12_000))
+    assert compiled(timing=timing_of(20_000))
     assert not compiled("nf4", timing=timing_of(10**7)), "a quantised base isn't"
     assert not compiled(), "nor is a run on a GPU that isn't known"
 
 
 def test_the_plan_says_how_long_a_step_takes_at_least():
     """Without a token the text encoder is gone by then, and its room is the step's."""
-    for gb, live_text, expected in ((141, False, "0.24"), (141, True, "0.24"), (48, False, "0.25"), (48, True, "0.33")):
+    for gb, live_text, expected in ((141, False, "0.25"), (141, True, "0.25"), (48, False, "0.3"), (48, True, "0.36")):
         estimate = demand(gb * 1e9)
         plan = memory_plan.choose_training_plan("auto", estimate, live_text, timing_of(1000))
         said = " ".join(memory_plan.describe_plan(plan, "auto", estimate))

@@ -395,8 +395,8 @@ def test_weights_that_do_not_fit_are_refused_with_what_to_set(other, message, tr
 
 
 def test_weights_of_other_layers_are_refused_too(trained, new_run):
-    config = replace(CONFIG, lora_targets="attention_mlp")
-    message = r"init_weights has 16 layers and lora_targets adapts 24.*Choose the lora_targets it was trained with"
+    config = replace(CONFIG, lora_targets="attention")
+    message = r"init_weights has 24 layers and lora_targets adapts 16.*Choose the lora_targets it was trained with"
     with pytest.raises(UserError, match=message):
         new_run(config, init_weights=read_init_weights(trained, config))
 

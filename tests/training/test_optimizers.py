@@ -211,7 +211,7 @@ def test_each_choice_is_printed_with_what_the_caller_has_in_its_place():
     config = TrainConfig(goal="object", **{**asdict(PRESETS["object"]), "steps": 300}, seed=0)
     (line,) = describe_goal(config)
     assert line.startswith("goal object: steps 300 (yours; the goal's is 1000), ")
-    assert "rank 16, lora_targets attention" in line
+    assert "rank 16, lora_targets attention_mlp" in line
     assert describe_goal(TrainConfig(seed=0)) == []
 
 
