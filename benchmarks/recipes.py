@@ -35,7 +35,7 @@ from benchmarks.experiment import (
 )
 from benchmarks.moves import BASE_NAME, MOVES, Move
 from benchmarks.peers import RECIPES, Recipe
-from benchmarks.subjects import SUBJECTS
+from benchmarks.subjects import STYLE, SUBJECTS
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.lora.hooks import applied_loras, move_lora
@@ -166,15 +166,16 @@ def best_peer(runs: Sequence[Run]) -> str:
 
 def write_page(runs: Sequence[Run]) -> None:
     """Write RECIPES.md: a table for all subjects, one for each, and the sources."""
-    hours, peer = sum(run["seconds"] for run in runs) / 3600, best_peer(runs)
+    objects = [run for run in runs if run["kind"] != STYLE]
+    hours, peer = sum(run["seconds"] for run in runs) / 3600, best_peer(objects)
     parts = [
         "# Which recipe teaches how fast",
         f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.recipes`. Mean ± "
         f"standard error over subjects and seeds. A run has learned its subject where {FIDELITY:.0%} of "
         f"{Length().prompts} images show it, twice in a row; steps, seconds and other prompts are of that moment. A "
         f"run that never has learned it counts with its {Length().steps} steps.",
-        "## All subjects",
-        table(runs, "recipes", peer),
+        "## The three objects",
+        table(objects, "recipes", peer),
     ]
     for subject in SUBJECTS:
         if own := [run for run in runs if run["kind"] == subject]:
