@@ -143,7 +143,8 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
 
     p is of a sign-flip test of the steps and corrected by Holm's method over the table.
     """
-    arms = by_arm(runs, group)
+    found = by_arm(runs, group)
+    arms = {name: found[name] for name in (BASE_NAME, *GROUPS[group]) if name in found}
     fewer = {name: by for name, own in arms.items() if (by := paired_differences(own, arms.get(against, []), needed))}
     fewer.pop(against, None)
     ps = dict(zip(fewer, holm([sign_flip_p(by) for by in fewer.values()]), strict=True))
@@ -186,8 +187,7 @@ def write_page(runs: Sequence[Run]) -> None:
         moved = [{**run, "group": "moves"} for run in base] + moved
         parts += ["## What moves it", f"Changes to `{BASE_NAME}`, one at a time.", table(moved, "moves", BASE_NAME)]
     parts.append("## Sources")
-    for name in by_arm(runs, "recipes"):
-        recipe = RECIPES[name]
+    for name, recipe in RECIPES.items():
         differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""
         parts.append(f"- {name}: {recipe.source}.{differs}")
     PAGE.write_text("\n\n".join(parts) + "\n")

@@ -110,7 +110,7 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     assert recipes.best_peer(runs) == "fal"
     rows = recipes.table(runs, "recipes", "fal").splitlines()
     assert rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan | -150 (p 1.000) |"
-    assert rows[3] == "| fal | 0 of 1 | 300 ± nan | 6.00 ± nan | 1.00 ± nan | 0.30 ± nan | – |", "all that it took"
+    assert rows[4] == "| fal | 0 of 1 | 300 ± nan | 6.00 ± nan | 1.00 ± nan | 0.30 ± nan | – |", "all that it took"
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
     assert recipes.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
