@@ -173,8 +173,9 @@ def write_page(runs: Sequence[Run]) -> None:
         "# Which recipe teaches how fast",
         f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.recipes`. Mean ± "
         f"standard error over subjects and seeds. A run has learned its subject where {FIDELITY:.0%} of "
-        f"{Length().prompts} images show it, twice in a row; steps, seconds and other prompts are of that moment. A "
-        f"run that never has learned it counts with its {Length().steps} steps.",
+        f"{Length().prompts} images show it, twice in a row or at the last step; steps, seconds "
+        "and other prompts are of that moment. A run that never has learned it "
+        f"counts with its {Length().steps} steps.",
         "## The three objects",
         table(objects, "recipes", peer),
     ]

@@ -16,10 +16,10 @@ class Preset:
     lora_targets: str
 
 
-# Rate and steps without a goal are fal's and Replicate's, who train the 20 B model by them for all comers, and the
-# layers are Replicate's. On the small model that taught the most by far (benchmarks/RECIPES.md); rank 16, ai-toolkit's,
-# is little slower there than 32, and fits where 32 on all layers doesn't. A likeness and a style take the gentler rate
-# of diffusers' example, and more steps. This package has measured none of them on the 20 B model.
+# Rate and steps without a goal are fal's and Replicate's, who train the 20 B model by them for all comers. The layers
+# are Replicate's but for the modulations. On the small model 1e-4 and less taught next to nothing in 1000 steps
+# (benchmarks/RECIPES.md). Rank 16 is ai-toolkit's, and fits a 16 GB GPU, where 32 on all layers doesn't. A likeness and
+# a style take the gentler rate of diffusers' example, and more steps. None has been measured on the 20 B model.
 PRESETS = {
     "none": Preset(steps=1000, learning_rate=5e-4, rank=16, lora_targets="attention_mlp"),
     "person": Preset(steps=1500, learning_rate=2e-4, rank=16, lora_targets="attention_mlp"),
