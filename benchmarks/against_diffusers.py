@@ -36,6 +36,7 @@ SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "--rank 16 --lora_alpha 16 --learning_rate 4e-4 --train_batch_size 4 --cache_latents",
         {
             "rank": 16,
+            "lora_alpha": 16.0,
             "learning_rate": 4e-4,
             "batch_size": 4,
             "lora_targets": IMAGE_ATTENTION,

@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
         for rate in (RATE, 2 * RATE)
     },
     # bitsandbytes keeps 32 bits of a matrix with fewer than 4096 weights: at rank 64 these have as many
-    **{f"{name}, rank 64": {"optimizer": name, "rank": 64} for name in ("adamw", "adamw8bit")},
+    **{f"{name}, rank 64": {"optimizer": name, "rank": 64, "lora_alpha": 64.0} for name in ("adamw", "adamw8bit")},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
     f"adamw, rate {RATE:g} all along": {"lr_scheduler": "constant"},
     f"adamw, rate {RATE:g} all along, ema_decay 0.99": {"lr_scheduler": "constant", "ema_decay": 0.99},

@@ -12,12 +12,10 @@ import torch
 from benchmarks.muon import Muon
 from benchmarks.peers import RECIPES, Recipe
 from lora_utils.lora.layers import LoraLinear
-from lora_utils.presets import PRESETS
 from lora_utils.training.state import TrainState
 
 BASE_NAME = "ours"
 BASE = RECIPES[BASE_NAME].given
-RANK = PRESETS["none"].rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,8 @@ MOVES: dict[str, Recipe] = {
     **{f"rate {rate}": _given(learning_rate=float(rate)) for rate in ("1e-4", "2e-4", "1e-3")},
     # A LoRA's output is alpha / rank * B A. AdamW's steps don't follow the gradient's size, so a larger alpha is a
     # larger rate of B alone: LoRA+ with that ratio (Hayou et al. 2024). Rank-stabilised alphas are such ones too.
-    **{f"B {ratio} times as fast (LoRA+)": _given(lora_alpha=float(ratio * RANK)) for ratio in (2, 4, 16)},
-    "rank 8": _given(rank=8),
-    "rank 32": _given(rank=32),
-    "rank 64": _given(rank=64),
+    **{f"lora_alpha {alpha}": _given(lora_alpha=float(alpha)) for alpha in (16, 64, 128)},
+    **{f"rank {rank}": _given(rank=rank) for rank in (1, 4, 64)},
     "attention alone": _given(lora_targets="attention"),
     "attention, and the image's MLPs": _given(lora_targets="attention,transformer_blocks.*.img_mlp.*"),
     "logit_normal without shift": _given(timestep_sampling="logit_normal"),

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-OURS = {"learning_rate": 5e-4, "rank": 16, "lora_targets": "attention_mlp"}  # a test says that they are the defaults
+# A test says that these are the defaults.
+OURS = {"learning_rate": 5e-4, "rank": 16, "lora_alpha": 32.0, "lora_targets": "attention_mlp"}
 # The image stream alone, peft's names to_q, to_k, to_v and to_out.0: diffusers' example and SimpleTuner leave out text.
 IMAGE_ATTENTION = ",".join(f"transformer_blocks.*.attn.to_{layer}" for layer in ("q", "k", "v", "out.0"))
 ACCUMULATED = "its 4 accumulated batches are one of 4 here, which has the same gradient and takes fewer seconds"
@@ -33,13 +34,15 @@ RECIPES: dict[str, Recipe] = {
         "the same with train_placeholder_token", {**OURS, "train_placeholder_token": True}, named=True
     ),
     "ours until 2026-11-28": Recipe(
-        "lora_utils/presets.py as it was", {"learning_rate": 1e-4, "rank": 32, "lora_targets": "attention"}
+        "lora_utils/presets.py as it was",
+        {"learning_rate": 1e-4, "rank": 32, "lora_alpha": 32.0, "lora_targets": "attention"},
     ),
     "ai-toolkit": Recipe(
         "ostris/ai-toolkit 01c9f83, config/examples/train_lora_qwen_image_24gb.yaml; timestep_type sigmoid is the "
         "default of toolkit/config_modules.py",
         {
             "rank": 16,
+            "lora_alpha": 16.0,
             "learning_rate": 1e-4,
             "lora_targets": "attention_mlp",
             "timestep_sampling": "logit_normal",
@@ -65,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
         "defaults of train_dreambooth_lora_qwen_image.py (02303d1)",
         {
             "rank": 4,
+            "lora_alpha": 4.0,
             "learning_rate": 2e-4,
             "batch_size": 4,
             "lora_targets": IMAGE_ATTENTION,
@@ -77,6 +81,7 @@ RECIPES: dict[str, Recipe] = {
         "bghira/SimpleTuner 0921dd3, documentation/quickstart/QWEN_IMAGE.md, its config.json",
         {
             "rank": 8,
+            "lora_alpha": 8.0,
             "learning_rate": 1e-4,
             "batch_size": 4,
             "warmup_steps": 100,
@@ -92,6 +97,7 @@ RECIPES: dict[str, Recipe] = {
         "replicate/qwen-image-lora-trainer 3eb933a, README.md, training defaults; it runs ai-toolkit",
         {
             "rank": 32,
+            "lora_alpha": 32.0,
             "learning_rate": 5e-4,
             "lora_targets": "attention_mlp",
             "timestep_sampling": "logit_normal",
@@ -101,7 +107,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     "fal": Recipe(
         "fal.ai/models/fal-ai/qwen-image-trainer/llms.txt: steps 1000, learning_rate 5e-4; it publishes no more",
-        {"rank": 16, "learning_rate": 5e-4, "lora_targets": "attention_mlp", "timestep_sampling": "logit_normal"},
+        {
+            "rank": 16,
+            "lora_alpha": 16.0,
+            "learning_rate": 5e-4,
+            "lora_targets": "attention_mlp",
+            "timestep_sampling": "logit_normal",
+            "caption_dropout": 0.05,
+        },
         "rank, layers and levels of noise are ai-toolkit's",
     ),
 }

@@ -226,6 +226,7 @@ def _config(arm: Arm, bench: Bench, seed: int) -> TrainConfig:
         placeholder_token=",".join(arm.tokens),
         placeholder_init_std=arm.init_std,
         rank=arm.rank,
+        lora_alpha=16.0,
         steps=bench.length.steps,
         learning_rate=4e-4,
         batch_size=4,

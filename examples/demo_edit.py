@@ -44,6 +44,7 @@ KNOWN = "\n".join(
 PAIRS = 20
 TRAINING = {
     "rank": 16,
+    "lora_alpha": 16.0,
     "steps": 500,
     "learning_rate": 5e-4,
     "batch_size": 4,

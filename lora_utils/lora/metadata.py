@@ -45,7 +45,6 @@ class Described:
 def describe_training(config: TrainConfig, described: Described) -> dict[str, str]:
     """Return the header of a file that a training wrote."""
     side, base = max(config.resolutions_px), described.base_model.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     found = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -61,7 +60,7 @@ def describe_training(config: TrainConfig, described: Described) -> dict[str, st
         "ss_output_name": described.title,
         "ss_network_module": _METHODS[config.adapter],
         "ss_network_dim": str(config.rank),
-        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_alpha": f"{config.lora_alpha:g}",
         "ss_num_train_images": str(described.num_images),
         "ss_steps": str(described.steps),
         "ss_batch_size_per_device": str(config.batch_size),

@@ -232,7 +232,7 @@ def save_weights(target: Path, lora: LoraFile, config: TrainConfig, facts: Train
         placeholder_token_id=_one_or_all([described["token_id"] for described in facts.placeholders]),
         placeholder=_one_or_all(facts.placeholders),
         rank=config.rank,
-        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets,
         training_steps=facts.steps,
         learning_rate=config.learning_rate,

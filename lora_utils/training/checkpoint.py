@@ -235,6 +235,8 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     It may have more steps than it had then. Raises UserError for a checkpoint of other settings or data.
     """
     ours, theirs = _settings(state), {**NEW_SETTINGS, **checkpoint.settings}
+    if theirs["lora_alpha"] is None:  # the default was the rank
+        theirs["lora_alpha"] = float(theirs["rank"])
     before, theirs["steps"] = theirs["steps"], max(theirs["steps"], ours["steps"])  # a run may grow
     other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:

@@ -43,7 +43,7 @@ def test_a_header_says_what_managers_show(monkeypatch):
     assert found["modelspec.trigger_phrase"] == "<zwx>, fox"
     assert found["modelspec.resolution"] == "768x768"
     assert found["modelspec.date"] == "2023-11-14"
-    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("8", "8")
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("8", "32")
     assert (found["ss_num_train_images"], found["ss_steps"]) == ("2", "30")
     assert found["ss_sd_model_name"] == "my-qwen", "no path of the machine"
     assert json.loads(found["ss_tag_frequency"]) == {"dataset": {"<zwx>": 2, "hat": 1, "snow": 1}}

@@ -223,3 +223,17 @@ def test_magnitudes_are_written_in_full_precision(random_model, tmp_path):
         dtypes = {key.rpartition(".lora_")[2]: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     assert dtypes == {"A.weight": "BF16", "B.weight": "BF16", "magnitude_vector": "F32"}
     assert read_lora_file(tmp_path / "l.safetensors").layers
+
+
+def test_at_one_alpha_every_rank_learns_as_fast(dataset, random_model):
+    """AdamW moves each of R columns by its rate, and alpha / R undoes that."""
+
+    def learned(rank, alpha):
+        run = make_state(replace(SHORT_RUN, rank=rank, lora_alpha=alpha), dataset, random_model, any_timestep=True)
+        before = judge.ours(run.components)
+        losses(run)
+        return (judge.ours(run.components) - before).norm().item()
+
+    at_one_alpha = [learned(rank, 16.0) for rank in (1, 4, 64)]
+    assert max(at_one_alpha) < 1.5 * min(at_one_alpha)
+    assert learned(64, 64.0) > 10 * learned(4, 4.0)  # at one strength they don't

@@ -189,6 +189,21 @@ def test_a_checkpoint_of_the_first_format_is_resumed(new_run, resumed, tmp_path)
         resumed(path, replace(CONFIG, seed=1))
 
 
+def test_in_an_older_checkpoint_no_alpha_means_the_rank(new_run, resumed, tmp_path):
+    run = new_run()
+    losses(run, 2)
+    path = save_checkpoint(run, tmp_path, keep=1)
+    written = json.loads((path / "settings.json").read_text())
+    written["settings"]["lora_alpha"] = None
+    (path / "settings.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=rf"lora_alpha: {CONFIG.rank}\.0 there, 32\.0 here"):
+        resumed(path)
+    written["settings"]["rank"] = 32
+    (path / "settings.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=rf"\(rank: 32 there, {CONFIG.rank} here\)"):
+        resumed(path)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
