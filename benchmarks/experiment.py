@@ -7,16 +7,17 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 Run = dict[str, Any]  # the fields of its Spec, and what it measured
+Key = TypeVar("Key", bound=Hashable)  # of a comparison in a table
 EXACT_UP_TO = 14  # pairs: 2^14 sign flips are all tried, of more 20 000 are sampled
 
 
@@ -141,6 +142,20 @@ def paired_differences(
 
 def _pair(run: Run) -> tuple[str, int]:
     return run["kind"], run["seed"]
+
+
+def difference_and_p(differences: Sequence[float], p: float | None = None, digits: int = 3) -> str:
+    """'+0.042 (p 0.031)': the mean of paired differences, and p, a sign-flip test's if none is given."""
+    if not differences:
+        return "–"
+    return f"{np.mean(differences):+.{digits}f} (p {sign_flip_p(differences) if p is None else p:.3f})"
+
+
+def corrected(compared: Mapping[Key, Sequence[float]], digits: int = 3) -> dict[Key, str]:
+    """Return a table's comparisons as text, with sign-flip p values corrected by Holm's method over all of them."""
+    tested = {key: sign_flip_p(differences) for key, differences in compared.items() if differences}
+    ps = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {key: difference_and_p(differences, ps.get(key), digits) for key, differences in compared.items()}
 
 
 def by_arm(runs: Sequence[Run], group: str) -> dict[str, list[Run]]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks import experiment, preserved_prompts
 from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up, trained_seconds
-from benchmarks.experiment import Run, Spec, by_arm, holm, markdown_table, mean_and_error, sign_flip_p
+from benchmarks.experiment import Run, Spec, by_arm, corrected, markdown_table, mean_and_error
 from benchmarks.preservation_changes import Bench
 from benchmarks.preservation_ways import CLASSES, WAYS
 from benchmarks.subjects import STYLE
@@ -108,19 +108,15 @@ def table(runs: list[Run]) -> str:
         for metric in ("named", "fidelity")
         if pairs[name] and (name, metric) != (REFERENCE, "fidelity")
     }
-    ps = dict(zip(gains, holm([sign_flip_p(by) for by in gains.values()]), strict=True))
-    rows = []
+    compared, rows = corrected(gains), []
     for name in ways:
         own, beside = arms[name], pairs[name]
         cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
-        cells += [
-            f"{np.mean(gains[key]):+.3f} (p {ps[key]:.3f})" if (key := (name, metric)) in gains else "–"
-            for metric in ("named", "fidelity")
-        ]
+        cells += [compared.get((name, metric), "–") for metric in ("named", "fidelity")]
         times = np.mean([mine["seconds"] / other["seconds"] for mine, other in beside]) if beside else float("nan")
         rows.append([name, *cells, f"{times:.2f}", str(len(own))])
-    compared = ["named, against no class word", "always, against no class word", "seconds, against none", "runs"]
-    return markdown_table(["", *MEASURED.values(), *compared], rows)
+    against = ["named, against no class word", "always, against no class word", "seconds, against none", "runs"]
+    return markdown_table(["", *MEASURED.values(), *against], rows)
 
 
 def write_page(runs: list[Run]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.dataset_inputs import sampled, set_up, trained_seconds
-from benchmarks.experiment import Run, Spec, by_arm, markdown_table, mean_and_error, paired_differences, sign_flip_p
+from benchmarks.experiment import Run, Spec, by_arm, corrected, markdown_table, mean_and_error, paired_differences
 from benchmarks.subjects import STYLE, SUBJECTS
 from examples import evaluate, shapes
 from lora_utils.model.components import Components
@@ -53,13 +53,17 @@ def run_style(components: Components, spec: Spec, steps: int | None, prompts: in
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Return what each share came to, and its differences from none, paired by seed."""
-    arms, rows = by_arm(runs, GROUP), []
+    """Return what each share came to, and its differences from none, paired by seed, with p corrected by Holm."""
+    arms = by_arm(runs, GROUP)
+    differences = {
+        (name, metric): paired_differences(own, arms.get(REFERENCE, []), lambda run, metric=metric: run[metric])
+        for name, own in arms.items()
+        for metric in ("fidelity", "others")
+        if name != REFERENCE
+    }
+    compared, rows = corrected(differences), []
     for name in (name for name in SHARES if name in arms):
-        own = arms[name]
-        cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
-        for metric in ("fidelity", "others"):
-            by = paired_differences(own, arms.get(REFERENCE, []), lambda run, metric=metric: run[metric])
-            cells.append(f"{np.mean(by):+.3f} (p {sign_flip_p(by):.3f})" if by and name != REFERENCE else "")
-        rows.append([name, *cells, str(len(own))])
+        cells = [mean_and_error([run[metric] for run in arms[name]]) for metric in MEASURED]
+        cells += [compared.get((name, metric), "–") for metric in ("fidelity", "others")]
+        rows.append([name, *cells, str(len(arms[name]))])
     return markdown_table(["", *MEASURED.values(), "style, against none", "others, against none", "runs"], rows)

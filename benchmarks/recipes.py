@@ -27,11 +27,10 @@ from benchmarks.experiment import (
     Spec,
     at_value,
     by_arm,
-    holm,
+    corrected,
     markdown_table,
     mean_and_error,
     paired_differences,
-    sign_flip_p,
 )
 from benchmarks.moves import BASE_NAME, MOVES, Move
 from benchmarks.peers import RECIPES, Recipe
@@ -147,14 +146,13 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
     arms = {name: found[name] for name in (BASE_NAME, *GROUPS[group]) if name in found}
     fewer = {name: by for name, own in arms.items() if (by := paired_differences(own, arms.get(against, []), needed))}
     fewer.pop(against, None)
-    ps = dict(zip(fewer, holm([sign_flip_p(by) for by in fewer.values()]), strict=True))
-    rows = []
+    compared, rows = corrected(fewer, digits=0), []
     for name, own in arms.items():
         cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
         cells.append(mean_and_error([others_right(run) for run in own]))
         cells.append(mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own]))
-        compared = f"{np.mean(fewer[name]):+.0f} (p {ps[name]:.3f})" if name in fewer else "–"
-        rows.append([name, f"{sum(bool(reached(run['points'])) for run in own)} of {len(own)}", *cells, compared])
+        share = f"{sum(bool(reached(run['points'])) for run in own)} of {len(own)}"
+        rows.append([name, share, *cells, compared.get(name, "–")])
     measured = ["steps", "seconds", "other prompts right there", "best fidelity"]
     return markdown_table(["", "reached by", *measured, f"steps against {against or 'none'}"], rows)
 

@@ -17,11 +17,11 @@ from benchmarks.experiment import (
     Run,
     at_value,
     by_arm,
-    holm,
+    corrected,
+    difference_and_p,
     markdown_table,
     mean_and_error,
     paired_differences,
-    sign_flip_p,
 )
 from examples import demo
 
@@ -80,7 +80,7 @@ def paired_table(arms: dict[str, list[Run]], reference: list[Run]) -> str:
         cells = []
         for value in measured.values():
             differences = paired_differences(runs, reference, value)
-            cells.append(f"{np.mean(differences):+.3f} (p {sign_flip_p(differences):.3f})" if differences else "–")
+            cells.append(difference_and_p(differences))
         rows.append([arm, *cells])
     return markdown_table(["minus the trained fresh token", *measured], rows)
 
@@ -111,13 +111,8 @@ def pays_table(arms: dict[str, list[Run]]) -> str:
         for name in settings
         for what, value in measured.items()
     }
-    tested = {key: sign_flip_p(own) for key, own in differences.items() if own}
-    ps = dict(zip(tested, holm(list(tested.values())), strict=True))
-
-    def cell(key: tuple[str, str]) -> str:
-        return f"{np.mean(differences[key]):+.3f} (p {ps[key]:.3f})" if key in ps else "–"
-
-    rows = [[name, *(cell((name, what)) for what in measured), str(len(arms[f"{name}, trained"]))] for name in settings]
+    cells = corrected(differences)
+    rows = [[name, *(cells[name, what] for what in measured), str(len(arms[f"{name}, trained"]))] for name in settings]
     return markdown_table(["trained minus frozen", *measured, "runs"], rows)
 
 
