@@ -43,7 +43,7 @@ def train(
     mask_floor: float = Input(default=0.1, ge=0, le=1, description="Weight of the loss outside a mask; inside it is 1."),
     class_word: str = Input(default="", description="What the token or trigger word is one of, like 'person'. Training then holds that class to what the base model makes of it."),
     preserve_prompts: str = Input(default="", description="Prompts that training holds to what the base model makes of them, one a line or separated by |."),
-    preservation_weight: float = Input(default=0.25, ge=0, le=0.9, description="Share of the batches that hold class_word and preserve_prompts (prior preservation), not teach."),
+    preservation_weight: float = Input(default=0.1, ge=0, le=0.9, description="Share of the batches that hold class_word and preserve_prompts (prior preservation), not teach."),
     uncaptioned: str = Input(default="train", choices=["train", "skip", "refuse"], description="Images without any caption: train them under an empty one, skip them, or refuse the dataset."),
     caption_variants: bool = Input(default=False, description="Each line of a caption is another caption of its image, of which one is taken at random each time."),
     caption_shuffle: Optional[int] = Input(default=None, ge=0, le=1000, description="Shuffle the tags of captions, which commas separate, each time, and keep the first so many in their place. Empty: no shuffling."),

@@ -180,17 +180,18 @@ def classes(components: Components, seed: int, given: Mapping[str, Any]) -> dict
     return measured
 
 
+QUARTER_HELD = {"class_word": CLASS, "preservation_weight": 0.25}
 MEASURED = {
     "no mask": (masks, {}),
     "masks, mask_floor 0.1": (masks, {"mask_from": "file"}),
     "masks, mask_floor 0": (masks, {"mask_from": "file", "mask_floor": 0.0}),
     "no class_word": (classes, {}),
-    "class_word, preservation_weight 0.25": (classes, {"class_word": CLASS}),
+    "class_word, preservation_weight 0.25": (classes, QUARTER_HELD),
     "24 regularisation images": (classes, {"images of the class": 24}),
     "24 regularisation images, prior_loss_weight 0.5": (classes, {"images of the class": 24, "prior_loss_weight": 0.5}),
     "24 regularisation images, twice the steps": (classes, {"images of the class": 24, "steps": 1200}),
     "no class_word, twice the steps": (classes, {"steps": 1200}),
-    "class_word, preservation_weight 0.25, twice the steps": (classes, {"class_word": CLASS, "steps": 1200}),
+    "class_word, preservation_weight 0.25, twice the steps": (classes, {**QUARTER_HELD, "steps": 1200}),
 }
 
 

@@ -55,7 +55,8 @@ TRAINING = {
     "seed": 0,
 }
 SUBJECT = {"steps": 1000}  # an object is more to learn than a frame
-KEPT = {"preserve_prompts": KNOWN}  # a quarter of the batches holds them, so as many more steps are taken
+# A quarter of the batches holds them, so as many more steps are taken.
+KEPT = {"preserve_prompts": KNOWN, "preservation_weight": 0.25}
 LONGER_FRAME, LONGER_SUBJECT = {"steps": 800}, {"steps": 1500}
 WITH_TOKEN = {"train_placeholder_token": True, "placeholder_token": TOKEN}
 SAMPLING = {"steps": 20, "guidance": 4.0, "width": 64, "height": 64, "output_format": "png"}

@@ -235,7 +235,7 @@ class TrainConfig:
         parse=parse_preserved_prompts,
     )
     preservation_weight: float = option(
-        0.25, "Share of the batches that hold class_word and preserve_prompts (prior preservation), not teach.",
+        0.1, "Share of the batches that hold class_word and preserve_prompts (prior preservation), not teach.",
         ge=0, le=0.9,
     )
     uncaptioned: str = option(

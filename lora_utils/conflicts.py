@@ -56,9 +56,9 @@ def _warned(config: TrainConfig, options: RunOptions) -> Iterator[str]:
     if config.mask_from != "none" and config.mask_floor == 1:
         yield "mask_floor 1 counts what is outside the masks in full, so they do nothing; lower it"
     if config.class_word and not config.preservation_weight:
-        yield f"class_word {config.class_word!r} with preservation_weight 0 holds nothing; set it to 0.25"
+        yield f"class_word {config.class_word!r} with preservation_weight 0 holds nothing; set it to 0.1"
     if config.preserve_prompts and not config.preservation_weight:
-        yield "preserve_prompts with preservation_weight 0 hold nothing; set it to 0.25"
+        yield "preserve_prompts with preservation_weight 0 hold nothing; set it to 0.1"
     if (config.autocaption_prefix or config.autocaption_suffix) and not config.autocaption:
         yield "autocaption_prefix and autocaption_suffix do nothing without autocaption; set it to true"
     if options.save_every > config.steps:

@@ -176,6 +176,7 @@ TRAINING = {
     "train_placeholder_token": True,
     "lora_targets": "attention",
     "rank": 8,
+    "lora_alpha": 8.0,
     "learning_rate": 1e-3,
     "batch_size": 4,
     "mask_floor": 0.0,

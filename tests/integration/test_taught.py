@@ -53,6 +53,7 @@ def random_inputs(rng, folder):
         "lora_targets": rng.choice(["attention", "attention_mlp"]),
         "ema_decay": rng.choice([0.0, 0.5]),
         "placeholder_init_std": rng.choice([0.0, 1e-5]),
+        "lora_alpha": rng.choice([1.0, 4.0]),  # of a few steps: a strong LoRA's rounding to bf16 can be seen
     }
     tokens = given["placeholder_token"].split(",") if token else []
     if given["trigger_word"] or token:
