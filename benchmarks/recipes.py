@@ -48,7 +48,7 @@ WORK = Path("build/recipes")
 KEPT = Path(__file__).parent / "recipes_runs.jsonl"
 PAGE = Path(__file__).parent / "RECIPES.md"
 RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its tokens
-FIDELITY = 0.9
+FIDELITY, EARLY = 0.9, 300
 GROUPS: dict[str, dict[str, Recipe]] = {"recipes": RECIPES, "moves": MOVES}
 
 
@@ -132,6 +132,11 @@ def needed(run: Run, metric: str = "step") -> float:
     return run["points"][-1][metric] if found is None else found
 
 
+def early_fidelity(run: Run) -> float:
+    """Return the fidelity at `EARLY` steps, and a run's last one where it needed fewer."""
+    return [point["fidelity"] for point in run["points"] if point["step"] <= EARLY][-1]
+
+
 def others_right(run: Run) -> float:
     """Return the share of other prompts that are right where a run has the fidelity, and else at its end."""
     return (reached(run["points"]) or run["points"])[-1]["base_accuracy"]
@@ -150,10 +155,11 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
     for name, own in arms.items():
         cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
         cells.append(mean_and_error([others_right(run) for run in own]))
+        cells.append(mean_and_error([early_fidelity(run) for run in own]))
         cells.append(mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own]))
         share = f"{sum(bool(reached(run['points'])) for run in own)} of {len(own)}"
         rows.append([name, share, *cells, compared.get(name, "–")])
-    measured = ["steps", "seconds", "other prompts right there", "best fidelity"]
+    measured = ["steps", "seconds", "other prompts right there", f"fidelity at {EARLY} steps", "best fidelity"]
     return markdown_table(["", "reached by", *measured, f"steps against {against or 'none'}"], rows)
 
 

@@ -106,11 +106,17 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
         ]
         return {"group": "recipes", "arm": arm, "kind": "house", "seed": 0, "points": points}
 
-    runs = [run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.1, 0.2, 0.3), run("diffusers", 0.0, 0.1, 0.2, 0.2, 0.2)]
+    runs = [run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.1, 0.2, 0.3), run("diffusers", 0.0, 0.1, 0.2, 0.2, 0.4)]
     assert recipes.best_peer(runs) == "fal"
     rows = recipes.table(runs, "recipes", "fal").splitlines()
-    assert rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan | -150 (p 1.000) |"
-    assert rows[4] == "| fal | 0 of 1 | 300 ± nan | 6.00 ± nan | 1.00 ± nan | 0.30 ± nan | – |", "all that it took"
+    assert (
+        rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan | 1.00 ± nan | -150 (p 1.000) |"
+    )
+    assert rows[4] == "| fal | 0 of 1 | 300 ± nan | 6.00 ± nan | 1.00 ± nan | 0.30 ± nan | 0.30 ± nan | – |", (
+        "all that it took"
+    )
+    assert recipes.early_fidelity(runs[2]) == 0.2, "at 300 of its 400 steps"
+    assert recipes.early_fidelity(runs[0]) == 1.0, "it ended at 200"
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
     assert recipes.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
