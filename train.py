@@ -71,7 +71,7 @@ def train(
     placeholder_learning_rate: Optional[float] = Input(default=None, ge=0, le=1, description="Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). 0: it stays as it starts."),
     placeholder_init_std: float = Input(default=1e-05, ge=0, le=0.1, description="Standard deviation of the token's first embedding. Near zero means no prior."),
     adapter: str = Input(default="lora", choices=["lora", "dora", "lokr"], description="What is trained at each layer. dora adds the length of each output's weights; lokr is a Kronecker product, of which rank is that of the larger factor."),
-    lora_alpha: float = Input(default=32.0, ge=0.001, le=10000, description="Strength of the adapter times its rank: alpha / rank multiplies it. With AdamW one alpha learns as fast at every rank."),
+    lora_alpha: float = Input(default=32.0, ge=0.001, le=10000, description="Strength of the adapter times its rank: alpha / rank multiplies it. Leave it when you change the rank: with AdamW a LoRA then learns as fast as before."),
     timestep_sampling: str = Input(default="resolution", choices=["resolution", "logit_normal", "uniform", "content", "style"], description="Levels of noise that are trained. resolution: as the model was, more noise for larger images; content: about the middle; style: both ends."),
     timestep_shift: Optional[float] = Input(default=None, ge=0.1, le=100, description="Shift of these levels towards noise, like 3; 1 is none. Empty: the image size's, or none for logit_normal and uniform."),
     loss: str = Input(default="mse", choices=["mse", "huber"], description="Error of the velocity. huber counts large errors less, as of images that don't belong."),

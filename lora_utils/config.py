@@ -291,8 +291,8 @@ class TrainConfig:
     # AdamW moves every number by about its rate, so R columns of B move a layer's output R times as far, and alpha / R
     # undoes that: ranks 4 to 64 learn alike. 32 is the strength of Replicate's recipe, rank 32 at alpha 32.
     lora_alpha: float = option(
-        32.0, "Strength of the adapter times its rank: alpha / rank multiplies it. With AdamW one alpha learns "
-        "as fast at every rank.", ge=0.001, le=10000, group="advanced",
+        32.0, "Strength of the adapter times its rank: alpha / rank multiplies it. Leave it when you change "
+        "the rank: with AdamW a LoRA then learns as fast as before.", ge=0.001, le=10000, group="advanced",
     )
     timestep_sampling: str = option(
         "resolution", "Levels of noise that are trained. resolution: as the model was, more noise for larger images; "
