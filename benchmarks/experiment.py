@@ -103,12 +103,12 @@ def at_value(points: Sequence[dict[str, float]], metric: str, reached: str, valu
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """'0.83 ± 0.02': mean and standard error of the mean."""
+    """'0.83 ± 0.02': mean and standard error of the mean, which one value hasn't."""
     if not values:
         return "–"
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     digits = 0 if max(map(abs, values)) >= 10 else 2
-    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -132,10 +132,16 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def paired_differences(
-    runs: Iterable[Run], reference: Iterable[Run], value: Callable[[Run], float | None]
+    runs: Iterable[Run],
+    reference: Iterable[Run],
+    value: Callable[[Run], float | None],
+    of_reference: Callable[[Run], float | None] | None = None,
 ) -> list[float]:
-    """Run minus reference, over the objects and seeds that both have a value for."""
-    other = {_pair(run): value(run) for run in reference}
+    """Run minus reference, over the objects and seeds that both have a value for.
+
+    `of_reference`: what is taken of the reference, where it isn't the same value.
+    """
+    other = {_pair(run): (of_reference or value)(run) for run in reference}
     pairs = ((value(run), other.get(_pair(run))) for run in runs)
     return [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
 
@@ -144,18 +150,19 @@ def _pair(run: Run) -> tuple[str, int]:
     return run["kind"], run["seed"]
 
 
-def difference_and_p(differences: Sequence[float], p: float | None = None, digits: int = 3) -> str:
+def difference_and_p(differences: Sequence[float], p: float | None = None) -> str:
     """'+0.042 (p 0.031)': the mean of paired differences, and p, a sign-flip test's if none is given."""
     if not differences:
         return "–"
-    return f"{np.mean(differences):+.{digits}f} (p {sign_flip_p(differences) if p is None else p:.3f})"
+    mean = float(np.mean(differences))
+    return f"{mean:+.{0 if mean == 0 or abs(mean) >= 1 else 3}f} (p {sign_flip_p(differences) if p is None else p:.3f})"
 
 
-def corrected(compared: Mapping[Key, Sequence[float]], digits: int = 3) -> dict[Key, str]:
+def corrected(compared: Mapping[Key, Sequence[float]]) -> dict[Key, str]:
     """Return a table's comparisons as text, with sign-flip p values corrected by Holm's method over all of them."""
     tested = {key: sign_flip_p(differences) for key, differences in compared.items() if differences}
     ps = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {key: difference_and_p(differences, ps.get(key), digits) for key, differences in compared.items()}
+    return {key: difference_and_p(differences, ps.get(key)) for key, differences in compared.items()}
 
 
 def by_arm(runs: Sequence[Run], group: str) -> dict[str, list[Run]]:
@@ -165,6 +172,16 @@ def by_arm(runs: Sequence[Run], group: str) -> dict[str, list[Run]]:
         if run["group"] == group:
             arms.setdefault(run["arm"], []).append(run)
     return arms
+
+
+def differences_table(corner: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return paired differences, a row each by what they are of, with p corrected over the table."""
+    cells = corrected({(name, what): found for name, row in rows.items() for what, found in row.items()})
+    columns = list(next(iter(rows.values()), {}))
+    lines = [
+        [name, *(cells[name, what] for what in columns), str(max(map(len, row.values())))] for name, row in rows.items()
+    ]
+    return markdown_table([corner, *columns, "pairs"], lines)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,6 +12,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,16 @@ from PIL import Image
 
 from benchmarks import experiment, preserved_prompts
 from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up, trained_seconds
-from benchmarks.experiment import Run, Spec, by_arm, corrected, markdown_table, mean_and_error
+from benchmarks.experiment import (
+    Run,
+    Spec,
+    by_arm,
+    corrected,
+    differences_table,
+    markdown_table,
+    mean_and_error,
+    paired_differences,
+)
 from benchmarks.preservation_changes import Bench
 from benchmarks.preservation_ways import CLASSES, WAYS
 from benchmarks.subjects import STYLE
@@ -34,7 +44,7 @@ WORK = Path("build/preservation")
 KEPT = Path(__file__).parent / "preservation_runs.jsonl"
 PAGE = Path(__file__).parent / "PRESERVATION.md"
 PROMPTS = 40
-REFERENCE = "nothing held"
+REFERENCE, DEFAULT = "nothing held", "a tenth of the batches"
 BASE = "base"  # the group of the model as it is, whose only arm has no LoRA
 MEASURED = {
     "named": "object right, LoRA where it is named",
@@ -97,26 +107,37 @@ def table(runs: list[Run]) -> str:
     """
     arms = by_arm(runs, "ways")
     ways = [name for name in WAYS if name in arms]
-    theirs = {(run["kind"], run["seed"]): run for run in arms.get(REFERENCE, [])}
-    pairs = {
-        name: [(run, theirs[key]) for run in arms[name] if (key := (run["kind"], run["seed"])) in theirs]
-        for name in ways
-    }
+    theirs = arms.get(REFERENCE, [])
     gains = {
-        (name, metric): [mine[metric] - other["fidelity"] for mine, other in pairs[name]]
+        (name, metric): paired_differences(arms[name], theirs, itemgetter(metric), itemgetter("fidelity"))
         for name in ways
         for metric in ("named", "fidelity")
-        if pairs[name] and (name, metric) != (REFERENCE, "fidelity")
+        if (name, metric) != (REFERENCE, "fidelity")
     }
     compared, rows = corrected(gains), []
     for name in ways:
-        own, beside = arms[name], pairs[name]
+        own = arms[name]
         cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
         cells += [compared.get((name, metric), "–") for metric in ("named", "fidelity")]
-        times = np.mean([mine["seconds"] / other["seconds"] for mine, other in beside]) if beside else float("nan")
-        rows.append([name, *cells, f"{times:.2f}", str(len(own))])
+        ratios = paired_differences(own, theirs, lambda run: np.log(run["seconds"]))
+        times = f"{np.exp(np.mean(ratios)):.2f}" if ratios else "–"
+        rows.append([name, *cells, times, str(len(own))])
     against = ["named, against no class word", "always, against no class word", "seconds, against none", "runs"]
     return markdown_table(["", *MEASURED.values(), *against], rows)
+
+
+def default_table(runs: list[Run]) -> str:
+    """Return what the default gains on each other way, metric by metric, in pairs."""
+    arms = by_arm(runs, "ways")
+    rows = {
+        name: {
+            what: paired_differences(arms.get(DEFAULT, []), arms[name], itemgetter(metric))
+            for metric, what in MEASURED.items()
+        }
+        for name in WAYS
+        if name in arms and name != DEFAULT
+    }
+    return differences_table("", rows)
 
 
 def write_page(runs: list[Run]) -> None:
@@ -135,6 +156,8 @@ def write_page(runs: list[Run]) -> None:
         "prediction does for a LoRA with a class word (`lora_acts`): the class alone is then the base model's, which "
         f"is right for {of_base:.1%} of these prompts.\n\n"
         f"{table(runs)}\n\n{said}\n\n"
+        "## The default against each other way\n\n"
+        f"`{DEFAULT}` minus the way of the row, in pairs, corrected over this table.\n\n{default_table(runs)}\n\n"
         "## preserve_prompts\n\n"
         "A style in two inks is taught over the whole image, by the word ohwx. What is held is "
         f"{preserved_prompts.HELD} prompts of shapes, none of them among the {PROMPTS} that are measured.\n\n"

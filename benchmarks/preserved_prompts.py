@@ -4,6 +4,7 @@ For `benchmarks.preservation`. The prompts that are held describe shapes as a us
 """
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def table(runs: Sequence[Run]) -> str:
     """Return what each share came to, and its differences from none, paired by seed, with p corrected by Holm."""
     arms = by_arm(runs, GROUP)
     differences = {
-        (name, metric): paired_differences(own, arms.get(REFERENCE, []), lambda run, metric=metric: run[metric])
+        (name, metric): paired_differences(own, arms.get(REFERENCE, []), itemgetter(metric))
         for name, own in arms.items()
         for metric in ("fidelity", "others")
         if name != REFERENCE

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from benchmarks.experiment import (
     at_value,
     by_arm,
     corrected,
+    differences_table,
     markdown_table,
     mean_and_error,
     paired_differences,
@@ -49,6 +51,7 @@ KEPT = Path(__file__).parent / "recipes_runs.jsonl"
 PAGE = Path(__file__).parent / "RECIPES.md"
 RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its tokens
 FIDELITY, EARLY = 0.9, 300
+OURS_BY_CHANGE = ("ours until 2026-11-28", "ours", "ours, where it is named", "ours, by a token, where it is named")
 GROUPS: dict[str, dict[str, Recipe]] = {"recipes": RECIPES, "moves": MOVES}
 
 
@@ -151,7 +154,7 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
     arms = {name: found[name] for name in (BASE_NAME, *GROUPS[group]) if name in found}
     fewer = {name: by for name, own in arms.items() if (by := paired_differences(own, arms.get(against, []), needed))}
     fewer.pop(against, None)
-    compared, rows = corrected(fewer, digits=0), []
+    compared, rows = corrected(fewer), []
     for name, own in arms.items():
         cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
         cells.append(mean_and_error([others_right(run) for run in own]))
@@ -161,6 +164,19 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
         rows.append([name, share, *cells, compared.get(name, "–")])
     measured = ["steps", "seconds", "other prompts right there", f"fidelity at {EARLY} steps", "best fidelity"]
     return markdown_table(["", "reached by", *measured, f"steps against {against or 'none'}"], rows)
+
+
+def ours_table(runs: Sequence[Run]) -> str:
+    """Return what each of our recipes gains on the one before it, in pairs."""
+    arms = by_arm(runs, "recipes")
+    measured = {"steps": needed, f"fidelity at {EARLY} steps": early_fidelity, "other prompts right": others_right}
+    rows = {
+        f"{name}, minus {before}": {
+            what: paired_differences(arms[name], arms[before], value) for what, value in measured.items()
+        }
+        for before, name in pairwise(name for name in OURS_BY_CHANGE if name in arms)
+    }
+    return differences_table("", rows)
 
 
 def best_peer(runs: Sequence[Run]) -> str:
@@ -182,6 +198,9 @@ def write_page(runs: Sequence[Run]) -> None:
         f"counts with its {Length().steps} steps.",
         "## The three objects",
         table(objects, "recipes", peer),
+        "## Ours against each other",
+        "The three objects, in pairs; p corrected over this table.",
+        ours_table(objects),
     ]
     for subject in SUBJECTS:
         if own := [run for run in runs if run["kind"] == subject]:

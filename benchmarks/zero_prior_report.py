@@ -17,8 +17,8 @@ from benchmarks.experiment import (
     Run,
     at_value,
     by_arm,
-    corrected,
     difference_and_p,
+    differences_table,
     markdown_table,
     mean_and_error,
     paired_differences,
@@ -106,14 +106,14 @@ def pays_table(arms: dict[str, list[Run]]) -> str:
         "base accuracy, matched": lambda run: at_fidelity(run["points"], "base_accuracy"),
     }
     settings = [name.removesuffix(", trained") for name in arms if name.endswith(", trained")]
-    differences = {
-        (name, what): paired_differences(arms[f"{name}, trained"], arms[f"{name}, frozen"], value)
+    rows = {
+        name: {
+            what: paired_differences(arms[f"{name}, trained"], arms[f"{name}, frozen"], value)
+            for what, value in measured.items()
+        }
         for name in settings
-        for what, value in measured.items()
     }
-    cells = corrected(differences)
-    rows = [[name, *(cells[name, what] for what in measured), str(len(arms[f"{name}, trained"]))] for name in settings]
-    return markdown_table(["trained minus frozen", *measured, "runs"], rows)
+    return differences_table("trained minus frozen", rows)
 
 
 # --- images -------------------------------------------------------------------------------------------------------

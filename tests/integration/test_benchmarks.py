@@ -75,7 +75,7 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     shares = {run["arm"]: run["points"][-1]["row_share"] for run in runs}
     assert shares["phrase"] is None
     assert len(list(folder.glob("pays-two_look-alikes_trained-house-0-*.png"))) == 10, "five of each object"
-    assert "| 2 embeddings | +0.000 (p 1.000) |" in zero_prior_report.pays_table(experiment.by_arm(runs, "pays"))
+    assert "| 2 embeddings | +0 (p 1.000) |" in zero_prior_report.pays_table(experiment.by_arm(runs, "pays"))
     assert shares["fresh token, trained"] > runs[0]["points"][0]["row_share"]
 
     capsys.readouterr()

@@ -64,8 +64,11 @@ def test_the_table_of_ways_compares_in_pairs():
     cells = preservation.table(runs).splitlines()[-1].strip("| ").split(" | ")
     assert cells[:4] == ["a tenth of the batches", "0.80 ± 0.00", "0.60 ± 0.10", "0.25 ± 0.00"]
     assert cells[4:6] == ["1.00 ± 0.00", "0.50 ± 0.00"]
-    assert cells[6:] == ["+0.000 (p 1.000)", "-0.200 (p 1.000)", "1.50", "2"], "the third seed has no pair"
-    assert preservation.table(runs).splitlines()[2].split(" | ")[6:8] == ["+0.000 (p 1.000)", "–"], "the reference"
+    assert cells[6:] == ["+0 (p 1.000)", "-0.200 (p 1.000)", "1.50", "2"], "the third seed has no pair"
+    assert preservation.table(runs).splitlines()[2].split(" | ")[6:8] == ["+0 (p 1.000)", "–"], "the reference"
+    of_default = preservation.default_table(runs).splitlines()[-1].strip("| ").split(" | ")
+    assert of_default[:3] == [preservation.REFERENCE, "+0 (p 1.000)", "-0.200 (p 1.000)"]
+    assert of_default[-1] == "2", "pairs"
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
@@ -107,14 +110,14 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
         return {"group": "recipes", "arm": arm, "kind": "house", "seed": 0, "points": points}
 
     runs = [run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.1, 0.2, 0.3), run("diffusers", 0.0, 0.1, 0.2, 0.2, 0.4)]
+    named = run("ours, where it is named", 0.0, 0.9, 1.0)
+    assert recipes.ours_table([*runs, named]).splitlines()[-1] == (
+        "| ours, where it is named, minus ours | -50 (p 1.000) | +0 (p 1.000) | +0 (p 1.000) | 1 |"
+    )
     assert recipes.best_peer(runs) == "fal"
     rows = recipes.table(runs, "recipes", "fal").splitlines()
-    assert (
-        rows[2] == "| ours | 1 of 1 | 150 ± nan | 3.00 ± nan | 1.00 ± nan | 1.00 ± nan | 1.00 ± nan | -150 (p 1.000) |"
-    )
-    assert rows[4] == "| fal | 0 of 1 | 300 ± nan | 6.00 ± nan | 1.00 ± nan | 0.30 ± nan | 0.30 ± nan | – |", (
-        "all that it took"
-    )
+    assert rows[2] == "| ours | 1 of 1 | 150 | 3.00 | 1.00 | 1.00 | 1.00 | -150 (p 1.000) |"
+    assert rows[4] == "| fal | 0 of 1 | 300 | 6.00 | 1.00 | 0.30 | 0.30 | – |", "all that it took"
     assert recipes.early_fidelity(runs[2]) == 0.2, "at 300 of its 400 steps"
     assert recipes.early_fidelity(runs[0]) == 1.0, "it ended at 200"
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
