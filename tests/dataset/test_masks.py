@@ -197,6 +197,7 @@ def errors_by_half(run: TrainState) -> torch.Tensor:
     return total
 
 
+@pytest.mark.slow
 def test_what_lies_outside_the_mask_is_learned_less(learned):
     inside, outside = learned["file"]
     assert inside > 0.2, learned

@@ -189,6 +189,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     assert not (tmp_path / "rehearsal").exists()
 
 
+@pytest.mark.slow
 def test_the_trace_prints_where_a_step_goes_and_what_each_gpu_takes(capsys):
     trace.main(["--preset", "tiny", "--against", "plain", "--checkpointed", "2"])
     said = capsys.readouterr().out
@@ -199,6 +200,7 @@ def test_the_trace_prints_where_a_step_goes_and_what_each_gpu_takes(capsys):
     assert "norm_rope" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_that_edits_has_the_stock_models_products_and_moves_less():
     """Of tokens with two levels of noise, as Qwen-Image-Edit-2511 has them."""
     job = train.Job(train.PRESETS["tiny"], Placement(torch.device("cpu"), torch.bfloat16), 4, 2, 0, edit=True)

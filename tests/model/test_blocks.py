@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.modeling_utils import no_init_weights
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora_utils.lora.adapter import AdapterSettings, _project_together, attach_adapter
@@ -20,14 +21,15 @@ SMALL, OBLONG, LARGE = Size(64, 64), Size(96, 64), Size(128, 128)
 
 
 def stock(layers=2, dtype=torch.float32, width=WIDTH):
+    with no_init_weights():  # all are drawn below
+        transformer = QwenImageTransformer2DModel(
+            num_layers=layers,
+            attention_head_dim=32,
+            num_attention_heads=width // 32,
+            joint_attention_dim=TEXT_WIDTH,
+            axes_dims_rope=(8, 12, 12),
+        )
     torch.manual_seed(0)
-    transformer = QwenImageTransformer2DModel(
-        num_layers=layers,
-        attention_head_dim=32,
-        num_attention_heads=width // 32,
-        joint_attention_dim=TEXT_WIDTH,
-        axes_dims_rope=(8, 12, 12),
-    )
     for name, parameter in transformer.named_parameters():  # norms and biases too, so that each must be in its place
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
     return transformer.to(dtype).requires_grad_(False)

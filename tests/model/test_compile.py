@@ -34,9 +34,14 @@ def test_real_rotation_is_the_complex_one():
     torch.testing.assert_close(compiled(x, table), kernels.rotate(x, table), atol=1e-6, rtol=0)
 
 
-# The second makes code, a minute of it for a CPU, and has images of two sizes; the first does all that comes before.
+# The first traces the blocks, the second their backward pass too; the last makes code and has images of two sizes.
 @pytest.mark.parametrize(
-    ("backend", "resolution"), [("aot_eager", "64"), pytest.param("inductor", "64,128", marks=pytest.mark.slow)]
+    ("backend", "resolution"),
+    [
+        ("eager", "64"),
+        pytest.param("aot_eager", "64", marks=pytest.mark.slow),
+        pytest.param("inductor", "64,128", marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_curve_is_that_of_the_plain_blocks(backend, resolution, dataset, random_model, monkeypatch):
     monkeypatch.setattr(blocks, "compiled_block", partial(blocks.compiled_block, backend))

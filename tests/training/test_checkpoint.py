@@ -452,6 +452,7 @@ def undisturbed(archive, random_model, tmp_path_factory):
     return lora_of(folder / "weights.zip")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_and_resumed_writes_the_same_file(archive, random_model, tmp_path, undisturbed):
     """kill -9 twice: at most the steps since the last checkpoint are lost. `benchmarks.soak` kills more often."""
     keeping = ("--run_dir", str(tmp_path / "run"), "--save_every", "4", "--resume", "auto")

@@ -87,6 +87,7 @@ def close(one, other):
 # --- the same run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(run_workers, in_two):
     (alone,) = run_workers(1, replace(CONFIG, gradient_accumulation=4))
     first, second = in_two

@@ -54,8 +54,7 @@ def test_previews_after_the_last_step_are_what_predict_generates(train_run, rand
         assert sum(apart.convert("L").histogram()[1:]) <= 0.001 * side**2, prompt
 
 
-@pytest.mark.parametrize("targets", ["attention", "attention_mlp"])
-@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize(("token", "targets"), [(True, "attention"), (False, "attention_mlp")])
 def test_a_run_that_is_watched_learns_what_it_learns_unseen(token, targets, train_run):
     config = replace(SHORT_RUN, train_placeholder_token=token, lora_targets=targets, ema_decay=0.5)
     prompts = PREVIEW_PROMPTS if token else "a red circle"
