@@ -47,8 +47,11 @@ def training_flops(shape: Shape, image_tokens: int, text_tokens: int, checkpoint
     return forward_flops(shape, image_tokens, text_tokens) + linear + attention + end + again
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Measure the FLOP/s of a plain matrix product on the device: the best of several tries."""
+def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """Measure the FLOP/s of a plain matrix product on the device, the best of all tries in so many seconds.
+
+    A device that has just trained is warm, so a few tries are enough.
+    """
     rows, width = (4096, 8192) if device.type == "cuda" else (1024, 1024)
     left, right = (
         torch.randn(rows, width, device=device).to(dtype),

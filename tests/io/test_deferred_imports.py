@@ -78,6 +78,7 @@ def test_the_compiler_is_imported_when_it_is_used_and_every_part_of_it_once(used
     assert lines == ["_DeferredCompiler", "module", "True True", "True"]
 
 
+@pytest.mark.slow
 def test_what_was_marked_before_the_compiler_was_imported_is_left_alone_by_it():
     lines = output_of(
         FIRST
@@ -94,6 +95,7 @@ def test_what_was_marked_before_the_compiler_was_imported_is_left_alone_by_it():
     assert lines == ["1 _DeferredCompiler", "2 1"]
 
 
+@pytest.mark.slow
 def test_a_deferred_package_has_all_that_it_has():
     lines = output_of(
         FIRST
@@ -109,6 +111,7 @@ def test_a_deferred_package_has_all_that_it_has():
     assert lines == ["False", "FluxTransformer2DModel BertConfig", "QwenImagePipeline"]
 
 
+@pytest.mark.slow
 def test_a_second_thread_waits_until_a_package_is_executed():
     lines = output_of(
         FIRST

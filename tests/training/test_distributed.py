@@ -96,6 +96,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(run_wo
     assert close(alone, first)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_gives_the_same_and_each_process_holds_its_part(run_workers, in_two):
     first, second = run_workers(2, TWICE, "always")
     assert first["digest"] == second["digest"]
@@ -153,6 +154,7 @@ def test_a_run_on_all_gpus_writes_one_file_and_relays_what_is_said(
         assert LORA_MEMBER in packed.namelist()
 
 
+@pytest.mark.slow
 def test_torchs_launcher_starts_them_too(archive, random_model, tmp_path):
     """As on several machines, where we start nothing: `accelerate launch` hands over to this one."""
     given = [f"--{name}={value}" for name, value in {"steps": 4, "rank": 2, "resolution": 64, "seed": 0}.items()]
