@@ -90,8 +90,8 @@ def test_muon_steps_as_torchs_does(shape):
     ("group", "name", "subject"),
     [
         *(("recipes", "musubi-tuner", subject) for subject in SUBJECTS),
-        ("moves", "a token", "fish"),
-        ("moves", "Muon, rate 1e-3", "fish"),
+        ("moves", "two resolutions", "fish"),
+        ("moves", "Muon, rate 3e-3", "fish"),
         ("moves", "A from the layer's own directions", "fish"),
     ],
 )
