@@ -26,29 +26,14 @@ from lora_utils.model import modulation
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.training.batches import run_timesteps
+from lora_utils.training.older_checkpoints import FORMAT, in_this_format, with_new_settings
 from lora_utils.training.state import StepLoss, TrainState
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # the first one had no plan and no losses
-# Inputs that came after a format's first checkpoints, by what a run was before there were any.
-NEW_SETTINGS = {
-    "adapter": "lora",
-    "lora_alpha": None,
-    "timestep_sampling": "resolution",
-    "timestep_shift": None,
-    "loss": "mse",
-    "uncaptioned": "train",
-    "caption_variants": False,
-    "caption_shuffle": None,
-    "flip": "off",
-    "prior_loss_weight": 1.0,
-    "control_resolution": "1024",
-    "control_dropout": 0.0,
-    "preserve_prompts": "",
-}
 _PREFIX, _PARTIAL = "step-", ".partial"
 _STATE_FILE, _SETTINGS_FILE = "state.safetensors", "settings.json"
+_DIGEST = "sha256"
 _SHOWN = 16  # digits of a hash, enough to tell two apart
 
 
@@ -64,6 +49,7 @@ class Checkpoint:
     recent_losses: list[StepLoss]
     validated_at: int
     previewed_at: int
+    layout: dict[str, Any] | None  # of its tensors; an older one doesn't say
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -87,7 +73,9 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         "recent_losses": [asdict(each) for each in state.recent_losses],
         "validated_at": state.validated_at,
         "previewed_at": state.previewed_at,
+        "layout": _layout(tensors),
     }
+    written[_DIGEST] = _digest(written)
 
     # Write it under another name, sync it and rename it: a kill at any moment leaves older ones complete.
     target = folder / f"{_PREFIX}{state.step:06d}"
@@ -125,6 +113,16 @@ def _tensors_and_numbers(state: TrainState) -> tuple[dict[str, Tensor], dict[str
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
     tensors |= {f"draws.{name}": value for name, value in state.stream.state_dict().items()}
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, numbers
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [str(value.dtype), *value.shape] for name, value in tensors.items()}
+
+
+def _digest(written: Mapping[str, Any]) -> str:
+    """Return the hash of a checkpoint's JSON without its own hash, by which damage to any of it is found."""
+    rest = {name: value for name, value in written.items() if name != _DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(state: TrainState) -> dict[str, Any]:
@@ -168,7 +166,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint but for its tensors. Raises UserError for one that can't be read."""
     try:
-        written = _in_this_format(json.loads((path / _SETTINGS_FILE).read_text()))
+        found = json.loads((path / _SETTINGS_FILE).read_text())
+        if _DIGEST in found and found[_DIGEST] != _digest(found):
+            raise ValueError(f"{_SETTINGS_FILE} isn't as it was written")
+        written = in_this_format(found)
         return Checkpoint(
             path,
             written["step"],
@@ -178,33 +179,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             [StepLoss(**each) for each in written["recent_losses"]],
             written["validated_at"],
             written["previewed_at"],
+            written.get("layout"),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
-
-
-def _in_this_format(written: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's JSON as this version writes it.
-
-    In the first format the quantisation stood in the settings as it came to, and where the text encoder ran wasn't
-    written: it is taken to have been on the GPU. A validation that its stop skipped isn't repeated.
-    """
-    if written.get("format", 1) == FORMAT:
-        return written
-    settings = dict(written["settings"])
-    for old, new in (("cards", "processes"), ("pictures and captions", "images and captions")):
-        settings[new] = settings.pop(old)
-    plan = MemoryPlan(settings["quantization"], text_encoder_on_device=True, compiled=written["compiled"])
-    step = written["step"]
-    settings |= {"quantization": {"auto", settings["quantization"]}}
-    return {
-        **written,
-        "plan": asdict(plan),
-        "settings": settings,
-        "recent_losses": [],
-        "validated_at": step,
-        "previewed_at": step,
-    }
 
 
 def placement_of(checkpoint: Checkpoint) -> Placement:
@@ -234,9 +212,7 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
 
     It may have more steps than it had then. Raises UserError for a checkpoint of other settings or data.
     """
-    ours, theirs = _settings(state), {**NEW_SETTINGS, **checkpoint.settings}
-    if theirs["lora_alpha"] is None:  # the default was the rank
-        theirs["lora_alpha"] = float(theirs["rank"])
+    ours, theirs = _settings(state), with_new_settings(checkpoint.settings)
     before, theirs["steps"] = theirs["steps"], max(theirs["steps"], ours["steps"])  # a run may grow
     other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:
@@ -249,6 +225,8 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
         _log_longer(state, before)
     try:
         tensors = load_file(checkpoint.path / _STATE_FILE)
+        if checkpoint.layout not in (None, _layout(tensors)):
+            raise ValueError(f"{_STATE_FILE} isn't as it was written")
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(checkpoint.path, error) from error
     with torch.no_grad():

@@ -171,6 +171,12 @@ def test_without_a_seed_the_same_command_resumes_with_the_runs_own(archive, rand
         with_seed_of_run(given)
 
 
+def write_older(checkpoint, written):
+    """Write settings as an earlier version did: without the hash that finds them changed."""
+    rest = {name: value for name, value in written.items() if name not in ("sha256", "layout")}
+    (checkpoint / "settings.json").write_text(json.dumps(rest))
+
+
 def test_a_checkpoint_of_the_first_format_is_resumed(new_run, resumed, tmp_path):
     """It has the quantisation as it came to, whether blocks were compiled, and older names; no plan and no losses."""
     uninterrupted, first = new_run(), new_run()
@@ -181,7 +187,7 @@ def test_a_checkpoint_of_the_first_format_is_resumed(new_run, resumed, tmp_path)
     for old, new in (("cards", "processes"), ("pictures and captions", "images and captions")):
         settings[old] = settings.pop(new)
     older = {"step": written["step"], "compiled": False, "settings": settings, "optimizer": written["optimizer"]}
-    (path / "settings.json").write_text(json.dumps(older))
+    write_older(path, older)
     second = resumed(path)
     assert before + losses(second) == expected
     assert same_result(uninterrupted, second)
@@ -195,11 +201,11 @@ def test_in_an_older_checkpoint_no_alpha_means_the_rank(new_run, resumed, tmp_pa
     path = save_checkpoint(run, tmp_path, keep=1)
     written = json.loads((path / "settings.json").read_text())
     written["settings"]["lora_alpha"] = None
-    (path / "settings.json").write_text(json.dumps(written))
+    write_older(path, written)
     with pytest.raises(UserError, match=rf"lora_alpha: {CONFIG.rank}\.0 there, 32\.0 here"):
         resumed(path)
     written["settings"]["rank"] = 32
-    (path / "settings.json").write_text(json.dumps(written))
+    write_older(path, written)
     with pytest.raises(UserError, match=rf"\(rank: 32 there, {CONFIG.rank} here\)"):
         resumed(path)
 
@@ -247,11 +253,32 @@ def test_other_weights_to_start_from_are_refused(trained, new_run, resumed, tmp_
     assert resumed(path, init_weights=start).step == 1
 
 
-def test_a_damaged_checkpoint_is_named(new_run, resumed, tmp_path):
+def _with_another_rate(path):
+    written = json.loads((path / "settings.json").read_text())
+    written["optimizer"]["0.group.weight_decay"] = 1e9
+    (path / "settings.json").write_text(json.dumps(written))
+
+
+def _with_another_shape(path):
+    tensors = load_file(path / "state.safetensors")
+    save_file({**tensors, "learned.0": torch.zeros(3, 5)}, path / "state.safetensors")
+
+
+DAMAGE = {
+    "no tensors": lambda path: (path / "state.safetensors").write_bytes(b""),
+    "a tensor of another shape": _with_another_shape,
+    "a changed setting": _with_another_rate,
+    "a list": lambda path: (path / "settings.json").write_text("[]"),
+    "a file that ends early": lambda path: (path / "settings.json").write_text('{"format": 2, "st'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named(damage, new_run, resumed, tmp_path):
     run = new_run()
     losses(run, 1)
     path = save_checkpoint(run, tmp_path, keep=1)
-    (path / "state.safetensors").write_bytes(b"")
+    damage(path)
     with pytest.raises(UserError, match=r"step-000001 can't be read .*; remove it"):
         resumed(path)
 
