@@ -278,7 +278,8 @@ class TrainConfig:
     warmup_steps: int = option(0, "Steps over which the learning rates rise from 0.", ge=0, le=20000)
     placeholder_learning_rate: float | None = option(
         None, "Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). "
-        "0: it stays as it starts.", ge=0, le=1, only_if="train_placeholder_token", group="advanced",
+        "0: it stays as it starts, and training costs what a word's does.",
+        ge=0, le=1, only_if="train_placeholder_token", group="advanced",
     )
     placeholder_init_std: float = option(
         1e-5, "Standard deviation of the token's first embedding. Near zero means no prior.",
@@ -354,8 +355,13 @@ class TrainConfig:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The placeholder tokens, if they are trained."""
+        """The placeholder tokens, if the feature is on."""
         return tuple(self.placeholder_token.split(",")) if self.train_placeholder_token else ()
+
+    @property
+    def learns_tokens(self) -> bool:
+        """Whether the tokens' embeddings are trained; otherwise they stay as they start."""
+        return bool(self.tokens) and self.placeholder_learning_rate != 0
 
     @property
     def triggers(self) -> tuple[str, ...]:

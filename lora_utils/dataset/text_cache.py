@@ -1,4 +1,4 @@
-"""Captions, cached: the states of those that hold no placeholder token, which never change.
+"""Captions, cached: the states of those that hold no token that learns, which never change.
 
 Legend: T text tokens, D the text encoder's width.
 """
@@ -19,11 +19,13 @@ from lora_utils.io.tensor_store import Tensors, TensorStore, content_key, folder
 from lora_utils.model.device import Placement
 from lora_utils.model.text_encoder import Prompt, encode_text, prompt_ids
 from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
-from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.placeholder.embedding import embedding_sha256
+from lora_utils.placeholder.tokens import Placeholders, no_placeholders
 
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 10.0
+NO_PLACEHOLDERS = no_placeholders()
 
 
 class CachedTexts(Mapping[str, Tensor]):
@@ -47,10 +49,11 @@ class CachedTexts(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class FixedCaptions:
-    """Prompts without a placeholder token, whose states never change: what was found of them, and the rest's keys."""
+    """Prompts whose states never change: what was found of them, the rest's keys, and the tokens they may hold."""
 
     found: dict[str, Tensors]
     new: dict[str, tuple[str, Prompt]]
+    placeholders: Placeholders
 
 
 def find_captions(
@@ -60,8 +63,12 @@ def find_captions(
     placement: Placement,
     store: TensorStore,
     variant: Variant = TEXT_TO_IMAGE,
+    placeholders: Placeholders = NO_PLACEHOLDERS,
 ) -> FixedCaptions:
-    """Look prompts up, each by its `text_key`; `encode_captions` adds those that are new."""
+    """Look prompts up, each by its `text_key`; `encode_captions` adds those that are new.
+
+    `placeholders`: tokens that don't learn. What holds one follows from its embedding too.
+    """
     source = folder / "text_encoder"
     follows_from = {
         "of": "text, 1",
@@ -69,19 +76,25 @@ def find_captions(
         "by": transformers.__version__,
         **arithmetic(placement),
     }
-    keys = {
-        name: content_key(
+
+    def key_of(name: str, prompt: Prompt) -> str:
+        read = {
+            "embeddings": [embedding_sha256(each) for each in placeholders.used_in([prompt.text]).embeddings],
+            "seen": name.partition("\0")[2] if prompt.images else "",
+        }
+        return content_key(
             **follows_from,
             drop=variant.prefix_tokens,
-            ids=prompt_ids(tokenizer, prompt, no_placeholders(), variant),
-            **({"seen": name.partition("\0")[2]} if prompt.images else {}),
+            ids=prompt_ids(tokenizer, prompt, placeholders, variant),
+            **{name: value for name, value in read.items() if value},
         )
-        for name, prompt in prompts.items()
-    }
+
+    keys = {name: key_of(name, prompt) for name, prompt in prompts.items()}
     found = {caption: tensors for caption, key in keys.items() if (tensors := store.get(key)) is not None}
     if found:
         log.info("%d of %d encoded captions were in the cache", len(found), len(keys))
-    return FixedCaptions(found, {name: (key, prompts[name]) for name, key in keys.items() if name not in found})
+    new = {name: (key, prompts[name]) for name, key in keys.items() if name not in found}
+    return FixedCaptions(found, new, placeholders)
 
 
 @torch.no_grad()
@@ -98,7 +111,8 @@ def encode_captions(
     for count, (name, (key, prompt)) in enumerate(fixed.new.items(), start=1):
         if text_encoder is None:
             raise RuntimeError(f"{len(fixed.new)} captions are new, and there is no text encoder")
-        states = encode_text(text_encoder, tokenizer, [prompt], no_placeholders(), variant).states[0].cpu()
+        used = fixed.placeholders.used_in([prompt.text])
+        states = encode_text(text_encoder, tokenizer, [prompt], used, variant).states[0].cpu()
         entries[name] = store.put(key, {"states": states.clone()})
         if progress.should_log(count) and 1 < count < len(fixed.new):
             log.info("encoded %d of %d captions", count, len(fixed.new))

@@ -15,12 +15,10 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from lora_utils.errors import UserError
-from lora_utils.lora.formats import LoraFile
 from lora_utils.lora.layers import LAYERS, LoraLinear, TrainableLayer
 from lora_utils.lora.updates import Update
 from lora_utils.model import blocks
 from lora_utils.model.adapter_sizes import adapted_layers
-from lora_utils.placeholder.tokens import Placeholders
 
 log = logging.getLogger(__name__)
 
@@ -99,18 +97,6 @@ def load_adapter(transformer: QwenImageTransformer2DModel, layers: Mapping[str, 
             )
     for name, layer in own.items():
         layer.load(layers[name])
-
-
-def start_from_weights(transformer: QwenImageTransformer2DModel, placeholders: Placeholders, lora: LoraFile) -> None:
-    """Copy an adapter and the embeddings of its tokens into what is trained. Raises UserError for another model's."""
-    load_adapter(transformer, lora.layers)
-    for token, embedding in zip(placeholders.tokens, placeholders.embeddings, strict=True):
-        if token in lora.embeddings:
-            if lora.embeddings[token].numel() != embedding.numel():
-                raise UserError(f"the embedding of {token} in init_weights is of another width than the model's.")
-            with torch.no_grad():
-                embedding.copy_(lora.embeddings[token].view(-1))
-    log.info("continuing from init_weights: %d layers, %d embeddings", len(lora.layers), len(lora.embeddings))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Legend: D the text encoder's width, V the rows of its embedding matrix, B batch,
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
 
 from lora_utils import constants
 from lora_utils.config import TrainConfig
+from lora_utils.errors import UserError
 from lora_utils.placeholder.tokens import Placeholders, assign_ids, no_placeholders
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,19 @@ def new_placeholders(
         log.warning("placeholder_init_std %g is no longer near zero", config.placeholder_init_std)
     matrix = embedding_matrix(text_encoder)
     ids = assign_ids(config.tokens, tokenizer, matrix.shape[0])
-    trained = config.placeholder_learning_rate != 0
     new = (initial_embedding(matrix.shape[1], config.placeholder_init_std, generator) for _ in ids)
-    embeddings = tuple(embedding.to(matrix.device).requires_grad_(trained) for embedding in new)
+    embeddings = tuple(embedding.to(matrix.device).requires_grad_(config.learns_tokens) for embedding in new)
     return Placeholders(tuple(ids), tuple(ids.values()), embeddings)
+
+
+def start_embeddings(placeholders: Placeholders, learned: Mapping[str, Tensor]) -> None:
+    """Copy the embeddings [1, D] that some tokens have learned before into theirs. Raises UserError for another D."""
+    for token, embedding in zip(placeholders.tokens, placeholders.embeddings, strict=True):
+        if token in learned:
+            if learned[token].numel() != embedding.numel():
+                raise UserError(f"the embedding of {token} in init_weights is of another width than the model's.")
+            with torch.no_grad():
+                embedding.copy_(learned[token].view(-1))
 
 
 def embedding_learning_rate(config: TrainConfig, words: "WordEmbeddings") -> float:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import Qwen2_5_VLTextModel, Qwen2Tokenizer
@@ -18,7 +19,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.dataset.cache import CachedExample, cache_examples
 from lora_utils.dataset.examples import ControlImage, Dataset
 from lora_utils.dataset.feature_cache import CachedFeatures, cache_features, seen_of
-from lora_utils.dataset.text_cache import encode_captions, find_captions
+from lora_utils.dataset.text_cache import FixedCaptions, encode_captions, find_captions
 from lora_utils.io.tensor_store import TensorStore
 from lora_utils.lora.formats import LoraFile
 from lora_utils.model.controls import text_key
@@ -27,7 +28,13 @@ from lora_utils.model.memory_estimate import ModelShapes
 from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import Prompt, load_text_encoder
 from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
-from lora_utils.placeholder.embedding import new_placeholders
+from lora_utils.placeholder.embedding import (
+    WordEmbeddings,
+    describe_embeddings,
+    measure_words,
+    new_placeholders,
+    start_embeddings,
+)
 from lora_utils.placeholder.tokens import Placeholders, no_placeholders
 from lora_utils.training import distributed
 from lora_utils.training.batch_plans import captions_by_example, generator_for
@@ -57,11 +64,13 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """The encoded captions, and what is left of the text encoder: it stays only while a token is trained."""
+    """The encoded captions, and what is left of the text encoder: it stays only while a token's embedding learns."""
 
     texts: Mapping[str, Tensor]
     text_encoder: Qwen2_5_VLTextModel | None
+    words: WordEmbeddings | None  # that learning embeddings stand among
     placeholders: Placeholders
+    described: list[dict[str, Any]]  # what `describe_embeddings` says of those that don't learn
     load_s: float
 
 
@@ -116,37 +125,45 @@ def edit_prompts(
 def encode_texts(
     job: TrainJob, plan: MemoryPlan, tokenizer: Qwen2Tokenizer, store: TensorStore, prompts: Mapping[str, Prompt]
 ) -> EncodedTexts:
-    """Encode the prompts that hold no token: what the text encoder makes of them never changes.
+    """Encode the prompts that hold no token that learns: what the text encoder makes of them never changes.
 
-    The text encoder is loaded only if it is needed, and freed unless a token is trained.
+    The text encoder is loaded only if it is needed, and freed unless a token's embedding is trained. One that stays as
+    it starts costs no more than a word does.
     """
-    # Which texts are still to be encoded.
     config, began = job.config, time.monotonic()
     placement = job.placement if plan.text_encoder_on_device else job.placement.on_cpu()
-    fixed = {
-        name: prompt for name, prompt in prompts.items() if not any(token in prompt.text for token in config.tokens)
-    }
-    found = find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant)
 
-    # The text encoder, and the embeddings that it will read.
+    # The tokens' embeddings.
     text_encoder: Qwen2_5_VLTextModel | None = None
-    if config.tokens or found.new:
+    words: WordEmbeddings | None = None
+    placeholders, described = no_placeholders(), list[dict[str, Any]]()
+    if config.tokens:
+        text_encoder = load_text_encoder(job.model_folder, placement)
+        placeholders = new_placeholders(config, tokenizer, text_encoder, generator_for(config.seed, "row"))
+        start_embeddings(placeholders, job.init_weights.embeddings if job.init_weights else {})
+        words = measure_words(text_encoder, tokenizer)
+
+    # Which texts are still to be encoded.
+    learning = config.tokens if config.learns_tokens else ()
+    fixed = {name: prompt for name, prompt in prompts.items() if not any(token in prompt.text for token in learning)}
+
+    def find() -> FixedCaptions:
+        return find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant, placeholders)
+
+    found = find()
+    if found.new and text_encoder is None:
         text_encoder = load_text_encoder(job.model_folder, placement)
     load_s = time.monotonic() - began
-    placeholders = no_placeholders()
-    if config.tokens and text_encoder is not None:
-        generator = generator_for(config.seed, "row")
-        placeholders = new_placeholders(config, tokenizer, text_encoder, generator)
 
     # Encode: the main process first, so that the others find its work in the store.
     with distributed.main_process_first(job.ranks):
-        if not job.ranks.is_main:
-            found = find_captions(fixed, tokenizer, job.model_folder, placement, store, job.variant)
-        texts = encode_captions(found, text_encoder, tokenizer, store, job.variant)
-    if not config.tokens:
-        text_encoder = None
+        texts = encode_captions(found if job.ranks.is_main else find(), text_encoder, tokenizer, store, job.variant)
+    if words is not None and not config.learns_tokens:
+        described = describe_embeddings(placeholders, placeholders.embeddings, tokenizer, words)
+    if not config.learns_tokens:
+        text_encoder = words = None  # the words are a part of it
     release_memory()
-    return EncodedTexts(texts, text_encoder, placeholders, load_s)
+    return EncodedTexts(texts, text_encoder, words, placeholders, described, load_s)
 
 
 def encode_images(

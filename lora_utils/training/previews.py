@@ -25,7 +25,7 @@ from lora_utils.model.device import release_memory
 from lora_utils.model.latents import Size, image_size
 from lora_utils.model.text_encoder import pad_embeddings
 from lora_utils.model.vae import load_vae
-from lora_utils.placeholder.tokens import Placeholders, near_spellings
+from lora_utils.placeholder.tokens import Placeholders, near_spellings, no_placeholders
 from lora_utils.sampling import sampler
 from lora_utils.sampling.acting import Taught
 from lora_utils.sampling.sampler import LorasByText, PromptCache, SamplingJob
@@ -151,10 +151,12 @@ def _generate(state: TrainState, rows: Sequence[PreviewRow]) -> list[list[Image.
     # The weights and embeddings as a file would hold them.
     components, transformer = state.components, state.components.transformer
     lora = move_lora(as_written(current_lora(state)), transformer, components.placement)
-    tokens = state.placeholders.tokens
-    pairs = zip(tokens, state.placeholders.embeddings, strict=True)
-    embeddings = tuple(lora.embeddings[token][0].to(own.device) for token, own in pairs)
-    placeholders = Placeholders(tokens, state.placeholders.ids, embeddings)
+    placeholders = no_placeholders()  # where none learns, all prompts were encoded beforehand
+    if state.config.learns_tokens:
+        tokens = state.placeholders.tokens
+        pairs = zip(tokens, state.placeholders.embeddings, strict=True)
+        embeddings = tuple(lora.embeddings[token][0].to(own.device) for token, own in pairs)
+        placeholders = Placeholders(tokens, state.placeholders.ids, embeddings)
 
     # The prompts that were encoded beforehand, and the VAE.
     keys = preview_texts(state, rows)

@@ -190,7 +190,7 @@ def check_tokens_are_shown(dataset: Dataset, config: TrainConfig, ranks: Ranks, 
     Captions that are still to be written aren't known yet. A token that isn't trained, or that has learned something
     before, needn't be shown.
     """
-    if not config.tokens or config.placeholder_learning_rate == 0 or (config.autocaption and dataset.uncaptioned):
+    if not config.learns_tokens or (config.autocaption and dataset.uncaptioned):
         return
     learned, _ = dataset.split(config.validation_share)
     a_step = config.gradient_accumulation * ranks.world_size

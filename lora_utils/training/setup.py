@@ -23,7 +23,7 @@ from lora_utils.dataset.caption_texts import caption_choices
 from lora_utils.dataset.examples import Dataset, Example, listed_names
 from lora_utils.dataset.scan import check_captions
 from lora_utils.io.tensor_store import open_tensor_store
-from lora_utils.lora.adapter import AdapterSettings, attach_adapter, start_from_weights
+from lora_utils.lora.adapter import AdapterSettings, attach_adapter, load_adapter
 from lora_utils.model import flow, memory_estimate, memory_plan, roofline
 from lora_utils.model.adapter_sizes import adapted_layers, nearest_preset
 from lora_utils.model.components import Components, load_schedule, model_key
@@ -33,7 +33,7 @@ from lora_utils.model.memory_plan import MemoryPlan
 from lora_utils.model.text_encoder import prompt_ids
 from lora_utils.model.transformer import Storage, load_transformer
 from lora_utils.model.vision import area_size, feature_count, load_processor
-from lora_utils.placeholder.embedding import embedding_learning_rate, measure_words
+from lora_utils.placeholder.embedding import embedding_learning_rate
 from lora_utils.placeholder.tokens import placeholders_without_embeddings
 from lora_utils.training import distributed
 from lora_utils.training.batch_plans import generator_for, shown_captions
@@ -97,9 +97,10 @@ def setup(job: TrainJob) -> TrainState:
     transformer, lora = _load_transformer(job, plan, timesteps)
     placeholders = encoded.placeholders
     if job.init_weights is not None:
-        start_from_weights(transformer, placeholders, job.init_weights)
-    words = measure_words(encoded.text_encoder, tokenizer) if encoded.text_encoder is not None else None
-    rate = embedding_learning_rate(job.config, words) if words is not None else 0.0
+        load_adapter(transformer, job.init_weights.layers)
+        counts = len(job.init_weights.layers), len(job.init_weights.embeddings)
+        log.info("continuing from init_weights: %d layers, %d embeddings", *counts)
+    rate = embedding_learning_rate(job.config, encoded.words) if encoded.words is not None else 0.0
     state = TrainState(
         config=job.config,
         ranks=job.ranks,
@@ -123,7 +124,8 @@ def setup(job: TrainJob) -> TrainState:
         initial_embeddings=tuple(embedding.detach().float().cpu().clone() for embedding in placeholders.embeddings),
         optimizers=new_optimizers(job.config, lora, placeholders.embeddings, rate),
         stream=BatchStream(job.config, examples, schedule, preserved),
-        words=words,
+        words=encoded.words,
+        described=encoded.described,
     )
     seconds["load"] = planning_s + encoded.load_s + clock.lap()
     state.seconds = {**seconds, "cache": encoding_s - encoded.load_s}
@@ -222,7 +224,7 @@ def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None)
     count = None if timesteps is None else len(timesteps)
     estimate = memory_estimate.training_estimate(job.shapes, largest.step_size, count, room, job.ranks.world_size)
     timing = _timing(job, largest)
-    plan = memory_plan.choose_training_plan(config.quantization, estimate, bool(config.tokens), timing, job.shard_base)
+    plan = memory_plan.choose_training_plan(config.quantization, estimate, config.learns_tokens, timing, job.shard_base)
     memory_plan.log_plan(plan, config.quantization, estimate)
     return plan
 

@@ -37,7 +37,7 @@ class TrainData:
     held_out: list[CachedExample]  # to measure on
     captions: list[str]  # of the images that are learned from, one an image
     preserved: Preserved  # the prompts whose images must stay what they are
-    texts: Mapping[str, Tensor]  # [T, D] by caption; those with a token are missing, they are encoded at every step
+    texts: Mapping[str, Tensor]  # [T, D] by caption; without those whose token learns, which every step encodes
     text_tokens: Mapping[str, int]  # T of each caption that a step may show
 
 
@@ -85,6 +85,7 @@ class TrainState:
     optimizers: Optimizers
     stream: BatchStream
     words: WordEmbeddings | None = None  # that the tokens' embeddings stand among; None where none is trained
+    described: list[dict[str, Any]] = field(default_factory=list)  # what is to be said of embeddings that aren't
 
     # How far it has come.
     step: int = 0  # optimizer steps taken
@@ -172,8 +173,6 @@ def unmoved_tokens(state: TrainState, lora: LoraFile) -> list[str]:
 
 def describe_placeholders(state: TrainState, lora: LoraFile) -> list[dict[str, Any]]:
     """Return what meta.json says of each embedding of the LoRA that is written; nothing without a token."""
-    if state.components.text_encoder is None:
-        return []
     unmoved = unmoved_tokens(state, lora)
     try:
         described = _described(state, lora)
@@ -190,7 +189,7 @@ def describe_placeholders(state: TrainState, lora: LoraFile) -> list[dict[str, A
             "init_std": state.config.placeholder_init_std,
             "learning_rate": state.optimizers.embedding_learning_rate,
             "captions_with_token": sum(each["token"] in caption for caption in state.data.captions),
-            "moved": each["token"] not in unmoved,
+            "moved": state.config.learns_tokens and each["token"] not in unmoved,
         }
         for each in described
     ]
@@ -198,7 +197,8 @@ def describe_placeholders(state: TrainState, lora: LoraFile) -> list[dict[str, A
 
 def _described(state: TrainState, lora: LoraFile) -> list[dict[str, Any]]:
     """Return how the embeddings that are written stand among the words."""
-    assert state.words is not None, "a token is trained"
+    if state.words is None:
+        return state.described
     written = tuple(lora.embeddings[token].view(-1) for token in state.placeholders.tokens)
     return describe_embeddings(
         replace(state.placeholders, embeddings=written),

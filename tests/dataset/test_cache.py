@@ -105,6 +105,20 @@ def test_a_second_run_loads_neither_vae_nor_text_encoder_and_is_the_same(
     assert curve(first) == curve(second)
 
 
+def test_captions_of_a_token_that_does_not_learn_follow_from_its_embedding(
+    folder, random_model, folder_of_cache, encoded
+):
+    (folder / "0.txt").write_text("a <zwx>")
+    frozen = replace(CONFIG, train_placeholder_token=True, placeholder_learning_rate=0.0)
+    first = new_run(folder, random_model, frozen)
+    encoded()
+    second = new_run(folder, random_model, frozen)
+    assert encoded() == {**NOTHING, "text_encoder": 1}, "for its words"
+    assert curve(first) == curve(second)
+    new_run(folder, random_model, replace(frozen, seed=frozen.seed + 1))
+    assert encoded() == {**NOTHING, "text_encoder": 1, "captions": 1}, "another seed is another embedding"
+
+
 def test_without_a_cache_it_is_the_same_run(folder, random_model, folder_of_cache, monkeypatch):
     kept = curve(new_run(folder, random_model))
     monkeypatch.setenv("CACHE_DIR", "")

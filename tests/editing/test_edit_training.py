@@ -36,6 +36,7 @@ CONFIG = TrainConfig(
     quantization="none",
 )
 TOKEN = replace(CONFIG, train_placeholder_token=True)
+FROZEN = replace(TOKEN, placeholder_learning_rate=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_dropped_captions_keep_their_images(edit_models, pairs):
     assert texts.states.shape[1] > bare.states.shape[1], "what was seen of the images is part of the text"
 
 
-@pytest.mark.parametrize("config", [CONFIG, TOKEN], ids=["fixed texts", "a token"])
+@pytest.mark.parametrize("config", [CONFIG, TOKEN, FROZEN], ids=["fixed texts", "a token", "one that does not learn"])
 def test_a_resumed_run_learns_the_same_bit_for_bit(config, edit_models, pairs, token_pairs, tmp_path):
     dataset = token_pairs if config.tokens else pairs
     folder = edit_models["2511"]

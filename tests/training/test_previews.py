@@ -1,5 +1,6 @@
 """Previews: what prediction would return, sampled while a run is on, without a trace in what it learns."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,17 @@ def test_a_run_that_is_watched_learns_what_it_learns_unseen(token, targets, trai
     unseen, _ = train_run("unseen", config)
     assert without_thumbnail(lora_of(seen)[0]) == without_thumbnail(lora_of(unseen)[0])
     assert b"modelspec.thumbnail" in lora_of(seen)[0]
+
+
+def test_a_token_that_does_not_learn_is_previewed_and_validated_without_a_text_encoder(train_run):
+    config = replace(SHORT_RUN, placeholder_learning_rate=0.0, validation_share=0.2, class_word="square")
+    given = {"sample_prompts": PREVIEW_PROMPTS, "sample_steps": 1, "sample_every": 4}
+    weights, folder = train_run("frozen", config, **given)
+    assert names(folder) == ["step-000000.png", "step-000004.png", "step-000008.png"]
+    described = lora_of(weights)[1]["placeholder"]
+    assert described["moved"] is False
+    assert described["first_norm"] == described["last_norm"] > 0
+    assert any("validation" in json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def test_sheets_come_before_the_first_step_on_the_way_and_after_the_last(train_run):
