@@ -1,4 +1,4 @@
-"""Encoding what is fixed: texts without a token, images, and what the text encoder sees of images to edit.
+"""Encoding what is fixed: texts without a token that learns, images, and what the text encoder sees of images to edit.
 
 It is done once, before the transformer is loaded, and its models are freed. `TrainJob` says what a run is set up from.
 
