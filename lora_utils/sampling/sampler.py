@@ -28,6 +28,7 @@ from lora_utils.model.latents import Size, pack_latents
 from lora_utils.model.text_encoder import Prompt, TextEmbeddings, concatenate_embeddings, encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.vae import decode_images
+from lora_utils.placeholder.embedding import embedding_sha256
 from lora_utils.placeholder.tokens import Placeholders
 from lora_utils.sampling.first_block_cache import first_block_caching
 from lora_utils.sampling.options import SamplingOptions
@@ -93,7 +94,10 @@ class GeneratedImage:
 
 @dataclass(slots=True)
 class PromptCache:
-    """The embeddings of the last prompts without a placeholder token: the negative one is nearly always the same."""
+    """The embeddings of the last prompts: the negative one is nearly always the same, and seeds are tried in turn.
+
+    A prompt with a placeholder token is kept with what its embedding was: other weights have another one.
+    """
 
     kept: dict[str, TextEmbeddings] = field(default_factory=dict)
     seconds: float = 0.0  # spent on encoding so far
@@ -102,8 +106,10 @@ class PromptCache:
         self, components: Components, prompt: str, placeholders: Placeholders, controls: Controls | None = None
     ) -> TextEmbeddings:
         """Return a prompt's embeddings, states [1, T, D]; those with images to edit are kept if these have a key."""
-        used, key = placeholders.used_in([prompt]), text_key(prompt, controls)
-        keep = not used.tokens and (controls is None or bool(controls.key) or not controls.seen)
+        used = placeholders.used_in([prompt])
+        read = zip(used.tokens, used.embeddings, strict=True)
+        key = text_key(prompt, controls) + "".join(f"\0{token}{embedding_sha256(each)}" for token, each in read)
+        keep = controls is None or bool(controls.key) or not controls.seen
         if keep and key in self.kept:
             return self.kept[key]
         began = time.monotonic()

@@ -22,7 +22,8 @@ from lora_utils.model.latents import Size, image_size, pack_latents, unpack_late
 from lora_utils.model.text_encoder import encode_text
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.model.vae import decode_images
-from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.placeholder.embedding import embedding_matrix
+from lora_utils.placeholder.tokens import Placeholders, no_placeholders
 from lora_utils.sampling import sampler
 from lora_utils.sampling.options import (
     REUSE_THRESHOLD,
@@ -297,7 +298,7 @@ def test_an_image_that_never_fits_is_refused_with_one_that_would(components, mon
     assert same(draw(components), before)
 
 
-def test_the_negative_prompt_is_encoded_once(components, monkeypatch):
+def test_a_prompt_is_encoded_once(components, monkeypatch):
     prompts, encoded = sampler.PromptCache(), []
     encode = encode_text
     monkeypatch.setattr(sampler, "encode_text", lambda *given: encoded.append(given[2][0].text) or encode(*given))
@@ -305,6 +306,13 @@ def test_the_negative_prompt_is_encoded_once(components, monkeypatch):
         request = replace(REQUEST, prompt=prompt)
         sampler.sample(components, job_of(request, SIZE), lambda *_: None, prompts)
     assert encoded == ["a red circle", " ", "a blue ring"]
+    encoded.clear()
+    one, other = (torch.full([embedding_matrix(components.text_encoder).shape[1]], value) for value in (0.1, 0.2))
+    for embedding in (one, one.clone(), other, one):
+        token = Placeholders(("<zwx>",), (4,), (embedding,))
+        states = prompts.encode(components, "a <zwx>", token).states
+        assert torch.equal(states, encode(components.text_encoder, components.tokenizer, ["a <zwx>"], token).states)
+    assert encoded == ["a <zwx>", "a <zwx>"], "once for each embedding of the token"
     for index in range(40):
         prompts.encode(components, f"number {index}", no_placeholders())
     assert len(prompts.kept) == sampler.PROMPTS_KEPT
