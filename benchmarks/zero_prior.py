@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,14 +31,18 @@ KEPT = Path(__file__).parent / "zero_prior_runs.jsonl"
 GROUPS: dict[str, dict[str, Arm]] = {"arms": ARMS, "sweep": SWEEP, "remedies": REMEDIES, "pays": PAYS}
 
 
-def plan(groups: list[str], objects: list[str], seeds: int) -> list[Spec]:
-    """Seed by seed, so that what is there after an interruption is paired. The sweep takes half the seeds."""
+def plan(groups: list[str], objects: list[str], seeds: int, only: Sequence[str] = ("",)) -> list[Spec]:
+    """Return the runs of the arms whose name holds one of `only`.
+
+    Seed by seed, so that what is there after an interruption is paired. The sweep takes half the seeds.
+    """
     return [
         Spec(group, arm, kind, seed)
         for group in groups
         for seed in range((seeds + 1) // 2 if group == "sweep" else seeds)
         for kind in objects
         for arm in GROUPS[group]
+        if any(part in arm for part in only)
     ]
 
 
@@ -72,6 +77,7 @@ def execute(specs: list[Spec], model: Path, length: runs.Length, processes: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--only", nargs="+", default=[""], help="the arms whose name holds one of these")
     parser.add_argument("--objects", nargs="+", choices=shapes.TAUGHT, default=list(shapes.TAUGHT))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -79,7 +85,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     length = runs.Length()
-    specs = [] if arguments.report else plan(arguments.groups, arguments.objects, arguments.seeds)
+    specs = [] if arguments.report else plan(arguments.groups, arguments.objects, arguments.seeds, arguments.only)
     folder = execute(specs, arguments.model, length, arguments.processes)
     experiment.keep(folder, KEPT)
     print(f"wrote {report.write(experiment.load(folder), folder, KEPT.parent)}")

@@ -71,6 +71,7 @@ PAYS: dict[str, Arm] = {
         "3 images": Arm("token", images=3),
         **{f"{vectors} embeddings": Arm("token", vectors=vectors) for vectors in (2, 4)},
         "two look-alikes": Arm("token", images=8, look_alike=True),
+        "two look-alikes, std 1e-3": Arm("token", images=8, look_alike=True, init_std=1e-3),
     }.items()
     for row in ("frozen", "trained")
 }
