@@ -51,6 +51,11 @@ def _warned(config: TrainConfig, options: RunOptions) -> Iterator[str]:
         yield f"learning_rate {rate:g} is far above the usual with {config.optimizer}; 5e-4 is a good start"
     if config.tokens and token_rate is not None and token_rate > HIGH_EMBEDDING_RATE:
         yield f"placeholder_learning_rate {token_rate:g} moves the token further than a word is large; try 5e-4"
+    if len(config.tokens) > 1 and token_rate == 0:
+        yield (
+            f"placeholder_learning_rate 0 leaves {', '.join(config.tokens)} as they start, where the model can't tell "
+            "them apart unless init_weights has learned them; leave it empty"
+        )
     if config.caption_dropout == 1:
         yield "caption_dropout 1 drops every caption: nothing is learned of what they say"
     if config.mask_from != "none" and config.mask_floor == 1:

@@ -36,6 +36,11 @@ def test_what_would_teach_nothing_is_refused(given, message):
     [
         ({"learning_rate": 0.02}, {}, "5e-4 is a good start"),
         ({**TOKEN, "placeholder_learning_rate": 0.5}, {}, "try 5e-4"),
+        (
+            {**TOKEN, "placeholder_token": "<anna>,<ben>", "placeholder_learning_rate": 0.0},
+            {},
+            "leaves <anna>, <ben> as they start, where the model can't tell them apart",
+        ),
         ({"caption_dropout": 1.0}, {}, "nothing is learned of what they say"),
         ({"mask_from": "file", "mask_floor": 1.0}, {}, "mask_floor 1"),
         ({"trigger_word": "x", "class_word": "y", "preservation_weight": 0.0}, {}, "holds nothing; set it to 0.1"),
