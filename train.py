@@ -68,7 +68,7 @@ def train(
     hub_token: Optional[Secret] = Input(default=None, description="Token of the hub that may write to hub_repo. It is neither kept nor logged."),
     control_dropout: float = Input(default=0.0, ge=0, le=1, description="Share of the images that train without their images to edit."),
     prior_loss_weight: float = Input(default=1.0, ge=0, le=10, description="Weight of regularisation images, those in a folder called reg, beside the others. 0 leaves them out."),
-    placeholder_learning_rate: Optional[float] = Input(default=None, ge=0, le=1, description="Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). 0: it stays as it starts, and training costs what a word's does."),
+    placeholder_learning_rate: Optional[float] = Input(default=None, ge=0, le=1, description="Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). 0: it stays as it starts, and a training costs no more than one with a word."),
     placeholder_init_std: float = Input(default=1e-05, ge=0, le=0.1, description="Standard deviation of the token's first embedding. Near zero means no prior."),
     adapter: str = Input(default="lora", choices=["lora", "dora", "lokr"], description="What is trained at each layer. dora adds the length of each output's weights; lokr is a Kronecker product, of which rank is that of the larger factor."),
     lora_alpha: float = Input(default=32.0, ge=0.001, le=10000, description="Strength of the adapter times its rank: alpha / rank multiplies it. Leave it when you change the rank: with AdamW a LoRA then learns as fast as before."),

@@ -278,7 +278,7 @@ class TrainConfig:
     warmup_steps: int = option(0, "Steps over which the learning rates rise from 0.", ge=0, le=20000)
     placeholder_learning_rate: float | None = option(
         None, "Learning rate of the token's embedding. Empty: 3.3 % of a usual embedding's size (5e-4 for Qwen-Image). "
-        "0: it stays as it starts, and training costs what a word's does.",
+        "0: it stays as it starts, and a training costs no more than one with a word.",
         ge=0, le=1, only_if="train_placeholder_token", group="advanced",
     )
     placeholder_init_std: float = option(
