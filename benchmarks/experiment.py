@@ -155,7 +155,8 @@ def difference_and_p(differences: Sequence[float], p: float | None = None) -> st
     if not differences:
         return "–"
     mean = float(np.mean(differences))
-    return f"{mean:+.{0 if mean == 0 or abs(mean) >= 1 else 3}f} (p {sign_flip_p(differences) if p is None else p:.3f})"
+    digits = 0 if mean == 0 or abs(mean) >= 1 else 3
+    return f"{mean:+.{digits}f} (p {sign_flip_p(differences) if p is None else p:.3f})"
 
 
 def corrected(compared: Mapping[Key, Sequence[float]]) -> dict[Key, str]:

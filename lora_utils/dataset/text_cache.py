@@ -20,12 +20,11 @@ from lora_utils.model.device import Placement
 from lora_utils.model.text_encoder import Prompt, encode_text, prompt_ids
 from lora_utils.model.variant import TEXT_TO_IMAGE, Variant
 from lora_utils.placeholder.embedding import embedding_sha256
-from lora_utils.placeholder.tokens import Placeholders, no_placeholders
+from lora_utils.placeholder.tokens import Placeholders
 
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 10.0
-NO_PLACEHOLDERS = no_placeholders()
 
 
 class CachedTexts(Mapping[str, Tensor]):
@@ -62,8 +61,8 @@ def find_captions(
     folder: Path,
     placement: Placement,
     store: TensorStore,
-    variant: Variant = TEXT_TO_IMAGE,
-    placeholders: Placeholders = NO_PLACEHOLDERS,
+    variant: Variant,
+    placeholders: Placeholders,
 ) -> FixedCaptions:
     """Look prompts up, each by its `text_key`; `encode_captions` adds those that are new.
 

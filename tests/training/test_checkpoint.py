@@ -253,7 +253,7 @@ def test_other_weights_to_start_from_are_refused(trained, new_run, resumed, tmp_
     assert resumed(path, init_weights=start).step == 1
 
 
-def _with_another_rate(path):
+def _with_another_decay(path):
     written = json.loads((path / "settings.json").read_text())
     written["optimizer"]["0.group.weight_decay"] = 1e9
     (path / "settings.json").write_text(json.dumps(written))
@@ -267,7 +267,7 @@ def _with_another_shape(path):
 DAMAGE = {
     "no tensors": lambda path: (path / "state.safetensors").write_bytes(b""),
     "a tensor of another shape": _with_another_shape,
-    "a changed setting": _with_another_rate,
+    "a changed setting": _with_another_decay,
     "a list": lambda path: (path / "settings.json").write_text("[]"),
     "a file that ends early": lambda path: (path / "settings.json").write_text('{"format": 2, "st'),
 }
