@@ -69,8 +69,11 @@ def waffle_ridges(x: Pixels, y: Pixels) -> Pixels:
     return np.minimum(rim, np.minimum(np.abs(x), np.abs(y)) - 0.15)
 
 
+_X_PX, _Y_PX = np.meshgrid(np.arange(SIDE_PX) + 0.5, np.arange(SIDE_PX) + 0.5)
+
+
 def grid(centre_px: tuple[float, float], radius_px: float) -> tuple[Pixels, Pixels]:
-    x, y = np.meshgrid(np.arange(SIDE_PX) + 0.5, np.arange(SIDE_PX) + 0.5)
+    x, y = _X_PX, _Y_PX
     return (x - centre_px[0]) / radius_px, (y - centre_px[1]) / radius_px
 
 

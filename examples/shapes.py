@@ -251,6 +251,15 @@ _SEARCHED_KINDS, _REFINED_KINDS = 5, 2
 
 
 @dataclass(frozen=True, slots=True)
+class _Seen:
+    """An image as matches are measured on it: its ground's colour [3], and how far it is off that."""
+
+    ground: Pixels
+    deviation: Pixels  # [H*W, 3]
+    energy: float  # of the deviation: the sum of its squares
+
+
+@dataclass(frozen=True, slots=True)
 class _Match:
     """A template laid on an image. `tint` is a plain shape's colour as least squares finds it."""
 
@@ -265,30 +274,31 @@ def _nearest(colour: Pixels, palette: dict[str, Colour]) -> str:
     return min(palette, key=lambda name: float(np.sum((colour - np.array(palette[name])) ** 2)))
 
 
-def _template(kind: str, radius_px: float, centre_px: tuple[float, float]) -> tuple[Pixels, Pixels]:
-    """(cover [H*W], paint [H*W, 3] premultiplied by it): the object alone. A plain shape's paint is white."""
+def _cover(shape: str, radius_px: float, centre_px: tuple[float, float]) -> Pixels:
+    """How much of each pixel [H*W] a plain shape covers."""
+    return fields.coverage(SHAPES[shape], *fields.grid(centre_px, radius_px), radius_px).reshape(-1)
+
+
+def _deviation(kind: str, ground: Pixels, radius_px: float, centre_px: tuple[float, float]) -> Pixels:
+    """How far an object that has colours of its own is off its ground [H*W, 3]."""
     x, y = fields.grid(centre_px, radius_px)
-    cover, paint = np.zeros((SIDE_PX, SIDE_PX)), np.zeros((SIDE_PX, SIDE_PX, 3))
-    for field, colour in _layers(kind, "white"):
+    found = np.zeros((3, SIDE_PX, SIDE_PX))
+    for field, colour in _layers(kind, None):
         layer = fields.coverage(field, x, y, radius_px)
-        cover = cover + layer - cover * layer
-        paint = paint * (1 - layer[..., None]) + np.array(colour, float) * layer[..., None]
-    return cover.reshape(-1), paint.reshape(-1, 3)
+        found += (np.subtract(colour, ground)[:, None, None] - found) * layer
+    return found.reshape(3, -1).T
 
 
-def _match(pixels: Pixels, ground: Pixels, kind: str, radius_px: float, centre_px: tuple[float, float]) -> _Match:
-    """How much of the image's deviation from its ground [H*W, 3] the template explains there."""
-    cover, paint = _template(kind, radius_px, centre_px)
-    deviation = pixels - ground
-    tint = None
+def _match(seen: _Seen, kind: str, radius_px: float, centre_px: tuple[float, float]) -> _Match:
+    """How much of the image's deviation from its ground the template explains there."""
     if kind in SHAPES:
-        tint = cover @ deviation / max(float(cover @ cover), 1e-9)
-        left = deviation - cover[:, None] * tint
-        tint = ground + tint
+        cover = _cover(kind, radius_px, centre_px)
+        along, size = cover @ seen.deviation, max(float(cover @ cover), 1e-9)
+        explained, tint = float(along @ along) / size, seen.ground + along / size
     else:
-        left = deviation - (paint - cover[:, None] * ground)
-    fit = 1.0 - float(np.sum(left**2) / max(np.sum(deviation**2), 1.0))
-    return _Match(fit, kind, radius_px, centre_px, tint)
+        left = seen.deviation - _deviation(kind, seen.ground, radius_px, centre_px)
+        explained, tint = seen.energy - float(np.sum(left**2)), None
+    return _Match(explained / max(seen.energy, 1.0), kind, radius_px, centre_px, tint)
 
 
 def _moments(energy: Pixels) -> tuple[float, float, float]:
@@ -300,15 +310,14 @@ def _moments(energy: Pixels) -> tuple[float, float, float]:
     return x, y, float(np.sqrt((energy * ((xs - x) ** 2 + (ys - y) ** 2)).sum() / total))
 
 
-def _search(pixels: Pixels, ground: Pixels, start: _Match, step_px: float, step_radius: float) -> _Match:
+def _search(seen: _Seen, start: _Match, step_px: float, step_radius: float) -> _Match:
     """Better a match by steps in its place and radius, twice along each."""
     best = start
     for dx, dy, dr in ((1, 0, 0), (0, 1, 0), (0, 0, 1)) * 2:
         x, y = best.centre_px
         steps = [
             _match(
-                pixels,
-                ground,
+                seen,
                 best.kind,
                 best.radius_px * (1 + sign * dr * step_radius),
                 (x + sign * dx * step_px, y + sign * dy * step_px),
@@ -319,16 +328,16 @@ def _search(pixels: Pixels, ground: Pixels, start: _Match, step_px: float, step_
     return best
 
 
-def _first_guess(pixels: Pixels, ground: Pixels, kind: str) -> _Match:
-    """Lay the template where centre and spread of its energy are the image's."""
+def _first_guess(seen: _Seen, moments: tuple[float, float, float], kind: str) -> _Match:
+    """Lay the template where centre and spread of its energy are the image's `moments`."""
     middle, radius_px = SIDE_PX / 2, 16.0
-    cover, paint = _template(kind, radius_px, (middle, middle))
-    alone = cover if kind in SHAPES else np.sum((paint - cover[:, None] * ground) ** 2, axis=1)
+    at = (radius_px, (middle, middle))
+    alone = _cover(kind, *at) if kind in SHAPES else np.sum(_deviation(kind, seen.ground, *at) ** 2, axis=1)
     tx, ty, template_spread = _moments(alone)
-    x, y, spread = _moments(np.sum((pixels - ground) ** 2, axis=1))
+    x, y, spread = moments
     scale = spread / template_spread
     centre = (x - (tx - middle) * scale, y - (ty - middle) * scale)
-    return _match(pixels, ground, kind, radius_px * scale, centre)
+    return _match(seen, kind, radius_px * scale, centre)
 
 
 def _best(matches: list[_Match], count: int) -> list[_Match]:
@@ -345,13 +354,15 @@ def read(image: Image.Image | Pixels, kinds: tuple[str, ...] | None = None) -> R
     sides = (image[:2], image[-2:], image[:, :2], image[:, -2:])
     ground = np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
     background = _nearest(ground, BACKGROUNDS)
-    flat = image.reshape(-1, 3)
+    deviation = image.reshape(-1, 3) - ground
+    energies = np.sum(deviation**2, axis=1)
     nothing = Reading(None, None, background, 0.0, (SIDE_PX / 2, SIDE_PX / 2), 0.0)
-    if np.sum((flat - ground) ** 2, axis=1).mean() < MIN_ENERGY:
+    if energies.mean() < MIN_ENERGY:
         return nothing
-    guesses = [_first_guess(flat, ground, kind) for kind in kinds or (*SHAPES, *OBJECTS)]
-    coarse = [_search(flat, ground, match, 1.5, 0.08) for match in _best(guesses, _SEARCHED_KINDS)]
-    fine = [_search(flat, ground, match, 0.6, 0.03) for match in _best(coarse, _REFINED_KINDS)]
+    seen, moments = _Seen(ground, deviation, float(energies.sum())), _moments(energies)
+    guesses = [_first_guess(seen, moments, kind) for kind in kinds or (*SHAPES, *OBJECTS)]
+    coarse = [_search(seen, match, 1.5, 0.08) for match in _best(guesses, _SEARCHED_KINDS)]
+    fine = [_search(seen, match, 0.6, 0.03) for match in _best(coarse, _REFINED_KINDS)]
     best = max(fine, key=lambda match: match.fit)
     if best.fit < MIN_FIT:
         return replace(nothing, fit=best.fit)
