@@ -9,6 +9,7 @@ import wandb
 from PIL import Image, ImageChops
 from tensorboardX.proto.event_pb2 import Event
 
+from lora_utils.config import RunOptions
 from lora_utils.errors import UserError
 from lora_utils.tracking import contact_sheet, metrics
 from lora_utils.tracking.html_report import REPORT_FILE
@@ -17,8 +18,20 @@ from lora_utils.training.checkpoint import list_checkpoints
 from tests.helpers import SHORT_RUN, train_archive
 
 
-def test_metrics_hold_each_step_with_its_losses_by_level_of_noise(train_run):
-    _, folder = train_run(config=replace(SHORT_RUN, validation_share=0.2, class_word="square", steps=12))
+@pytest.fixture(scope="module")
+def folder(archive, random_model, tmp_path_factory):
+    """What a run with all curves and images leaves there."""
+    config = replace(SHORT_RUN, validation_share=0.2, class_word="square", steps=12)
+    made = tmp_path_factory.mktemp("run")
+    options = RunOptions(run_dir=str(made), sample_prompts="a red circle", sample_every=4, sample_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BASE_MODEL", str(random_model))
+        patch.delenv("WANDB_API_KEY", raising=False)
+        train_archive(config, archive, made / "weights.zip", options)
+    return made
+
+
+def test_metrics_hold_each_step_with_its_losses_by_level_of_noise(folder):
     lines = list(read_metrics(folder))
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -61,20 +74,18 @@ def events(folder, kind="simple_value"):
     return found
 
 
-def test_tensorboard_has_the_curves(train_run):
-    _, folder = train_run(config=replace(SHORT_RUN, validation_share=0.2))
+def test_tensorboard_has_the_curves(folder):
     found = events(folder)
     losses = {step: value for step, name, value in found if name == "train/loss"}
-    expected = {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
+    expected = {line["step"]: line["loss"] for line in read_metrics(folder) if line.get("loss") is not None}
     assert losses == pytest.approx(expected)
     assert {"validation/loss", "train/learning_rate", "train/grad_norm"} <= {name for _, name, _ in found}
     assert any(name.startswith("sigma/") for _, name, _ in found)
 
 
-def test_tensorboard_has_the_samples(train_run):
-    _, folder = train_run(sample_prompts="a red circle", sample_every=4, sample_steps=1)
+def test_tensorboard_has_the_samples(folder):
     shown = events(folder, kind="image")
-    assert [(step, name) for step, name, _ in shown] == [(0, "previews"), (4, "previews"), (8, "previews")]
+    assert [(step, name) for step, name, _ in shown] == [(step, "previews") for step in (0, 4, 8, 12)]
     for (_, _, image), path in zip(shown, contact_sheet.list_sheets(folder), strict=True):
         with Image.open(io.BytesIO(image.encoded_image_string)) as seen, Image.open(path) as saved:
             assert ImageChops.difference(seen.convert("RGB"), saved.convert("RGB")).getbbox() is None
@@ -109,7 +120,7 @@ def told(monkeypatch):
 
 
 def test_wandb_gets_the_metrics_too_if_its_key_is_set(train_run, told, monkeypatch):
-    train_run("without")
+    train_run("without", replace(SHORT_RUN, steps=1))
     assert told == []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     _, folder = train_run("with", sample_prompts="a red circle", sample_every=4, sample_steps=1)
@@ -216,10 +227,10 @@ def test_a_report_that_cannot_be_written_does_not_lose_the_weights(train_run, tm
 
 
 def test_a_new_run_in_an_old_ones_folder_leaves_no_curves_of_that(train_run):
-    train_run(config=replace(SHORT_RUN, steps=9))
-    _, folder = train_run()
-    assert max(step for step, _, _ in events(folder)) == 8
-    assert max(line["step"] for line in read_metrics(folder)) == 8
+    train_run(config=replace(SHORT_RUN, steps=3))
+    _, folder = train_run(config=replace(SHORT_RUN, steps=2))
+    assert max(step for step, _, _ in events(folder)) == 2
+    assert max(line["step"] for line in read_metrics(folder)) == 2
 
 
 def test_without_a_folder_nothing_is_kept(archive, random_model, tmp_path, monkeypatch):

@@ -68,15 +68,21 @@ def resumed(dataset, random_model):
 # --- what a resumed run is ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(dataset, random_model):
+    """A run that was never stopped, and its losses."""
+    run = make_state(CONFIG, dataset, random_model)
+    return run, losses(run)
+
+
 @pytest.mark.parametrize("stop", [1, 5, 11])
-def test_a_resumed_run_is_the_one_that_was_never_stopped(stop, new_run, resumed, tmp_path):
-    uninterrupted = new_run()
-    expected = losses(uninterrupted)
+def test_a_resumed_run_is_the_one_that_was_never_stopped(stop, uninterrupted, new_run, resumed, tmp_path):
+    whole, expected = uninterrupted
     first = new_run()
     before = losses(first, stop)
     second = resumed(save_checkpoint(first, tmp_path, keep=2))
     assert before + losses(second) == expected
-    assert same_result(uninterrupted, second)
+    assert same_result(whole, second)
 
 
 def test_a_baseline_run_is_resumed_too_and_through_several_checkpoints(new_run, resumed, tmp_path):
@@ -136,9 +142,9 @@ def test_a_resumed_run_computes_its_blocks_as_before(new_run, resumed, tmp_path)
 def test_the_final_loss_of_a_resumed_run_needs_no_log(archive, random_model, tmp_path, monkeypatch):
     """What a run resumes from is in its checkpoint: metrics.jsonl is for people, and may be gone."""
     monkeypatch.setenv("BASE_MODEL", str(random_model))
-    config = replace(CONFIG, steps=40)
-    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=38, resume="auto")
-    asked = iter([False] * 37 + [True])
+    config = replace(CONFIG, steps=20)  # the final loss is the mean of the last two
+    options = RunOptions(run_dir=str(tmp_path / "run"), save_every=19, resume="auto")
+    asked = iter([False] * 18 + [True])
     train_archive(config, archive, tmp_path / "early.zip", options, stopped=lambda: next(asked))
     (tmp_path / "run" / "metrics.jsonl").unlink()
     train_archive(config, archive, tmp_path / "late.zip", options)
@@ -177,10 +183,11 @@ def write_older(checkpoint, written):
     (checkpoint / "settings.json").write_text(json.dumps(rest))
 
 
-def test_a_checkpoint_of_the_first_format_is_resumed(new_run, resumed, tmp_path):
+def test_a_checkpoint_of_the_first_format_is_resumed(uninterrupted, new_run, resumed, tmp_path):
     """It has the quantisation as it came to, whether blocks were compiled, and older names; no plan and no losses."""
-    uninterrupted, first = new_run(), new_run()
-    expected, before = losses(uninterrupted), losses(first, 5)
+    whole, expected = uninterrupted
+    first = new_run()
+    before = losses(first, 5)
     path = save_checkpoint(first, tmp_path, keep=1)
     written = json.loads((path / "settings.json").read_text())
     settings = written["settings"] | {"quantization": "none"}
@@ -190,7 +197,7 @@ def test_a_checkpoint_of_the_first_format_is_resumed(new_run, resumed, tmp_path)
     write_older(path, older)
     second = resumed(path)
     assert before + losses(second) == expected
-    assert same_result(uninterrupted, second)
+    assert same_result(whole, second)
     with pytest.raises(UserError, match=r"seed: 0 there, 1 here"):
         resumed(path, replace(CONFIG, seed=1))
 

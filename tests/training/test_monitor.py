@@ -74,6 +74,7 @@ def test_the_first_eta_is_right_though_images_differ_in_size(seed, random_model,
     assert sum(costs[1:]) / speed / 1.5 < eta < 1.5 * sum(costs[1:]) / speed
 
 
+@pytest.mark.slow
 def test_the_compiler_is_timed_apart_from_the_probe(dataset, random_model, monkeypatch):
     # The blocks are traced, and no code is made of them.
     monkeypatch.setattr(blocks, "compiled_block", partial(blocks.compiled_block, "eager"))

@@ -59,7 +59,7 @@ def test_previews_after_the_last_step_are_what_predict_generates(train_run, rand
 def test_a_run_that_is_watched_learns_what_it_learns_unseen(token, targets, train_run):
     config = replace(SHORT_RUN, train_placeholder_token=token, lora_targets=targets, ema_decay=0.5)
     prompts = PREVIEW_PROMPTS if token else "a red circle"
-    seen, _ = train_run("seen", config, sample_prompts=prompts, sample_every=2, sample_steps=2, save_every=2)
+    seen, _ = train_run("seen", config, sample_prompts=prompts, sample_every=2, sample_steps=1, save_every=2)
     unseen, _ = train_run("unseen", config)
     assert without_thumbnail(lora_of(seen)[0]) == without_thumbnail(lora_of(unseen)[0])
     assert b"modelspec.thumbnail" in lora_of(seen)[0]
@@ -84,12 +84,12 @@ def test_sheets_come_before_the_first_step_on_the_way_and_after_the_last(train_r
 
 
 def test_a_resumed_run_samples_the_previews_that_are_left(train_run, tmp_path):
-    _, whole = train_run("whole", sample_prompts=PREVIEW_PROMPTS, sample_every=2, sample_steps=2)
-    given = {"sample_prompts": PREVIEW_PROMPTS, "sample_every": 2, "sample_steps": 2, "save_every": 3, "resume": "auto"}
+    given = {"sample_prompts": PREVIEW_PROMPTS, "sample_every": 2, "sample_steps": 1}
+    _, whole = train_run("whole", **given)
     asked = iter([False, False, False, True])
-    train_run("parts", stopped=lambda: next(asked), **given)
+    train_run("parts", stopped=lambda: next(asked), save_every=3, **given)
     (tmp_path / "parts.zip").unlink()
-    train_run("parts", **given)
+    train_run("parts", save_every=3, resume="auto", **given)
     assert names(tmp_path / "parts") == names(whole)
     for name in names(whole):
         with Image.open(whole / "samples" / name) as one, Image.open(tmp_path / "parts" / "samples" / name) as other:
