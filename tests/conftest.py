@@ -4,7 +4,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
-os.environ["CACHE_DIR"] = ""  # what is encoded is kept in memory, and no test finds what another has left
 os.environ["SOURCE_DATE_EPOCH"] = "0"  # files that were written on two days are compared byte by byte
 
 import diffusers  # noqa: F401 (with all that it finds installed, for the stock pipelines in these tests)
@@ -36,9 +35,21 @@ from lora_utils.model.device import default_placement
 from tests.helpers import SHORT_RUN, train_archive
 
 torch.set_num_threads(1)
-gc.freeze()  # each setup collects garbage; the million objects of the imports above are none, and took 0.3 s each time
 log_to_stdout()
 logging.getLogger("lora_utils").propagate = True  # pytest's caplog listens at the root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what is encoded for later tests, as a user's trainings do: it is most of a short run's time."""
+    os.environ["CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_in_what_is_imported() -> None:
+    """Spare the run's collections of garbage the million objects of imports: each took 0.3 s for these."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def check(seed, tmp_path, random_model, monkeypatch):
     shutil.rmtree(tmp_path / "run")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_caption_of_a_training_is_a_prompt_and_its_preview_is_what_predict_generates(
     seed, tmp_path, random_model, monkeypatch
 ):
@@ -118,6 +118,6 @@ def test_every_caption_of_a_training_is_a_prompt_and_its_preview_is_what_predict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4, 44))
+@pytest.mark.parametrize("seed", range(2, 40))
 def test_and_so_for_many_more(seed, tmp_path, random_model, monkeypatch):
     check(seed, tmp_path, random_model, monkeypatch)

@@ -62,7 +62,9 @@ def test_a_training_and_a_prediction_import_nothing_that_they_do_not_use(tiny_mo
     assert lines[-2:] == ["imported", "compiler _DeferredCompiler"]
 
 
-@pytest.mark.parametrize("used", ["import torch._dynamo.config", "torch.compile(len)"])
+@pytest.mark.parametrize(
+    "used", [pytest.param("import torch._dynamo.config", marks=pytest.mark.slow), "torch.compile(len)"]
+)
 def test_the_compiler_is_imported_when_it_is_used_and_every_part_of_it_once(used):
     lines = output_of(
         FIRST

@@ -39,7 +39,7 @@ def test_its_autoencoder_keeps_drawings_that_it_has_not_seen(tiny_model):
 
 @pytest.fixture(scope="module")
 def scores(tiny_model):
-    return evaluate.evaluate_base(tiny_model, prompts=60)
+    return evaluate.evaluate_base(tiny_model, prompts=40)
 
 
 def test_it_generates_held_out_prompts(scores):

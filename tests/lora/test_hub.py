@@ -90,16 +90,12 @@ def test_weights_previews_and_a_model_card_are_pushed_to_a_private_repository(tr
     assert TOKEN.encode() not in kept
 
 
-def test_a_public_one_is_had_by_asking(train_and_push):
-    with hub_server.receiving(TOKEN) as pushed:
-        assert train_and_push(pushed.url, TOKEN, "--no-hub_private").returncode == 0
-    assert [repo["visibility"] for repo in pushed.created] == ["public"]
-
-
 def test_a_push_that_fails_loses_nothing_and_is_said(train_and_push, tmp_path):
+    """Here to a repository that is public, as was asked."""
     with hub_server.receiving(TOKEN, commits=False) as pushed:
-        done = train_and_push(pushed.url)
+        done = train_and_push(pushed.url, TOKEN, "--no-hub_private")
     assert done.returncode == 0, done.stderr
+    assert [repo["visibility"] for repo in pushed.created] == ["public"]
     assert "warning: pushing weights.zip, from where it can be pushed again, failed" in done.stdout
     assert "the weights couldn't be pushed to me/it (" in done.stdout
     assert zipfile.is_zipfile(tmp_path / "weights.zip")

@@ -35,14 +35,8 @@ def test_real_rotation_is_the_complex_one():
 
 
 # The first traces the blocks, the second their backward pass too; the last makes code and has images of two sizes.
-@pytest.mark.parametrize(
-    ("backend", "resolution"),
-    [
-        ("eager", "64"),
-        pytest.param("aot_eager", "64", marks=pytest.mark.slow),
-        pytest.param("inductor", "64,128", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "resolution"), [("eager", "64"), ("aot_eager", "64"), ("inductor", "64,128")])
 def test_the_loss_curve_is_that_of_the_plain_blocks(backend, resolution, dataset, random_model, monkeypatch):
     monkeypatch.setattr(blocks, "compiled_block", partial(blocks.compiled_block, backend))
     torch._dynamo.reset()

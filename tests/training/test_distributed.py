@@ -188,6 +188,7 @@ def test_one_that_fails_ends_all_with_its_words(archive, two_gpus, tmp_path):
     assert not (tmp_path / "weights.zip").exists()
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_ends_all(archive, two_gpus, tmp_path):
     def kill_the_second():
         deadline = time.monotonic() + 60
