@@ -105,7 +105,9 @@ def undisturbed(archive, random_model, tmp_path_factory):
     return without_thumbnail(lora_of(_train(archive, random_model, target, {}))[0])
 
 
-@pytest.mark.parametrize("failing", [BY_PRODUCTS.keys() - set.union(*CALLERS), *CALLERS])
+@pytest.mark.parametrize(
+    "failing", [BY_PRODUCTS.keys() - set.union(*CALLERS), *CALLERS], ids=["all others", "previews", "metrics"]
+)
 def test_by_products_that_fail_from_the_first_step_on_cost_nothing_of_what_is_learned(
     failing, train, undisturbed, caplog
 ):
