@@ -185,9 +185,17 @@ def best_peer(runs: Sequence[Run]) -> str:
     return min(peers, key=lambda name: np.mean([needed(run) for run in peers[name]]), default="")
 
 
+def moves_and_base(runs: Sequence[Run]) -> list[Run]:
+    """Return the moves' runs, and as one more move those of what they change, of the same subjects and seeds."""
+    moved = [run for run in runs if run["group"] == "moves"]
+    seeds = {(run["kind"], run["seed"]) for run in moved}
+    base = [run for run in runs if run["arm"] == BASE_NAME and (run["kind"], run["seed"]) in seeds]
+    return [{**run, "group": "moves"} for run in base] + moved
+
+
 def write_page(runs: Sequence[Run]) -> None:
     """Write RECIPES.md: a table for all subjects, one for each, and the sources."""
-    objects = [run for run in runs if run["kind"] != STYLE]
+    objects, styled = ([run for run in runs if (run["kind"] == STYLE) == is_style] for is_style in (False, True))
     hours, peer = sum(run["seconds"] for run in runs) / 3600, best_peer(objects)
     parts = [
         "# Which recipe teaches how fast",
@@ -205,11 +213,12 @@ def write_page(runs: Sequence[Run]) -> None:
     for subject in SUBJECTS:
         if own := [run for run in runs if run["kind"] == subject]:
             parts += [f"## {subject}", table(own, "recipes", peer)]
-    if moved := [run for run in runs if run["group"] == "moves"]:
-        seeds = {(run["kind"], run["seed"]) for run in moved}
-        base = [run for run in runs if run["arm"] == BASE_NAME and (run["kind"], run["seed"]) in seeds]
-        moved = [{**run, "group": "moves"} for run in base] + moved
-        parts += ["## What moves it", f"Changes to `{BASE_NAME}`, one at a time.", table(moved, "moves", BASE_NAME)]
+    for what, own in {"the three objects": objects, "the style": styled}.items():
+        if any(run["group"] == "moves" for run in own):
+            changes = (
+                f"Changes to `{BASE_NAME}`, one at a time; what it does itself is over the same subjects and seeds."
+            )
+            parts += [f"## What moves it: {what}", changes, table(moves_and_base(own), "moves", BASE_NAME)]
     parts.append("## Sources")
     for name, recipe in RECIPES.items():
         differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""
