@@ -215,10 +215,11 @@ def write_page(runs: Sequence[Run]) -> None:
             parts += [f"## {subject}", table(own, "recipes", peer)]
     for what, own in {"the three objects": objects, "the style": styled}.items():
         if any(run["group"] == "moves" for run in own):
-            changes = (
-                f"Changes to `{BASE_NAME}`, one at a time; what it does itself is over the same subjects and seeds."
-            )
-            parts += [f"## What moves it: {what}", changes, table(moves_and_base(own), "moves", BASE_NAME)]
+            parts += [
+                f"## What moves it: {what}",
+                f"Changes to `{BASE_NAME}`, one at a time.",
+                table(moves_and_base(own), "moves", BASE_NAME),
+            ]
     parts.append("## Sources")
     for name, recipe in RECIPES.items():
         differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""
