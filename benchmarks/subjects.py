@@ -18,6 +18,7 @@ STYLE = "duotone"
 DARK, LIGHT = np.array([24.0, 32.0, 88.0]), np.array([255.0, 226.0, 178.0])  # the style's two inks
 MOST_OFF = 14.0  # grey levels that a pixel may be off the line between them, on average
 LEAST_CONTRAST = 12.0  # of its brightness: a plain ground is no image
+LEAST_APART = 38.0  # grey levels from a shape's brightness to its ground's: of 400 prompts, the inks show all of these
 STYLED_IMAGES = 24  # a style shows in many scenes, so it is taught by more of them
 
 
@@ -68,9 +69,15 @@ def _styled_images(trigger: str, seed: int) -> Taught:
 
 
 def _styled_prompts(trigger: str, count: int) -> list[evaluate.Asked]:
-    asked = evaluate.held_out_prompts(2 * count, seed=3)
-    shape = [item for item in asked if item.prompt.noun in shapes.SHAPES][:count]
-    return [replace(item, text=f"{item.text}, {trigger} style") for item in shape]
+    """Shapes that two inks show: of one that is as bright as its ground, not even a drawing does."""
+    asked = [item for item in evaluate.held_out_prompts(4 * count, seed=3) if item.prompt.noun in shapes.SHAPES]
+    seen = [item for item in asked if _grey_levels_apart(item.prompt) >= LEAST_APART][:count]
+    return [replace(item, text=f"{item.text}, {trigger} style") for item in seen]
+
+
+def _grey_levels_apart(prompt: shapes.Prompt) -> float:
+    shape, ground = shapes.COLOURS[prompt.colour or "red"], shapes.BACKGROUNDS[prompt.background or "gray"]
+    return abs(float(np.mean(shape) - np.mean(ground)))
 
 
 SUBJECTS: dict[str, Subject] = {

@@ -1,5 +1,6 @@
 """The experiments on what teaches best and what holds a class: a short form of each runs, and its table is right."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,6 +130,11 @@ def test_a_drawing_in_the_style_is_read_and_one_that_is_not_is_not():
         taught = subject.images("ohwx", 3)
         assert len(taught.images) == len(taught.captions) in (15, 24)
         assert all("ohwx" in caption for caption in taught.captions)
+    asked = SUBJECTS[STYLE].prompts("ohwx", 40)
+    assert len({item.text for item in asked}) == 40
+    for item in asked:
+        drawn = shapes.draw(shapes.scene_of(item.prompt, np.random.default_rng(0)))
+        assert SUBJECTS[STYLE].shows(shapes.to_image(inked(drawn)), item.prompt), item.text
     scene = shapes.Scene("ring", "gray", 18.0, (32.0, 32.0), "red")
     plain, prompt = shapes.draw(scene), shapes.Prompt("ring")
     shows = SUBJECTS[STYLE].shows
