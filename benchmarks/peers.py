@@ -118,3 +118,9 @@ RECIPES: dict[str, Recipe] = {
         "rank, layers and levels of noise are ai-toolkit's",
     ),
 }
+
+# What a style may be taught by: one of them is goal=style.
+STYLES = {
+    f"rate {rate}": Recipe("lora_utils/presets.py, but for the rate", {**OURS, "learning_rate": float(rate)})
+    for rate in ("2e-4", "5e-4")
+}

@@ -35,7 +35,7 @@ from benchmarks.experiment import (
     paired_differences,
 )
 from benchmarks.moves import BASE_NAME, MOVES, Move
-from benchmarks.peers import RECIPES, Recipe
+from benchmarks.peers import RECIPES, STYLES, Recipe
 from benchmarks.subjects import STYLE, SUBJECTS
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
@@ -52,7 +52,7 @@ PAGE = Path(__file__).parent / "RECIPES.md"
 RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its tokens
 FIDELITY, EARLY = 0.9, 300
 OURS_BY_CHANGE = ("ours until 2026-11-28", "ours", "ours, where it is named", "ours, by a token, where it is named")
-GROUPS: dict[str, dict[str, Recipe]] = {"recipes": RECIPES, "moves": MOVES}
+GROUPS: dict[str, dict[str, Recipe]] = {"recipes": RECIPES, "moves": MOVES, "styles": STYLES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,9 @@ class Length:
     measured_at: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
     prompts: int = 20
     sampling_steps: int = 10
+
+
+LENGTHS = {"styles": Length(2000, (100, 200, 300, 400, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000), prompts=40)}
 
 
 @lru_cache(maxsize=1)
@@ -94,9 +97,9 @@ def measure(run: TrainState, subject: str, trigger: str, length: Length, named: 
     return measured
 
 
-def run_recipe(spec: Spec, length: Length = Length()) -> Run:
-    """Train by a recipe, with the seed's images, and measure on the way."""
-    recipe = GROUPS[spec.group][spec.arm]
+def run_recipe(spec: Spec, length: Length | None = None) -> Run:
+    """Train by a recipe, with the seed's images, and measure on the way: as long as the group's are, by default."""
+    recipe, length = GROUPS[spec.group][spec.arm], length or LENGTHS.get(spec.group, Length())
     given = {**recipe.given, "steps": length.steps}
     trigger = TOKEN if given.get("train_placeholder_token") else RARE_WORD
     taught, side = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX)
@@ -220,6 +223,10 @@ def write_page(runs: Sequence[Run]) -> None:
                 f"Changes to `{BASE_NAME}`, one at a time.",
                 table(moves_and_base(own), "moves", BASE_NAME),
             ]
+    if goals := [run for run in runs if run["group"] == "styles"]:
+        length = LENGTHS["styles"]
+        what = f"The style again, over {length.steps} steps, by {length.prompts} prompts."
+        parts += ["## Rates of a style", what, table(goals, "styles", "rate 2e-4")]
     parts.append("## Sources")
     for name, recipe in RECIPES.items():
         differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""
@@ -242,6 +249,7 @@ def main() -> None:
         for group in given.groups
         for seed in range(given.seeds)
         for subject in given.subjects
+        if group != "styles" or subject == STYLE
         for recipe in GROUPS[group]
         if any(part in recipe for part in given.only)
     ]
