@@ -7,16 +7,16 @@ import torch
 from benchmarks import experiment, preservation, preserved_prompts, recipes
 from benchmarks.moves import MOVES
 from benchmarks.muon import Muon
-from benchmarks.peers import OURS, RECIPES
+from benchmarks.peers import OURS, RECIPES, STYLES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
 from examples import evaluate, shapes
 from lora_utils.config import TrainConfig
 from lora_utils.model.adapter_sizes import adapted_layers
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *MOVES])
+@pytest.mark.parametrize("name", [*RECIPES, *MOVES, *STYLES])
 def test_each_recipe_is_one_of_this_package_and_names_its_source(name):
-    recipe = {**RECIPES, **MOVES}[name]
+    recipe = {**RECIPES, **MOVES, **STYLES}[name]
     config = TrainConfig(**recipe.given, seed=0)
     adapted = adapted_layers(config.lora_targets, 6)
     assert len(set(map(len, adapted))) == 1, "the same layers of each block"
@@ -94,6 +94,7 @@ def test_muon_steps_as_torchs_does(shape):
         ("moves", "two resolutions", "fish"),
         ("moves", "Muon, rate 3e-3", "fish"),
         ("moves", "A from the layer's own directions", "fish"),
+        ("styles", "rate 2e-4", STYLE),
     ],
 )
 def test_a_short_form_of_the_recipes_runs(group, name, subject):
