@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,9 +138,19 @@ def needed(run: Run, metric: str = "step") -> float:
     return run["points"][-1][metric] if found is None else found
 
 
+def fidelity_at(run: Run, steps: int) -> float:
+    """Return the fidelity after so many steps, and a run's last one where it needed fewer."""
+    return [point["fidelity"] for point in run["points"] if point["step"] <= steps][-1]
+
+
 def early_fidelity(run: Run) -> float:
-    """Return the fidelity at `EARLY` steps, and a run's last one where it needed fewer."""
-    return [point["fidelity"] for point in run["points"] if point["step"] <= EARLY][-1]
+    """Return the fidelity at `EARLY` steps."""
+    return fidelity_at(run, EARLY)
+
+
+def best_fidelity(run: Run) -> float:
+    """Return the highest fidelity that was measured."""
+    return max(point["fidelity"] for point in run["points"])
 
 
 def others_right(run: Run) -> float:
@@ -162,7 +172,7 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
         cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
         cells.append(mean_and_error([others_right(run) for run in own]))
         cells.append(mean_and_error([early_fidelity(run) for run in own]))
-        cells.append(mean_and_error([max(point["fidelity"] for point in run["points"]) for run in own]))
+        cells.append(mean_and_error([best_fidelity(run) for run in own]))
         share = f"{sum(bool(reached(run['points'])) for run in own)} of {len(own)}"
         rows.append([name, share, *cells, compared.get(name, "–")])
     measured = ["steps", "seconds", "other prompts right there", f"fidelity at {EARLY} steps", "best fidelity"]
@@ -180,6 +190,20 @@ def ours_table(runs: Sequence[Run]) -> str:
         for before, name in pairwise(name for name in OURS_BY_CHANGE if name in arms)
     }
     return differences_table("", rows)
+
+
+def rates_table(runs: Sequence[Run]) -> str:
+    """Return what the higher rate of a style gains on the lower one, in pairs."""
+    low, high = (by_arm(runs, "styles").get(name, []) for name in STYLES)
+    steps = LENGTHS["styles"].steps
+    half, whole = (partial(fidelity_at, steps=count) for count in (steps // 2, steps))
+    gained = {
+        f"fidelity after {steps // 2} steps": paired_differences(high, low, half),
+        f"after {steps // 2}, minus after {steps}": paired_differences(high, low, half, whole),
+        "best fidelity": paired_differences(high, low, best_fidelity),
+        "other prompts right": paired_differences(high, low, others_right),
+    }
+    return differences_table("", {" minus ".join(reversed(list(STYLES))): gained})
 
 
 def best_peer(runs: Sequence[Run]) -> str:
@@ -214,7 +238,7 @@ def write_page(runs: Sequence[Run]) -> None:
         ours_table(objects),
     ]
     for subject in SUBJECTS:
-        if own := [run for run in runs if run["kind"] == subject]:
+        if own := [run for run in runs if run["group"] == "recipes" and run["kind"] == subject]:
             parts += [f"## {subject}", table(own, "recipes", peer)]
     for what, own in {"the three objects": objects, "the style": styled}.items():
         if any(run["group"] == "moves" for run in own):
@@ -226,7 +250,7 @@ def write_page(runs: Sequence[Run]) -> None:
     if goals := [run for run in runs if run["group"] == "styles"]:
         length = LENGTHS["styles"]
         what = f"The style again, over {length.steps} steps, by {length.prompts} prompts."
-        parts += ["## Rates of a style", what, table(goals, "styles", "rate 2e-4")]
+        parts += ["## Rates of a style", what, table(goals, "styles", next(iter(STYLES))), rates_table(goals)]
     parts.append("## Sources")
     for name, recipe in RECIPES.items():
         differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""

@@ -18,13 +18,14 @@ class Preset:
 
 # Rate and steps without a goal are fal's and Replicate's, who train the 20 B model by them for all comers. The layers
 # are Replicate's but for the modulations. On the small model 1e-4 and less taught next to nothing in 1000 steps
-# (benchmarks/RECIPES.md). Rank 16 is ai-toolkit's, and fits a 16 GB GPU, where 32 on all layers doesn't. A likeness and
-# a style take the gentler rate of diffusers' example, and more steps. None has been measured on the 20 B model.
+# (benchmarks/RECIPES.md). Rank 16 is ai-toolkit's, and fits a 16 GB GPU, where 32 on all layers doesn't. A style takes
+# more steps: at 2e-4 it was no better after 2000 than at 5e-4 after 1000 (same page, eight seeds). A likeness takes the
+# gentler rate of diffusers' example, which nothing has been measured for. None has been measured on the 20 B model.
 PRESETS = {
     "none": Preset(steps=1000, learning_rate=5e-4, rank=16, lora_targets="attention_mlp"),
     "person": Preset(steps=1500, learning_rate=2e-4, rank=16, lora_targets="attention_mlp"),
     "object": Preset(steps=1000, learning_rate=5e-4, rank=16, lora_targets="attention_mlp"),
-    "style": Preset(steps=2000, learning_rate=2e-4, rank=16, lora_targets="attention_mlp"),
+    "style": Preset(steps=1500, learning_rate=5e-4, rank=16, lora_targets="attention_mlp"),
 }
 PRODIGY_LEARNING_RATE = 1.0  # Prodigy finds the rate itself and multiplies it by this
 

@@ -122,6 +122,16 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     assert rows[4] == "| fal | 0 of 1 | 300 | 6.00 | 1.00 | 0.30 | 0.30 | – |", "all that it took"
     assert recipes.early_fidelity(runs[2]) == 0.2, "at 300 of its 400 steps"
     assert recipes.early_fidelity(runs[0]) == 1.0, "it ended at 200"
+    rates = [
+        {**run(f"rate {rate}", *fidelities), "group": "styles"}
+        for rate, *fidelities in (("2e-4", 0.0, 0.2, 0.4), ("5e-4", 0.0, 0.5, 0.7))
+    ]
+    for each in rates:
+        each["points"] = [{**point, "step": 10 * point["step"]} for point in each["points"]]
+    row = recipes.rates_table(rates).splitlines()[-1]
+    assert row == (
+        "| rate 5e-4 minus rate 2e-4 | +0.300 (p 1.000) | +0.100 (p 1.000) | +0.300 (p 1.000) | +0 (p 1.000) | 1 |"
+    )
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
     assert recipes.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
