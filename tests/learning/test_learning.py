@@ -30,7 +30,7 @@ def demo_run(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def scores(demo_run, tiny_model):
-    return evaluate.evaluate_weights(tiny_model, demo_run / "weights.zip", demo.OBJECT, demo.TOKEN, prompts=40)
+    return evaluate.evaluate_weights(tiny_model, demo_run / "weights.zip", demo.OBJECT, demo.TOKEN, prompts=30)
 
 
 def test_the_demo_leaves_an_archive_and_a_labelled_sheet(demo_run):
