@@ -81,7 +81,7 @@ def test_a_quantised_base_costs_the_time_that_making_it_dense_takes(scheme, trac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side_px", "targets"), zip([512, 1024], TARGETS, strict=True))
+@pytest.mark.parametrize(("side_px", "targets"), list(zip([512, 1024], TARGETS, strict=True)))
 def test_the_real_models_memory_is_planned_to_3_percent(side_px, targets):
     """All sixty blocks, with the counts of checkpointed ones that docs/memory.md has."""
     for count in (0, 38, 60):
