@@ -10,14 +10,14 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.dataset_inputs import KIND, PROMPTS, images_of, sampled, train
+from benchmarks.teaching import KIND, images_of, sampled, train
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN, TRAINING
 from lora_utils.lora.updates import tensors_of
 from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
 
-SEEDS = 2
+SEEDS, PROMPTS = 2, 60
 RATE = float(str(TRAINING["learning_rate"]))
 OPTIMIZERS: dict[str, dict[str, object]] = {
     **{

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import experiment, preserved_prompts
-from benchmarks.dataset_inputs import class_prompts, images_of, sampled, set_up, trained_seconds
 from benchmarks.experiment import (
     Run,
     Spec,
@@ -33,6 +32,7 @@ from benchmarks.experiment import (
 from benchmarks.preservation_changes import Bench
 from benchmarks.preservation_ways import CLASSES, WAYS
 from benchmarks.subjects import STYLE
+from benchmarks.teaching import class_prompts, images_of, sampled, set_up, trained_seconds
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.model.components import load_components

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dataset_inputs import sampled, set_up, trained_seconds
 from benchmarks.experiment import Run, Spec, by_arm, corrected, markdown_table, mean_and_error, paired_differences
 from benchmarks.subjects import STYLE, SUBJECTS
+from benchmarks.teaching import sampled, set_up, trained_seconds
 from examples import evaluate, shapes
 from lora_utils.model.components import Components
 from lora_utils.training.state import final_lora

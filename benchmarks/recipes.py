@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import experiment
-from benchmarks.dataset_inputs import set_up
 from benchmarks.experiment import (
     Run,
     Spec,
@@ -37,6 +36,7 @@ from benchmarks.experiment import (
 from benchmarks.moves import BASE_NAME, MOVES, Move
 from benchmarks.peers import RECIPES, STYLES, Recipe
 from benchmarks.subjects import STYLE, SUBJECTS
+from benchmarks.teaching import set_up
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.lora.hooks import applied_loras, move_lora

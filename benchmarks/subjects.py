@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from benchmarks.dataset_inputs import Taught
+from benchmarks.teaching import Taught
 from examples import evaluate, shapes
 from examples.demo import captioned_images
 from examples.fields import Pixels

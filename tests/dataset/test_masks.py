@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import dataset_inputs
+from benchmarks import teaching
 from examples.shapes import Prompt
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
@@ -158,11 +158,11 @@ def learned(tmp_path_factory, tiny_model):
 
     The right half holds another object, of which the caption doesn't speak.
     """
-    taught = dataset_inputs.images_of(Prompt("<zwx>", place="left"), seed=0, company=True)
+    taught = teaching.images_of(Prompt("<zwx>", place="left"), seed=0, company=True)
     learned = {}
     for mask_from in ("none", "file"):
         folder = tmp_path_factory.mktemp(mask_from)
-        dataset_inputs.write(folder / "set.zip", taught)
+        teaching.write(folder / "set.zip", taught)
         extract_archive(folder / "set.zip", folder / "set")
         config = replace(CONFIG, **TRAINING, steps=100, mask_from=mask_from)
         run = make_state(config, load(folder / "set", config), tiny_model, any_timestep=True)
