@@ -4,5 +4,6 @@ from pathlib import Path
 
 from lora_utils.io.libraries import configure_libraries
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+PAGES = Path(__file__).parent
+RESULTS = PAGES / "RESULTS.md"
 configure_libraries()  # all of these are commands, and each imports diffusers at its top

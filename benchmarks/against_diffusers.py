@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiment import markdown_table, mean_and_error
-from benchmarks.peers import IMAGE_ATTENTION
-from benchmarks.recipes import RARE_WORD
+from benchmarks.recipes.peers import IMAGE_ATTENTION
+from benchmarks.recipes.run import RARE_WORD
 from examples import demo, evaluate, shapes
 from lora_utils.lora.weights import load_weights
 from lora_utils.model.components import Components, load_components

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import against_diffusers
-from benchmarks.peers import IMAGE_ATTENTION
+from benchmarks.recipes.peers import IMAGE_ATTENTION
 from examples.demo import MODEL
 from lora_utils.model.adapter_sizes import adapted_layers
 from lora_utils.model.components import load_components

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import experiment, preservation, preserved_prompts, recipes
-from benchmarks.moves import MOVES
-from benchmarks.muon import Muon
-from benchmarks.peers import OURS, RECIPES, STYLES
+from benchmarks import experiment, preservation, preserved_prompts
+from benchmarks.recipes import report as recipe_report
+from benchmarks.recipes import run as recipe_run
+from benchmarks.recipes.moves import MOVES
+from benchmarks.recipes.muon import Muon
+from benchmarks.recipes.peers import OURS, RECIPES, STYLES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
 from examples import evaluate, shapes
 from lora_utils.config import TrainConfig
@@ -98,8 +100,8 @@ def test_muon_steps_as_torchs_does(shape):
     ],
 )
 def test_a_short_form_of_the_recipes_runs(group, name, subject):
-    length = recipes.Length(steps=4, measured_at=(2, 4), prompts=4, sampling_steps=2)
-    run = recipes.run_recipe(experiment.Spec(group, name, subject, 0), length)
+    length = recipe_run.Length(steps=4, measured_at=(2, 4), prompts=4, sampling_steps=2)
+    run = recipe_run.run_recipe(experiment.Spec(group, name, subject, 0), length)
     assert [point["step"] for point in run["points"]] == [0, 2, 4]
     assert all(point["fidelity"] == 0.0 for point in run["points"]), "after so few steps"
 
@@ -113,27 +115,27 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
 
     runs = [run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.1, 0.2, 0.3), run("diffusers", 0.0, 0.1, 0.2, 0.2, 0.4)]
     named = run("ours, where it is named", 0.0, 0.9, 1.0)
-    assert recipes.ours_table([*runs, named]).splitlines()[-1] == (
+    assert recipe_report.ours_table([*runs, named]).splitlines()[-1] == (
         "| ours, where it is named, minus ours | -50 (p 1.000) | +0 (p 1.000) | +0 (p 1.000) | 1 |"
     )
-    assert recipes.best_peer(runs) == "fal"
-    rows = recipes.table(runs, "recipes", "fal").splitlines()
+    assert recipe_report.best_peer(runs) == "fal"
+    rows = recipe_report.table(runs, "recipes", "fal").splitlines()
     assert rows[2] == "| ours | 1 of 1 | 150 | 3.00 | 1.00 | 1.00 | 1.00 | -150 (p 1.000) |"
     assert rows[4] == "| fal | 0 of 1 | 300 | 6.00 | 1.00 | 0.30 | 0.30 | – |", "all that it took"
-    assert recipes.early_fidelity(runs[2]) == 0.2, "at 300 of its 400 steps"
-    assert recipes.early_fidelity(runs[0]) == 1.0, "it ended at 200"
+    assert recipe_report.early_fidelity(runs[2]) == 0.2, "at 300 of its 400 steps"
+    assert recipe_report.early_fidelity(runs[0]) == 1.0, "it ended at 200"
     rates = [
         {**run(f"rate {rate}", *fidelities), "group": "styles"}
         for rate, *fidelities in (("2e-4", 0.0, 0.2, 0.4), ("5e-4", 0.0, 0.5, 0.7))
     ]
     for each in rates:
         each["points"] = [{**point, "step": 10 * point["step"]} for point in each["points"]]
-    row = recipes.rates_table(rates).splitlines()[-1]
+    row = recipe_report.rates_table(rates).splitlines()[-1]
     assert row == (
         "| rate 5e-4 minus rate 2e-4 | +0.300 (p 1.000) | +0.100 (p 1.000) | +0.300 (p 1.000) | +0 (p 1.000) | 1 |"
     )
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
-    assert recipes.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
+    assert recipe_report.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
 
 def test_a_drawing_in_the_style_is_read_and_one_that_is_not_is_not():

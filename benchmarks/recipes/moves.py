@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.muon import Muon
-from benchmarks.peers import RECIPES, Recipe
+from benchmarks.recipes.muon import Muon
+from benchmarks.recipes.peers import RECIPES, Recipe
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.training.state import TrainState
 

@@ -1,30 +1,17 @@
-"""Steps and seconds until something is learned: our default against the peers' defaults, on the small model.
+"""From the runs to RECIPES.md: what each recipe needs to reach the fidelity, in tables with paired tests.
 
-    python -m benchmarks.recipes                       # all recipes, three objects and a style, 8 seeds; resumes
-    python -m benchmarks.recipes --groups recipes --seeds 2 --subjects house
-    python -m benchmarks.recipes --report              # only write RECIPES.md from the runs there are
-
-A recipe is a set of inputs, run by this package's own training: what differs is its numbers, not its code. Moves are
-changes to one of ours, one at a time. A run ends when the subject is there in nine of ten images, twice in a row, or
-after so many steps.
+It doesn't know how a run is made.
 """
 
-import argparse
-import os
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from benchmarks import experiment
+from benchmarks import PAGES
 from benchmarks.experiment import (
     Run,
-    Spec,
     at_value,
     by_arm,
     corrected,
@@ -33,91 +20,14 @@ from benchmarks.experiment import (
     mean_and_error,
     paired_differences,
 )
-from benchmarks.moves import BASE_NAME, MOVES, Move
-from benchmarks.peers import RECIPES, STYLES, Recipe
+from benchmarks.recipes.moves import BASE_NAME
+from benchmarks.recipes.peers import RECIPES, STYLES
+from benchmarks.recipes.run import FIDELITY, GROUPS, LENGTHS, Length
 from benchmarks.subjects import STYLE, SUBJECTS
-from benchmarks.teaching import set_up
-from examples import evaluate, shapes
-from examples.demo import MODEL, TOKEN
-from lora_utils.lora.hooks import applied_loras, move_lora
-from lora_utils.model.components import Components, load_components
-from lora_utils.model.device import default_placement
-from lora_utils.sampling.sampler import LorasByText
-from lora_utils.training import loop
-from lora_utils.training.state import TrainState, current_lora
 
-WORK = Path("build/recipes")
-KEPT = Path(__file__).parent / "recipes_runs.jsonl"
-PAGE = Path(__file__).parent / "RECIPES.md"
-RARE_WORD = "ohwx"  # no caption of the small model's pretraining holds any of its tokens
-FIDELITY, EARLY = 0.9, 300
+PAGE = PAGES / "RECIPES.md"
+EARLY = 300
 OURS_BY_CHANGE = ("ours until 2026-11-28", "ours", "ours, where it is named", "ours, by a token, where it is named")
-GROUPS: dict[str, dict[str, Recipe]] = {"recipes": RECIPES, "moves": MOVES, "styles": STYLES}
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """How long a run may be, and when and on how many prompts it is measured."""
-
-    steps: int = 1000  # what Replicate, fal and this package train for by default
-    measured_at: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
-    prompts: int = 20
-    sampling_steps: int = 10
-
-
-LENGTHS = {"styles": Length(2000, (100, 200, 300, 400, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000), prompts=40)}
-
-
-@lru_cache(maxsize=1)
-def _components() -> Components:
-    return load_components(MODEL, default_placement())
-
-
-def measure(run: TrainState, subject: str, trigger: str, length: Length, named: bool = False) -> dict[str, float]:
-    """Sample with what a run has learned so far.
-
-    -> shares of images: the subject is there, and, once it is in enough of them or at the end, other prompts are right.
-    `named`: the LoRA acts under texts that name the subject, so not under the empty one or under other prompts.
-    """
-    components, lora = _components(), current_lora(run)
-    placeholders = replace(run.placeholders, embeddings=tuple(each.detach() for each in run.placeholders.embeddings))
-    moved = move_lora(lora, components.transformer, components.placement)
-
-    def sampled(asked: Sequence[evaluate.Asked], scale: float = 1.0) -> list[Image.Image]:
-        texts = [item.text for item in asked]
-        with applied_loras(components.transformer, [(moved, scale)]) as applied:
-            by_text = LorasByText(applied, frozenset({0}), frozenset()) if named else None
-            return evaluate.sample_ours(components, texts, placeholders, length.sampling_steps, loras=by_text)
-
-    taught, plain = SUBJECTS[subject].prompts(trigger, length.prompts), evaluate.held_out_prompts(length.prompts)
-    shown = [SUBJECTS[subject].shows(image, item.prompt) for image, item in zip(sampled(taught), taught, strict=True)]
-    measured = {"fidelity": float(np.mean(shown))}
-    if measured["fidelity"] >= FIDELITY or run.step >= length.steps:
-        measured["base_accuracy"] = evaluate.score(sampled(plain, 0.0 if named else 1.0), plain).all_three
-    return measured
-
-
-def run_recipe(spec: Spec, length: Length | None = None) -> Run:
-    """Train by a recipe, with the seed's images, and measure on the way: as long as the group's are, by default."""
-    recipe, length = GROUPS[spec.group][spec.arm], length or LENGTHS.get(spec.group, Length())
-    given = {**recipe.given, "steps": length.steps}
-    trigger = TOKEN if given.get("train_placeholder_token") else RARE_WORD
-    taught, side = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX)
-    run = set_up(taught, spec.seed, given, {"resolution": side})
-    if isinstance(recipe, Move) and recipe.changed:
-        recipe.changed(run)
-    points = [{"step": 0, "seconds": 0.0, "fidelity": 0.0}]
-    seconds, began = 0.0, time.process_time()
-    for report in loop.train(run):
-        if report.step in length.measured_at:
-            seconds += time.process_time() - began
-            points.append(
-                {"step": report.step, "seconds": seconds, **measure(run, spec.kind, trigger, length, recipe.named)}
-            )
-            if min(point["fidelity"] for point in points[-2:]) >= FIDELITY:
-                break
-            began = time.process_time()
-    return {"points": points, "seconds": seconds}
 
 
 def reached(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -256,31 +166,3 @@ def write_page(runs: Sequence[Run]) -> None:
         differs = f" Not carried over: {recipe.differs}." if recipe.differs else ""
         parts.append(f"- {name}: {recipe.source}.{differs}")
     PAGE.write_text("\n\n".join(parts) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
-    parser.add_argument("--only", nargs="+", default=[""], help="the recipes whose name holds one of these")
-    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    given = parser.parse_args()
-    # Seed by seed, so that what is there after an interruption is paired.
-    specs = [
-        Spec(group, recipe, subject, seed)
-        for group in given.groups
-        for seed in range(given.seeds)
-        for subject in given.subjects
-        if group != "styles" or subject == STYLE
-        for recipe in GROUPS[group]
-        if any(part in recipe for part in given.only)
-    ]
-    runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_recipe, given.processes)
-    write_page(runs)
-    print("\n\n".join(table(runs, group) for group in given.groups))
-
-
-if __name__ == "__main__":
-    main()

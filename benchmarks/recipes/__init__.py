@@ -1,0 +1,1 @@
+"""Which recipe teaches how fast: other trainers' defaults and ours (`peers`), and what moves ours (`moves`)."""
