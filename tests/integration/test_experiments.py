@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import experiment, preservation, preserved_prompts
+from benchmarks import experiment
+from benchmarks.preservation import prompts as preserved_prompts
+from benchmarks.preservation import report as preservation_report
+from benchmarks.preservation import run as preservation_run
+from benchmarks.preservation.ways import WAYS
 from benchmarks.recipes import report as recipe_report
 from benchmarks.recipes import run as recipe_run
 from benchmarks.recipes.moves import MOVES
@@ -31,29 +35,29 @@ def test_ours_is_what_a_training_does_by_default():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", preservation.WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_short_form_of_each_way_of_holding_a_class_runs(way):
-    measured = preservation.run_way(experiment.Spec("ways", way, "fish", 0), steps=5, prompts=4)
-    assert set(measured) == {*preservation.MEASURED, "seconds"}
+    measured = preservation_run.run_way(experiment.Spec("ways", way, "fish", 0), steps=5, prompts=4)
+    assert set(measured) == {*preservation_report.MEASURED, "seconds"}
     assert measured["class_kept"] == 1.0, "after so few steps"
 
 
 @pytest.mark.slow
 def test_the_class_is_right_without_a_lora():
-    measured = preservation.run_way(experiment.Spec(preservation.BASE, "no LoRA", "fish", 0), prompts=4)
+    measured = preservation_run.run_way(experiment.Spec(preservation_run.BASE, "no LoRA", "fish", 0), prompts=4)
     assert measured["class_kept"] == 1.0
 
 
 @pytest.mark.slow
 def test_a_short_form_of_holding_prompts_runs():
     spec = experiment.Spec(preserved_prompts.GROUP, "a tenth of the batches", STYLE, 0)
-    measured = preservation.run_way(spec, steps=5, prompts=4)
+    measured = preservation_run.run_way(spec, steps=5, prompts=4)
     assert set(measured) == {*preserved_prompts.MEASURED, "seconds"}
     assert measured["others"] == 1.0, "after so few steps"
 
 
 def test_no_prompt_that_is_held_is_measured():
-    measured = {item.text for item in evaluate.held_out_prompts(preservation.PROMPTS)}
+    measured = {item.text for item in evaluate.held_out_prompts(preservation_run.PROMPTS)}
     assert not measured & {text for seed in range(8) for text in preserved_prompts.held_prompts(seed)}
 
 
@@ -62,15 +66,15 @@ def test_the_table_of_ways_compares_in_pairs():
         rest = {"named": 0.8, "in_new_words": 0.25, "class_kept": 1.0, "others": 0.5, "seconds": seconds}
         return {"group": "ways", "arm": arm, "kind": "fish", "seed": seed, "fidelity": fidelity, **rest}
 
-    runs = [run(preservation.REFERENCE, seed, 0.8) for seed in range(3)]
+    runs = [run(preservation_report.REFERENCE, seed, 0.8) for seed in range(3)]
     runs += [run("a tenth of the batches", seed, 0.5 + 0.2 * seed, 3.0) for seed in range(2)]
-    cells = preservation.table(runs).splitlines()[-1].strip("| ").split(" | ")
+    cells = preservation_report.table(runs).splitlines()[-1].strip("| ").split(" | ")
     assert cells[:4] == ["a tenth of the batches", "0.80 ± 0.00", "0.60 ± 0.10", "0.25 ± 0.00"]
     assert cells[4:6] == ["1.00 ± 0.00", "0.50 ± 0.00"]
     assert cells[6:] == ["+0 (p 1.000)", "-0.200 (p 1.000)", "1.50", "2"], "the third seed has no pair"
-    assert preservation.table(runs).splitlines()[2].split(" | ")[6:8] == ["+0 (p 1.000)", "–"], "the reference"
-    of_default = preservation.default_table(runs).splitlines()[-1].strip("| ").split(" | ")
-    assert of_default[:3] == [preservation.REFERENCE, "+0 (p 1.000)", "-0.200 (p 1.000)"]
+    assert preservation_report.table(runs).splitlines()[2].split(" | ")[6:8] == ["+0 (p 1.000)", "–"], "the reference"
+    of_default = preservation_report.default_table(runs).splitlines()[-1].strip("| ").split(" | ")
+    assert of_default[:3] == [preservation_report.REFERENCE, "+0 (p 1.000)", "-0.200 (p 1.000)"]
     assert of_default[-1] == "2", "pairs"
 
 

@@ -1,6 +1,6 @@
 """Changes to the package's own training by which a class may be held: of its batches, its loss, or what follows a step.
 
-Each is made for `preservation_ways` and acts on a run that is set up.
+Each is made for `preservation.ways` and acts on a run that is set up.
 
 Legend: B batch, N image tokens, C packed channels, D_in the width that a layer takes.
 """

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.preservation_changes import (
+from benchmarks.preservation.changes import (
     AfterStep,
     Bench,
     beyond,
