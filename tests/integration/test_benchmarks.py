@@ -8,18 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import (
-    experiment,
-    start,
-    trace,
-    train,
-    true_size,
-    zero_prior,
-    zero_prior_report,
-    zero_prior_run,
-)
+from benchmarks import experiment, start, trace, train, true_size
 from benchmarks.hub_layout import SMALL
-from benchmarks.zero_prior_arms import ARMS, PAYS
+from benchmarks.zero_prior import plan as zero_prior_plan
+from benchmarks.zero_prior import report as zero_prior_report
+from benchmarks.zero_prior import run as zero_prior_run
+from benchmarks.zero_prior.arms import ARMS, PAYS
 from examples import demo
 from lora_utils.model.components import load_components
 from lora_utils.model.device import Placement, default_placement
@@ -61,14 +55,14 @@ def test_differences_are_paired_by_object_and_seed():
 
 @pytest.mark.slow
 def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(zero_prior, "WORK", tmp_path / "work")
-    monkeypatch.setattr(zero_prior, "KEPT", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(zero_prior_plan, "WORK", tmp_path / "work")
+    monkeypatch.setattr(zero_prior_plan, "KEPT", tmp_path / "runs.jsonl")
     length = zero_prior_run.Length(steps=4, measured_at=(0, 4), token_prompts=5, plain_prompts=4, prior_prompts=2)
-    specs = zero_prior.plan(["arms", "remedies"], ["house"], seeds=2)
+    specs = zero_prior_plan.plan(["arms", "remedies"], ["house"], seeds=2)
     some = [spec for spec in specs if spec.arm in {"prior word, row trained", "phrase", "fresh token, trained"}]
-    more = zero_prior.plan(["pays"], ["house"], seeds=1)
+    more = zero_prior_plan.plan(["pays"], ["house"], seeds=1)
     some += [spec for spec in more if spec.arm.startswith(("2 embeddings,", "two look-alikes,"))]
-    folder = zero_prior.execute(some, random_model, length, processes=2)
+    folder = zero_prior_plan.execute(some, random_model, length, processes=2)
     runs = experiment.load(folder)
     assert {(run["arm"], run["seed"]) for run in runs} == {(spec.arm, spec.seed) for spec in some}
     assert all([point["step"] for point in run["points"]] == [0, 4] for run in runs)
@@ -79,12 +73,12 @@ def test_a_short_form_of_the_zero_prior_experiment_runs_and_resumes(random_model
     assert shares["fresh token, trained"] > runs[0]["points"][0]["row_share"]
 
     capsys.readouterr()
-    zero_prior.execute(some, random_model, length, processes=2)
+    zero_prior_plan.execute(some, random_model, length, processes=2)
     assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out
 
-    experiment.keep(folder, zero_prior.KEPT)
-    monkeypatch.setattr(zero_prior, "WORK", tmp_path / "elsewhere")
-    folder = zero_prior.execute(some, random_model, length, processes=2)
+    experiment.keep(folder, zero_prior_plan.KEPT)
+    monkeypatch.setattr(zero_prior_plan, "WORK", tmp_path / "elsewhere")
+    folder = zero_prior_plan.execute(some, random_model, length, processes=2)
     assert f"{len(some)} runs, 0 to do" in capsys.readouterr().out, "a clone has the kept results"
     assert experiment.load(folder) == runs
     page = zero_prior_report.write(runs, folder, tmp_path).read_text()

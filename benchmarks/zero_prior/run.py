@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.zero_prior_arms import Arm
+from benchmarks.zero_prior.arms import Arm
 from examples import demo, evaluate, shapes
 from examples.evaluate import Asked
 from lora_utils.config import TrainConfig

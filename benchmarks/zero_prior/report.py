@@ -168,7 +168,7 @@ def write(runs: list[Run], folder: Path, target: Path) -> Path:
         "# What the zero-prior token is worth on the small model",
         f"{len(runs)} runs, {seconds / 3600:.1f} hours of one core in all, {datetime.date.today()}, {versions}, "
         f"{os.cpu_count()} cores of a CPU. Written by `python -m benchmarks.zero_prior`; mean ± standard error over "
-        "objects and seeds. What is measured is said in `zero_prior_run.py`.",
+        "objects and seeds. What is measured is said in `zero_prior/run.py`.",
         "![leakage against fidelity](zero_prior.png)",
         "## At the end of training",
         end_table(arms),
