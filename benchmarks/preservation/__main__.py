@@ -25,7 +25,9 @@ KEPT = Path(__file__).parent / "runs.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.preservation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--objects", nargs="+", choices=list(CLASSES), default=list(CLASSES))
     parser.add_argument("--seeds", type=int, default=8)

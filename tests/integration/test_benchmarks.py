@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import experiment, start, trace, train, true_size
-from benchmarks.hub_layout import SMALL
+from benchmarks import experiment, start, trace, train
+from benchmarks.true_size import rehearsal
+from benchmarks.true_size.hub_layout import SMALL
 from benchmarks.zero_prior import plan as zero_prior_plan
 from benchmarks.zero_prior import report as zero_prior_report
 from benchmarks.zero_prior import run as zero_prior_run
@@ -164,7 +165,7 @@ def test_the_time_to_a_first_step_and_a_first_image_is_measured(random_model, mo
 def test_the_rehearsal_trains_and_predicts_and_leaves_nothing(edit, tmp_path, capsys):
     """At small widths, through the very commands and files of the true size."""
     folder = tmp_path / "rehearsal"
-    assert true_size.main([str(folder), "--blocks", "2", "--text-layers", "2", "--side", "64", *edit], SMALL) == 0
+    assert rehearsal.main([str(folder), "--blocks", "2", "--text-layers", "2", "--side", "64", *edit], SMALL) == 0
     said = capsys.readouterr().out
     assert "GB of disk are needed" in said
     assert "| memory that can't be taken back, at most | 0." in said
@@ -174,9 +175,9 @@ def test_the_rehearsal_trains_and_predicts_and_leaves_nothing(edit, tmp_path, ca
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(true_size.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**9))
-    monkeypatch.setattr(true_size, "write_folder", lambda *_: pytest.fail("it was written"))
-    assert true_size.main([str(tmp_path / "rehearsal")]) == 1
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(rehearsal, "write_folder", lambda *_: pytest.fail("it was written"))
+    assert rehearsal.main([str(tmp_path / "rehearsal")]) == 1
     said = capsys.readouterr()
     assert "59.7 GB of disk are needed, 1.0 GB are free" in said.out
     assert "fewer --blocks" in said.err

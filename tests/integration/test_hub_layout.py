@@ -14,7 +14,7 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 from safetensors import safe_open
 
-from benchmarks.hub_layout import SMALL, write_folder
+from benchmarks.true_size.hub_layout import SMALL, write_folder
 from lora_utils import constants
 from lora_utils.config import RunOptions, SampleFiles, SampleInputs, SampleRequest, TrainConfig
 from lora_utils.dataset import autocaption

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from benchmarks.qwen_vocabulary import qwen_tokenizer
+from benchmarks.true_size.qwen_vocabulary import qwen_tokenizer
 from lora_utils import constants
 from lora_utils.config import TrainConfig
 from lora_utils.errors import UserError

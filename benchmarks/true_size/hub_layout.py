@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.qwen_vocabulary import Vocabulary, qwen_vocabulary
+from benchmarks.true_size.qwen_vocabulary import Vocabulary, qwen_vocabulary
 from examples import small_model
 
 SHARD_BYTES = 5 * 10**9  # of the repository's files

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.hub_layout import HubModel, folder_bytes, resized, write_folder
+from benchmarks.true_size.hub_layout import HubModel, folder_bytes, resized, write_folder
 from examples import demo
 
 SPARE_DISK_BYTES = 2 * 10**9  # for the dataset, the cache of its latents and the results
@@ -186,7 +186,9 @@ def describe(trained: Watched, predicted: Watched, model: HubModel, disk_bytes_p
 
 def main(arguments: Sequence[str] | None = None, model: HubModel | None = None) -> int:
     """Rehearse. -> 0, or 1 where the disk has no room"""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.true_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a new folder, on a disk with room")
     parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--text-layers", type=int, default=28)
@@ -214,7 +216,3 @@ def main(arguments: Sequence[str] | None = None, model: HubModel | None = None) 
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
