@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks import RESULTS
-from benchmarks.train import DTYPES, PRESETS, SOURCE, Job, machine, seconds_of, weights_of, where_time_goes
+from benchmarks.speed.jobs import DTYPES, PRESETS, SOURCE, Job, weights_of
+from benchmarks.speed.timing import machine, seconds_of, where_time_goes
 from lora_utils import constants
 from lora_utils.config import SampleRequest
 from lora_utils.lora.formats import LoraFile, read_lora_file, write_lora_file

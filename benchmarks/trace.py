@@ -27,9 +27,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
 
-from benchmarks import train
-from benchmarks.live_memory import LiveMemory
-from benchmarks.recorder import Kernel, Recorder, Trace, on_paper, store_quantized
+from benchmarks.speed.jobs import PRESETS, Job, Preset
+from benchmarks.speed.live_memory import LiveMemory
+from benchmarks.speed.methods import SIGMA, batch_of, new_run, plain_loss, with_token
+from benchmarks.speed.recorder import Kernel, Recorder, Trace, on_paper, store_quantized
 from lora_utils import constants
 from lora_utils.lora.adapter import without_lora
 from lora_utils.model import blocks, flow, kernels, modulation, quantization
@@ -43,10 +44,10 @@ from lora_utils.training.state import TrainState
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def new_run(job: train.Job) -> TrainState:
+def run_without_data(job: Job) -> TrainState:
     """Return a run on tensors without data, its modulations in a table that shows one timestep."""
     exact = replace(job, quantization="none")
-    run = train.new_run(exact, table=False)
+    run = new_run(exact, table=False)
     transformer = run.components.transformer
     rows = 2 * job.batch if job.edit else 1  # those of images to edit behind the others
     shape = (rows, job.shape.blocks, len(modulation.STREAMS), 6 * job.shape.width)
@@ -62,7 +63,7 @@ def new_run(job: train.Job) -> TrainState:
     return run
 
 
-def trace_training(job: train.Job, method: str) -> Trace:
+def trace_training(job: Job, method: str) -> Trace:
     """Trace a training step: `ours`, `token`, ours with a token in the caption, or `plain`, peft on diffusers' blocks.
 
     The clipping and AdamW are counted as one kernel each over the LoRA's weights, the same for all. The peak of live
@@ -70,12 +71,12 @@ def trace_training(job: train.Job, method: str) -> Trace:
     """
     with on_paper():
         if method == "plain":
-            transformer, loss_of = train.plain_loss(job)
+            transformer, loss_of = plain_loss(job)
             learned = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         else:
-            run, batch = new_run(job), train.batch_of(job)[0]
+            run, batch = run_without_data(job), batch_of(job)[0]
             if method == "token":
-                run, batch = train.with_token(job, run)
+                run, batch = with_token(job, run)
             learned, loss_of = run.learned, lambda: loss.flow_matching_loss(run, batch).mean()
         loss_of()  # what is made once, like RoPE's table, is made
         with LiveMemory() as live, Recorder() as recorder:
@@ -90,13 +91,13 @@ def trace_training(job: train.Job, method: str) -> Trace:
     return Trace(recorder.kernels, kept, live.peak_bytes)
 
 
-def trace_sampling(job: train.Job) -> Trace:
+def trace_sampling(job: Job) -> Trace:
     """Trace one sampling step with guidance: two forwards, the guidance and the Euler step."""
     with on_paper(), torch.no_grad():
-        run, (batch, text) = new_run(job), train.batch_of(job)
+        run, (batch, text) = run_without_data(job), batch_of(job)
         latents = torch.empty(job.batch, job.size.tokens, constants.PACKED_CHANNELS, dtype=job.placement.dtype)
         prompt = TextEmbeddings(text.expand(job.batch, -1, -1), None)
-        sigma = torch.full((job.batch,), train.SIGMA)
+        sigma = torch.full((job.batch,), SIGMA)
         transformer = run.components.transformer
         for block in blocks.forwards_of(transformer):
             block.project = blocks.project_each
@@ -112,7 +113,7 @@ def trace_sampling(job: train.Job) -> Trace:
 # --- compiled blocks ------------------------------------------------------------------------------------------------
 
 
-def trace_compiled(job: train.Job) -> Trace:
+def trace_compiled(job: Job) -> Trace:
     """Trace a training step whose blocks are compiled: the kernels that inductor plans for a block in the middle.
 
     They are planned for a CPU, whose fusions of what stands between products are a GPU's but for details. What stands
@@ -134,14 +135,14 @@ def trace_compiled(job: train.Job) -> Trace:
     return Trace([*kernels_of_blocks, rest, *share], 0.0, 0.0)
 
 
-def resized(preset: train.Preset, count: int) -> train.Preset:
+def resized(preset: Preset, count: int) -> Preset:
     """Return a preset with another number of blocks."""
     return replace(preset, config={**preset.config, "num_layers": count})
 
 
-def plan_block(job: train.Job) -> tuple[list[Kernel], list[Kernel]]:
+def plan_block(job: Job) -> tuple[list[Kernel], list[Kernel]]:
     """Compile a block and its backward pass. -> the kernels of both, as inductor's scheduler has them"""
-    run = train.new_run(job)
+    run = new_run(job)
     transformer = run.components.transformer
     own, width = blocks.forwards_of(transformer)[0], job.shape.width
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +235,7 @@ def table_of_kernels(trace: Trace, card: Card, most: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(train.PRESETS), default="full")
+    parser.add_argument("--preset", choices=list(PRESETS), default="full")
     parser.add_argument("--against", choices=["plain"], help="trace this too")
     parser.add_argument("--resolution", type=int, help="side of the image in pixels; the preset's without")
     parser.add_argument("--rank", type=int, default=32)
@@ -270,15 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(table_of_cards(traces)))
 
 
-def job_of(given: argparse.Namespace) -> train.Job:
+def job_of(given: argparse.Namespace) -> Job:
     """Return what is traced."""
-    preset = train.PRESETS[given.preset]
+    preset = PRESETS[given.preset]
     if given.resolution:
         preset = replace(preset, side_px=given.resolution)
     placement = Placement(torch.device("cpu"), torch.bfloat16)
-    return train.Job(
-        preset, placement, given.rank, given.batch, given.checkpointed, given.quantization, edit=given.edit
-    )
+    return Job(preset, placement, given.rank, given.batch, given.checkpointed, given.quantization, edit=given.edit)
 
 
 if __name__ == "__main__":

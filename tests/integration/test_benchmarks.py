@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import experiment, start, trace, train
+from benchmarks import experiment, start, trace
+from benchmarks.speed.jobs import PRESETS, Job
+from benchmarks.speed.methods import METHODS
+from benchmarks.speed.timing import seconds_of
 from benchmarks.true_size import rehearsal
 from benchmarks.true_size.hub_layout import SMALL
 from benchmarks.zero_prior import plan as zero_prior_plan
@@ -120,9 +123,9 @@ def test_the_ways_that_are_timed_train_the_same_model_on_the_same_batch():
     place = Placement(torch.device("cpu"), torch.float32)
     losses = []
     for checkpointed in (0, 6):
-        job = train.Job(train.PRESETS["tiny"], place, rank=4, batch=2, checkpointed=checkpointed)
+        job = Job(PRESETS["tiny"], place, rank=4, batch=2, checkpointed=checkpointed)
         losses += [
-            train.METHODS[method](job)() for method in ("ours", "plain")
+            METHODS[method](job)() for method in ("ours", "plain")
         ]  # of the first step, where no LoRA has learned yet
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
@@ -132,15 +135,15 @@ def test_the_token_is_timed_on_a_text_of_the_same_length(monkeypatch):
     monkeypatch.setattr(
         "lora_utils.training.loss.pad_embeddings", lambda states: lengths.append(len(states[0])) or join(states)
     )
-    job = train.Job(train.PRESETS["tiny"], default_placement(), rank=4, batch=2, checkpointed=0)
+    job = Job(PRESETS["tiny"], default_placement(), rank=4, batch=2, checkpointed=0)
     for method in ("ours", "token"):
-        train.METHODS[method](job)()
-    assert lengths == [train.PRESETS["tiny"].text_tokens] * 2
+        METHODS[method](job)()
+    assert lengths == [PRESETS["tiny"].text_tokens] * 2
 
 
 def test_the_ways_are_timed_in_turns_after_a_warm_up():
     calls = []
-    train.seconds_of({"one": lambda: calls.append("one"), "other": lambda: calls.append("other")}, rounds=2)
+    seconds_of({"one": lambda: calls.append("one"), "other": lambda: calls.append("other")}, rounds=2)
     assert calls == ["one", "other"] * 3
 
 
@@ -198,7 +201,7 @@ def test_the_trace_prints_where_a_step_goes_and_what_each_gpu_takes(capsys):
 @pytest.mark.slow
 def test_a_step_that_edits_has_the_stock_models_products_and_moves_less():
     """Of tokens with two levels of noise, as Qwen-Image-Edit-2511 has them."""
-    job = train.Job(train.PRESETS["tiny"], Placement(torch.device("cpu"), torch.bfloat16), 4, 2, 0, edit=True)
+    job = Job(PRESETS["tiny"], Placement(torch.device("cpu"), torch.bfloat16), 4, 2, 0, edit=True)
     ours, plain = (trace.trace_training(job, method) for method in ("ours", "plain"))
     assert ours.flops == pytest.approx(plain.flops, rel=0.01)
     assert ours.bytes < 0.7 * plain.bytes
@@ -209,7 +212,7 @@ def test_a_step_that_edits_has_the_stock_models_products_and_moves_less():
 
 @pytest.mark.slow
 def test_compiled_blocks_are_traced_by_what_the_compiler_plans():
-    job = train.Job(train.PRESETS["wide"], Placement(torch.device("cpu"), torch.bfloat16), 32, 1, 0)
+    job = Job(PRESETS["wide"], Placement(torch.device("cpu"), torch.bfloat16), 32, 1, 0)
     eager, compiled = trace.trace_training(job, "ours"), trace.trace_compiled(job)
     assert compiled.flops == pytest.approx(eager.flops, rel=0.05)
     assert 0.8 < compiled.bytes / eager.bytes < 1.05

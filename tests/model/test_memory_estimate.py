@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.live_memory import LiveMemory
+from benchmarks.speed.live_memory import LiveMemory
 from lora_utils.errors import UserError
 from lora_utils.model import loading, memory, memory_estimate, memory_plan
 from lora_utils.model.device import Placement

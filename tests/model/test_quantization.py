@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.train import weights_of
+from benchmarks.speed.jobs import weights_of
 from examples import demo, evaluate
 from lora_utils.config import TrainConfig
 from lora_utils.lora.adapter import AdapterSettings, attach_adapter
@@ -181,7 +181,7 @@ def test_what_is_taught_on_the_coarsest_base_is_found_on_the_exact_one(tmp_path,
 HELD = """
     import torch
     from pathlib import Path
-    from benchmarks.train import TRUE_WIDTH, weights_of
+    from benchmarks.speed.jobs import TRUE_WIDTH, weights_of
     from lora_utils.model import host_memory, memory_estimate
     from lora_utils.model.device import Placement
     from lora_utils.model.transformer import Storage, build_transformer

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import trace, train
+from benchmarks import trace
+from benchmarks.speed.jobs import PRESETS, Job
 from lora_utils.config import TrainConfig
 from lora_utils.model import memory, memory_estimate, roofline
 from lora_utils.model.device import Placement
@@ -17,8 +18,8 @@ TARGETS = ("attention", "attention_mlp")
 
 
 def job_of(side_px=512, blocks=BLOCKS, **given):
-    preset = replace(trace.resized(train.PRESETS["full"], blocks), side_px=side_px)
-    return train.Job(preset, BF16, 32, 1, **{"checkpointed": 0, **given})
+    preset = replace(trace.resized(PRESETS["full"], blocks), side_px=side_px)
+    return Job(preset, BF16, 32, 1, **{"checkpointed": 0, **given})
 
 
 def sizes_of(job):
@@ -100,7 +101,7 @@ def test_compiled_blocks_take_the_time_that_is_counted(targets):
 
 
 def test_compiled_blocks_save_more_where_the_mlps_are_adapted_too():
-    real = train.Job(train.PRESETS["full"], BF16, 32, 1, 0).shape
+    real = Job(PRESETS["full"], BF16, 32, 1, 0).shape
     gains = []
     for targets in TARGETS:
         step = roofline.Step(real, 4096, 128, targets)
@@ -121,8 +122,8 @@ def test_plain_is_traced_as_slower_and_larger(traced):
 
 def test_the_real_step_is_near_its_floor(traced):
     """What the step was brought to, on an H200: 1.17 of its products and attention at 1024x1024, 1.25 at 512x512."""
-    real = train.PRESETS["full"]
-    shape = train.Job(real, BF16, 32, 1, 0).shape
+    real = PRESETS["full"]
+    shape = Job(real, BF16, 32, 1, 0).shape
     for side_px, most in ((1024, 1.18), (512, 1.26)):
         tokens = (side_px // 16) ** 2
         step = roofline.Step(shape, tokens, 128, lora_parameters=94_371_840)
