@@ -1,4 +1,4 @@
-"""What may make a training faster: changes to one of our recipes, one at a time, for `benchmarks.recipes`.
+"""What may make a training faster: changes to our default inputs, one at a time, for `benchmarks.recipes`.
 
 Legend: R rank, D_in and D_out the widths of a linear layer.
 """
@@ -10,19 +10,22 @@ from typing import Any
 import torch
 
 from benchmarks.recipes.muon import Muon
-from benchmarks.recipes.peers import RECIPES, Recipe
+from benchmarks.recipes.peers import OURS, Recipe
+from benchmarks.subjects import STYLE
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.training.state import TrainState
 
-BASE_NAME = "ours"
-BASE = RECIPES[BASE_NAME].given
+
+def base_of(subject: str) -> str:
+    """Return the recipe that a move changes: a LoRA of an object acts where it is named, one of a style always."""
+    return "ours" if subject == STYLE else "ours, where it is named"
 
 
 @dataclass(frozen=True, slots=True)
 class Move(Recipe):
     """A change of inputs, or of a run that is set up."""
 
-    source: str = f"{BASE_NAME}, but for this"
+    source: str = "ours, but for this"
     changed: Callable[[TrainState], None] | None = None
 
 
@@ -42,7 +45,7 @@ def _muon(run: TrainState) -> None:
 
 
 def _given(changed: Callable[[TrainState], None] | None = None, **inputs: Any) -> Move:
-    return Move(given={**BASE, **inputs}, changed=changed)
+    return Move(given={**OURS, **inputs}, changed=changed)
 
 
 MOVES: dict[str, Recipe] = {

@@ -20,13 +20,14 @@ from benchmarks.experiment import (
     mean_and_error,
     paired_differences,
 )
-from benchmarks.recipes.moves import BASE_NAME
+from benchmarks.recipes.moves import base_of
 from benchmarks.recipes.peers import RECIPES, STYLES
 from benchmarks.recipes.run import FIDELITY, GROUPS, LENGTHS, Length
 from benchmarks.subjects import STYLE, SUBJECTS
 
 PAGE = PAGES / "RECIPES.md"
 EARLY = 300
+BASE_ROW = "unchanged"  # of a table of moves
 OURS_BY_CHANGE = ("ours until 2026-11-28", "ours", "ours, where it is named", "ours, by a token, where it is named")
 
 
@@ -68,16 +69,19 @@ def others_right(run: Run) -> float:
     return (reached(run["points"]) or run["points"])[-1]["base_accuracy"]
 
 
-def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str:
+COMPARED = {"steps": needed, "best fidelity": best_fidelity}
+
+
+def table(runs: Sequence[Run], group: str = "recipes", against: str = "", by: str = "steps") -> str:
     """Return what each recipe of a group needs to reach the fidelity, in pairs with the one that it's held `against`.
 
-    p is of a sign-flip test of the steps and corrected by Holm's method over the table.
+    `by`, of `COMPARED`, is what is compared. p is of a sign-flip test and corrected by Holm's method over the table.
     """
     found = by_arm(runs, group)
-    arms = {name: found[name] for name in (BASE_NAME, *GROUPS[group]) if name in found}
-    fewer = {name: by for name, own in arms.items() if (by := paired_differences(own, arms.get(against, []), needed))}
-    fewer.pop(against, None)
-    compared, rows = corrected(fewer), []
+    arms = {name: found[name] for name in (BASE_ROW, *GROUPS[group]) if name in found}
+    others = {name: own for name, own in arms.items() if name != against}
+    pairs = {name: paired_differences(own, arms.get(against, []), COMPARED[by]) for name, own in others.items()}
+    compared, rows = corrected(pairs), []
     for name, own in arms.items():
         cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
         cells.append(mean_and_error([others_right(run) for run in own]))
@@ -86,7 +90,7 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "") -> str
         share = f"{sum(bool(reached(run['points'])) for run in own)} of {len(own)}"
         rows.append([name, share, *cells, compared.get(name, "–")])
     measured = ["steps", "seconds", "other prompts right there", f"fidelity at {EARLY} steps", "best fidelity"]
-    return markdown_table(["", "reached by", *measured, f"steps against {against or 'none'}"], rows)
+    return markdown_table(["", "reached by", *measured, f"{by} against {against or 'none'}"], rows)
 
 
 def ours_table(runs: Sequence[Run]) -> str:
@@ -126,8 +130,9 @@ def moves_and_base(runs: Sequence[Run]) -> list[Run]:
     """Return the moves' runs, and as one more move those of what they change, of the same subjects and seeds."""
     moved = [run for run in runs if run["group"] == "moves"]
     seeds = {(run["kind"], run["seed"]) for run in moved}
-    base = [run for run in runs if run["arm"] == BASE_NAME and (run["kind"], run["seed"]) in seeds]
-    return [{**run, "group": "moves"} for run in base] + moved
+    of_ours = [run for run in runs if run["group"] == "recipes" and run["arm"] == base_of(run["kind"])]
+    base = [run for run in of_ours if (run["kind"], run["seed"]) in seeds]
+    return [{**run, "group": "moves", "arm": BASE_ROW} for run in base] + moved
 
 
 def write_page(runs: Sequence[Run]) -> None:
@@ -149,13 +154,14 @@ def write_page(runs: Sequence[Run]) -> None:
     ]
     for subject in SUBJECTS:
         if own := [run for run in runs if run["group"] == "recipes" and run["kind"] == subject]:
-            parts += [f"## {subject}", table(own, "recipes", peer)]
+            by = "best fidelity" if subject == STYLE else "steps"  # few recipes learn a style in so many steps
+            parts += [f"## {subject}", table(own, "recipes", peer, by)]
     for what, own in {"the three objects": objects, "the style": styled}.items():
         if any(run["group"] == "moves" for run in own):
             parts += [
                 f"## What moves it: {what}",
-                f"Changes to `{BASE_NAME}`, one at a time.",
-                table(moves_and_base(own), "moves", BASE_NAME),
+                f"Changes to `{base_of(own[0]['kind'])}`, one at a time.",
+                table(moves_and_base(own), "moves", BASE_ROW, "best fidelity" if own is styled else "steps"),
             ]
     if goals := [run for run in runs if run["group"] == "styles"]:
         length = LENGTHS["styles"]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.experiment import Run, Spec
-from benchmarks.recipes.moves import MOVES, Move
+from benchmarks.recipes.moves import MOVES, Move, base_of
 from benchmarks.recipes.peers import RECIPES, STYLES, Recipe
 from benchmarks.subjects import SUBJECTS
 from benchmarks.teaching import set_up
@@ -79,16 +79,17 @@ def run_recipe(spec: Spec, length: Length | None = None) -> Run:
     trigger = TOKEN if given.get("train_placeholder_token") else RARE_WORD
     taught, side = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX)
     run = set_up(taught, spec.seed, given, {"resolution": side})
-    if isinstance(recipe, Move) and recipe.changed:
-        recipe.changed(run)
+    named = recipe.named
+    if isinstance(recipe, Move):
+        named = RECIPES[base_of(spec.kind)].named
+        if recipe.changed:
+            recipe.changed(run)
     points = [{"step": 0, "seconds": 0.0, "fidelity": 0.0}]
     seconds, began = 0.0, time.process_time()
     for report in loop.train(run):
         if report.step in length.measured_at:
             seconds += time.process_time() - began
-            points.append(
-                {"step": report.step, "seconds": seconds, **measure(run, spec.kind, trigger, length, recipe.named)}
-            )
+            points.append({"step": report.step, "seconds": seconds, **measure(run, spec.kind, trigger, length, named)})
             if min(point["fidelity"] for point in points[-2:]) >= FIDELITY:
                 break
             began = time.process_time()

@@ -138,6 +138,12 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     assert row == (
         "| rate 5e-4 minus rate 2e-4 | +0.300 (p 1.000) | +0.100 (p 1.000) | +0.300 (p 1.000) | +0 (p 1.000) | 1 |"
     )
+    moved = [{**run("rank 1", 0.0, 0.2, 0.5, 0.9), "group": "moves"}, run("ours", 0.0, 0.1)]
+    rows = recipe_report.table(recipe_report.moves_and_base([*moved, named]), "moves", recipe_report.BASE_ROW)
+    assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| unchanged", "| rank 1"]
+    assert rows.endswith("| 0.90 | 0.90 | +200 (p 1.000) |"), "against where it is named, which an object's LoRA is"
+    rows = recipe_report.table([*runs, named], "recipes", "fal", "best fidelity").splitlines()
+    assert rows[2].endswith("| +0.700 (p 1.000) |")
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
     assert recipe_report.reached(unsteady) == unsteady[2:4], "one measurement that the next one denies doesn't count"
 
