@@ -1,6 +1,7 @@
 """Files that are written completely or not at all, and what a disk refuses said clearly."""
 
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -16,6 +17,12 @@ from lora_utils.errors import UserError
 log = logging.getLogger(__name__)
 
 _PREFIX = "qwen-image-lora-"  # of this package's folders among the machine's temporary ones
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

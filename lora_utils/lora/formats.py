@@ -6,7 +6,6 @@ It knows no more of models than the names of their layers.
 Legend: R rank, D_in and D_out the widths of the adapted linear layer, D the text encoder's width.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -23,7 +22,7 @@ from torch import Tensor
 from lora_utils import constants
 from lora_utils.constants import PEFT_CONFIG, PEFT_WEIGHTS
 from lora_utils.errors import UserError
-from lora_utils.io.files import atomic_path
+from lora_utils.io.files import atomic_path, file_sha256
 from lora_utils.lora.keys import foreign_layers, other_method, parse_key
 from lora_utils.lora.metadata import kept_metadata, sort_header
 from lora_utils.lora.parts import LayerParts, parts_of, read_parts
@@ -82,12 +81,6 @@ class LoraFile:
     def names(self) -> list[str]:
         """The layers of which it changes the weight or the bias."""
         return list(dict.fromkeys([*self.layers, *self.biases]))
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

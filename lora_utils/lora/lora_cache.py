@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_utils.constants import PEFT_CONFIG
-from lora_utils.lora.formats import file_sha256
+from lora_utils.io.files import file_sha256
 from lora_utils.lora.hooks import adapts_the_table
 from lora_utils.lora.updates import tensors_of
 from lora_utils.lora.weights import Weights, load_weights

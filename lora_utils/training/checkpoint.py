@@ -1,7 +1,7 @@
 """Checkpoints: all that a run's next step follows from, on disk, complete or not there.
 
 A checkpoint is written under another name, synced to the disk and renamed: whatever kills the process, at whatever
-moment, the last one is complete. A run resumed from it is, on the same machine, the uninterrupted run bit for bit. So
+moment, the last one is complete. Either of its files has a hash, which finds damage. A run resumed from it is, on the same machine, the uninterrupted run bit for bit. So
 it keeps the memory plan that it began with; only what the caller asked for is compared.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_utils.errors import UserError
-from lora_utils.io.files import disk_errors
+from lora_utils.io.files import disk_errors, file_sha256
 from lora_utils.model import modulation
 from lora_utils.model.device import Placement, default_placement
 from lora_utils.model.memory_plan import MemoryPlan
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 _STATE_FILE, _SETTINGS_FILE = "state.safetensors", "settings.json"
-_DIGEST = "sha256"
+_DIGEST, _TENSORS_DIGEST = "sha256", "tensors_sha256"
 _SHOWN = 16  # digits of a hash, enough to tell two apart
 
 
@@ -49,7 +49,7 @@ class Checkpoint:
     recent_losses: list[StepLoss]
     validated_at: int
     previewed_at: int
-    layout: dict[str, Any] | None  # of its tensors; an older one doesn't say
+    tensors_hash: str | None  # an older one doesn't say
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -73,9 +73,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         "recent_losses": [asdict(each) for each in state.recent_losses],
         "validated_at": state.validated_at,
         "previewed_at": state.previewed_at,
-        "layout": _layout(tensors),
     }
-    written[_DIGEST] = _digest(written)
 
     # Write it under another name, sync it and rename it: a kill at any moment leaves older ones complete.
     target = folder / f"{_PREFIX}{state.step:06d}"
@@ -89,6 +87,8 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
         try:
             partial.mkdir(parents=True)
             save_file(tensors, partial / _STATE_FILE)
+            written[_TENSORS_DIGEST] = file_sha256(partial / _STATE_FILE)
+            written[_DIGEST] = _digest(written)
             (partial / _SETTINGS_FILE).write_text(json.dumps(written, indent=2) + "\n")
             for path in (partial / _STATE_FILE, partial / _SETTINGS_FILE, partial):
                 _sync(path)
@@ -113,10 +113,6 @@ def _tensors_and_numbers(state: TrainState) -> tuple[dict[str, Tensor], dict[str
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
     tensors |= {f"draws.{name}": value for name, value in state.stream.state_dict().items()}
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, numbers
-
-
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: [str(value.dtype), *value.shape] for name, value in tensors.items()}
 
 
 def _digest(written: Mapping[str, Any]) -> str:
@@ -179,7 +175,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             [StepLoss(**each) for each in written["recent_losses"]],
             written["validated_at"],
             written["previewed_at"],
-            written.get("layout"),
+            written.get(_TENSORS_DIGEST),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
@@ -224,9 +220,9 @@ def restore_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     if before < ours["steps"]:
         _log_longer(state, before)
     try:
-        tensors = load_file(checkpoint.path / _STATE_FILE)
-        if checkpoint.layout not in (None, _layout(tensors)):
+        if checkpoint.tensors_hash not in (None, file_sha256(checkpoint.path / _STATE_FILE)):
             raise ValueError(f"{_STATE_FILE} isn't as it was written")
+        tensors = load_file(checkpoint.path / _STATE_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(checkpoint.path, error) from error
     with torch.no_grad():

@@ -179,7 +179,7 @@ def test_without_a_seed_the_same_command_resumes_with_the_runs_own(archive, rand
 
 def write_older(checkpoint, written):
     """Write settings as an earlier version did: without the hash that finds them changed."""
-    rest = {name: value for name, value in written.items() if name not in ("sha256", "layout")}
+    rest = {name: value for name, value in written.items() if name not in ("sha256", "tensors_sha256")}
     (checkpoint / "settings.json").write_text(json.dumps(rest))
 
 
@@ -271,8 +271,15 @@ def _with_another_shape(path):
     save_file({**tensors, "learned.0": torch.zeros(3, 5)}, path / "state.safetensors")
 
 
+def _with_another_bit(path):
+    written = bytearray((path / "state.safetensors").read_bytes())
+    written[-5] ^= 1
+    (path / "state.safetensors").write_bytes(written)
+
+
 DAMAGE = {
     "no tensors": lambda path: (path / "state.safetensors").write_bytes(b""),
+    "a bit of a number": _with_another_bit,
     "a tensor of another shape": _with_another_shape,
     "a changed setting": _with_another_decay,
     "a list": lambda path: (path / "settings.json").write_text("[]"),
