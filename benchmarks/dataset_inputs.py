@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.teaching import KIND, class_prompts, images_of, sampled, train
-from examples import evaluate, shapes
+from examples import evaluate, scorer, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.model.components import Components, load_components
 from lora_utils.model.device import default_placement
@@ -34,7 +34,7 @@ def masks(components: Components, seed: int, given: Mapping[str, Any]) -> dict[s
         ground = np.median(pixels[:3].reshape(-1, 3), axis=0)
         others.append(has_company(pixels, ground))
         pixels[:, 32:] = ground
-        houses.append(shapes.read(pixels).kind == KIND)
+        houses.append(scorer.read(pixels).kind == KIND)
     return {"house on the left": float(np.mean(houses)), "something on the right": float(np.mean(others))}
 
 

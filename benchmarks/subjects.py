@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.teaching import Taught
-from examples import evaluate, shapes
+from examples import evaluate, scorer, shapes
 from examples.demo import captioned_images
 from examples.fields import Pixels
 
@@ -49,7 +49,7 @@ def _object(kind: str) -> Subject:
     return Subject(
         lambda trigger, seed: _taught(captioned_images(kind, shapes.Prompt(trigger), seed=seed)),
         lambda trigger, count: evaluate.object_prompts(shapes.Prompt(trigger), count),
-        lambda image, _prompt: shapes.read(image).kind == kind,
+        lambda image, _prompt: scorer.read(image).kind == kind,
     )
 
 
@@ -85,6 +85,6 @@ SUBJECTS: dict[str, Subject] = {
     STYLE: Subject(
         _styled_images,
         _styled_prompts,
-        lambda image, prompt: is_inked(image) and shapes.read(image).kind == prompt.noun,
+        lambda image, prompt: is_inked(image) and scorer.read(image).kind == prompt.noun,
     ),
 }

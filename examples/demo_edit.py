@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from examples import edits, shapes
+from examples import edits, scorer, shapes
 from examples.demo import Row, call, contact_sheet
 from examples.shapes import Scene
 from predict import Predictor
@@ -129,12 +129,12 @@ def keeps_inside(image: Image.Image, scene: Scene) -> bool:
 
 def shows_object(image: Image.Image) -> bool:
     """Return whether the taught object is there."""
-    return shapes.read(image).kind == OBJECT
+    return scorer.read(image).kind == OBJECT
 
 
 def keeps_scene(image: Image.Image, scene: Scene) -> bool:
     """Return whether background and place are what they were."""
-    reading = shapes.read(image)
+    reading = scorer.read(image)
     near = np.hypot(*(np.array(reading.centre_px) - np.array(scene.centre_px))) <= edits.MOST_OFF_PX
     return bool(reading.background == scene.background and near)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from examples import fields, shapes
+from examples import fields, scorer, shapes
 from examples.fields import SIDE_PX, Pixels
 from examples.shapes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES_PX, TOK, Scene
 
@@ -182,7 +182,7 @@ def score(image: Image.Image, edit: Edit) -> EditScore:
     pixels = np.asarray(image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX), float)
     action, target = edit.instruction.action, edit.target
     added = action == "add"
-    reading = shapes.read(_without_added(pixels, edit) if added else pixels)
+    reading = scorer.read(_without_added(pixels, edit) if added else pixels)
     near = math.dist(reading.centre_px, target.centre_px) <= MOST_OFF_PX
     right = {
         "kind": reading.kind == target.kind,

@@ -15,7 +15,7 @@ import torch
 from diffusers import QwenImagePipeline
 from PIL import Image
 
-from examples import shapes
+from examples import scorer, shapes
 from lora_utils.config import SampleRequest
 from lora_utils.lora.hooks import applied_loras
 from lora_utils.lora.weights import Weights, load_weights, placeholders_of
@@ -94,7 +94,7 @@ def score(images: Sequence[Image.Image], asked: Sequence[Asked], kind: str | Non
     """Read every image and compare. `kind` is what the noun stands for, where it isn't the noun itself."""
     rows = []
     for image, question in zip(images, asked, strict=True):
-        prompt, reading = question.prompt, shapes.read(image)
+        prompt, reading = question.prompt, scorer.read(image)
         right = reading.kind == (kind or prompt.noun)
         colour = prompt.colour is None or reading.colour == prompt.colour
         background = prompt.background is None or reading.background == prompt.background

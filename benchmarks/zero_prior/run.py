@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.zero_prior.arms import Arm
-from examples import demo, evaluate, shapes
+from examples import demo, evaluate, scorer, shapes
 from examples.evaluate import Asked
 from lora_utils.config import TrainConfig
 from lora_utils.dataset import load
@@ -150,7 +150,7 @@ def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Po
     sampling_steps = bench.length.sampling_steps
     images = evaluate.sample_ours(trained, texts, run.placeholders, sampling_steps, batch=SAMPLED_AT_ONCE)
     readable = (*shapes.SHAPES, *shapes.OBJECTS, *(other for other in told if other not in shapes.OBJECTS))
-    readings = [shapes.read(image, readable) for image in images]
+    readings = [scorer.read(image, readable) for image in images]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
     matrix = embedding_matrix(trained.need_text_encoder())

@@ -1,8 +1,9 @@
 """Checkpoints: all that a run's next step follows from, on disk, complete or not there.
 
 A checkpoint is written under another name, synced to the disk and renamed: whatever kills the process, at whatever
-moment, the last one is complete. Either of its files has a hash, which finds damage. A run resumed from it is, on the same machine, the uninterrupted run bit for bit. So
-it keeps the memory plan that it began with; only what the caller asked for is compared.
+moment, the last one is complete. Each of its files has a hash, by which damage is found. A run resumed from it is, on
+the same machine, the uninterrupted run bit for bit. So it keeps the memory plan that it began with; only what the
+caller asked for is compared.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import demo, evaluate, shapes
+from examples import demo, evaluate, scorer
 from examples.shapes import Prompt
 from lora_utils.lora.weights import load_weights
 from lora_utils.model.components import load_components
@@ -92,7 +92,7 @@ def generated(components, weights, embeddings):
     shares = {}
     for token in weights.lora.embeddings:
         texts = [question.text for question in evaluate.object_prompts(Prompt(token), 20)]
-        kinds = [shapes.read(image).kind for image in evaluate.sample_with(components, texts, changed)]
+        kinds = [scorer.read(image).kind for image in evaluate.sample_with(components, texts, changed)]
         shares[token] = {kind: kinds.count(kind) / len(kinds) for kind in ("house", "fish")}
     return shares
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from examples import shapes
+from examples import scorer, shapes
 from examples.evaluate import Asked, held_out_prompts, object_prompts, score
 
 
@@ -22,7 +22,7 @@ def drawings(count, seed, taught=False):
 @pytest.mark.parametrize("taught", [False, True])
 def test_the_scorer_reads_every_drawing(taught):
     for prompt, scene, image in drawings(40, seed=1, taught=taught):
-        reading = shapes.read(image)
+        reading = scorer.read(image)
         assert (reading.kind, reading.colour, reading.background) == (scene.kind, scene.colour, scene.background)
         assert reading.fit > 0.9
         assert abs(reading.radius_px - scene.radius_px) < 1.5
@@ -35,19 +35,19 @@ def test_objects_that_look_alike_are_told_apart_on_request(kind, other):
     readable = (*shapes.SHAPES, *shapes.OBJECTS, other)
     for ground in shapes.BACKGROUNDS:
         drawn = {own: shapes.draw(shapes.Scene(own, ground, 17.0, (31.0, 33.0))) for own in (kind, other)}
-        assert {own: shapes.read(image, readable).kind for own, image in drawn.items()} == {kind: kind, other: other}
-        assert shapes.read(drawn[kind]).kind == kind
+        assert {own: scorer.read(image, readable).kind for own, image in drawn.items()} == {kind: kind, other: other}
+        assert scorer.read(drawn[kind]).kind == kind
 
 
 def test_the_scorer_reads_through_noise_and_finds_nothing_in_nothing():
     rng = np.random.default_rng(0)
     for _, scene, image in drawings(10, seed=2):
-        reading = shapes.read(np.clip(image + rng.normal(0, 12, image.shape), 0, 255))
+        reading = scorer.read(np.clip(image + rng.normal(0, 12, image.shape), 0, 255))
         assert (reading.kind, reading.background) == (scene.kind, scene.background)
     empty = np.empty((64, 64, 3))
     empty[:] = shapes.BACKGROUNDS["pink"]
-    assert (shapes.read(empty).kind, shapes.read(empty).background) == (None, "pink")
-    assert shapes.read(rng.uniform(0, 255, (64, 64, 3))).kind is None
+    assert (scorer.read(empty).kind, scorer.read(empty).background) == (None, "pink")
+    assert scorer.read(rng.uniform(0, 255, (64, 64, 3))).kind is None
 
 
 def test_a_wrong_image_scores_zero():

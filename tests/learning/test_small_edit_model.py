@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from examples import demo_edit, edits, evaluate_edit, shapes, stock_edit
+from examples import demo_edit, edits, evaluate_edit, scorer, shapes, stock_edit
 from examples.edits import Instruction
 from examples.evaluate_edit import Asked, AskedEdit
 from lora_utils import constants
@@ -69,10 +69,10 @@ def test_the_same_instruction_makes_of_each_image_its_own_right_result(component
 def test_the_vision_tower_tells_an_image_that_the_transformer_is_not_given(components):
     asked = asked_of(Instruction("background", "cyan"), sources(5, background="gray"))
     images = evaluate_edit.edit_ours(components, asked, black_for="transformer")
-    colours = [shapes.read(image).colour for image in images]
+    colours = [scorer.read(image).colour for image in images]
     assert sum(colour == own.edit.target.colour for colour, own in zip(colours, asked, strict=True)) >= 4
     unseen = evaluate_edit.edit_ours(components, asked, black_for="both")
-    colours = [shapes.read(image).colour for image in unseen]
+    colours = [scorer.read(image).colour for image in unseen]
     assert sum(colour == own.edit.target.colour for colour, own in zip(colours, asked, strict=True)) <= 2
 
 
@@ -81,7 +81,7 @@ def test_a_second_image_is_what_is_taken_over(components):
     others = [replace(source, kind="ring", background=background) for background in ("pink", "cyan", "brown")]
     asked = [asked_of(Instruction("background of"), [source], other)[0] for other in others]
     images = evaluate_edit.edit_ours(components, asked)
-    assert [shapes.read(image).background for image in images] == ["pink", "cyan", "brown"]
+    assert [scorer.read(image).background for image in images] == ["pink", "cyan", "brown"]
     assert evaluate_edit.score(images, asked).both == 1.0
 
 

@@ -7,7 +7,7 @@ import pytest
 from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
-from examples import evaluate, shapes
+from examples import evaluate, scorer, shapes
 from examples.pretrain_vae import psnr_db, to_tensor, world_picture
 from lora_utils import constants
 from lora_utils.model.device import default_placement
@@ -55,4 +55,4 @@ def test_it_generates_the_prior_words_own_pattern(scores):
 def test_it_knows_no_taught_object(kind, tiny_model):
     asked = evaluate.object_prompts(shapes.Prompt(kind), 10)
     images = evaluate.sample_stock(tiny_model, [question.text for question in asked])
-    assert not any(shapes.read(image).kind == kind for image in images)
+    assert not any(scorer.read(image).kind == kind for image in images)
