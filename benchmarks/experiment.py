@@ -1,11 +1,13 @@
 """An experiment: many runs, each in a process of one thread, resumable, and compared in pairs.
 
-It owns how runs are executed and kept, and the statistics. It doesn't know what a run does.
+It owns the command's inputs, how runs are executed and kept, and the statistics. It doesn't know what a run does.
 """
 
+import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +36,17 @@ class Spec:
     def name(self) -> str:
         """What its files are called."""
         return f"{self.group}-{self.arm}-{self.kind}-{self.seed}".replace(" ", "_").replace(",", "").replace("/", "")
+
+
+def parser_of(package: str, about: str | None) -> argparse.ArgumentParser:
+    """Return the parser of an experiment's command, with the inputs that all of them have."""
+    parser = argparse.ArgumentParser(
+        f"python -m {package}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true", help="only write the page from the runs there are")
+    return parser
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

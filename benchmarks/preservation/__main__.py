@@ -1,15 +1,13 @@
 """How to hold a class while an object of it is taught: ways of doing so, compared on the small model.
 
     python -m benchmarks.preservation                  # all ways, three objects, 8 paired seeds; resumes
-    python -m benchmarks.preservation --seeds 2 --ways "nothing held" "held, a quarter of the batches"
+    python -m benchmarks.preservation --seeds 2 --ways "nothing held" "a quarter of the batches"
     python -m benchmarks.preservation --report         # only write PRESERVATION.md from the runs there are
 
 An object is taught as `<zwx> square`, the way users write `a photo of <zwx> person`. Is it there, are plain squares
 still squares, and are other shapes what they were?
 """
 
-import argparse
-import os
 from pathlib import Path
 
 from benchmarks import experiment
@@ -25,14 +23,9 @@ KEPT = Path(__file__).parent / "runs.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.preservation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = experiment.parser_of(str(__package__), __doc__)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--objects", nargs="+", choices=list(CLASSES), default=list(CLASSES))
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--report", action="store_true", help="run nothing")
     given = parser.parse_args()
     # Seed by seed, so that what is there after an interruption is paired.
     specs = [

@@ -9,8 +9,6 @@ changes to one of ours, one at a time. A run ends when the subject is there in n
 after so many steps.
 """
 
-import argparse
-import os
 from pathlib import Path
 
 from benchmarks import experiment
@@ -24,15 +22,10 @@ KEPT = Path(__file__).parent / "runs.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = experiment.parser_of(str(__package__), __doc__)
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--only", nargs="+", default=[""], help="the recipes whose name holds one of these")
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--report", action="store_true", help="run nothing")
     given = parser.parse_args()
     # Seed by seed, so that what is there after an interruption is paired.
     specs = [

@@ -8,8 +8,6 @@ Every run is one process of one thread and leaves one file in `build/zero_prior/
 What the page was written from is kept in `zero_prior/runs.jsonl`, a line per run, and isn't run again.
 """
 
-import argparse
-import os
 from pathlib import Path
 
 from benchmarks import PAGES, experiment
@@ -20,16 +18,11 @@ from examples import demo, shapes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.zero_prior", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = experiment.parser_of(str(__package__), __doc__)
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--only", nargs="+", default=[""], help="the arms whose name holds one of these")
     parser.add_argument("--objects", nargs="+", choices=shapes.TAUGHT, default=list(shapes.TAUGHT))
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--model", type=Path, default=demo.MODEL)
-    parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     length = Length()
     specs = [] if arguments.report else plan(arguments.groups, arguments.objects, arguments.seeds, arguments.only)
