@@ -142,6 +142,9 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     rows = recipe_report.table(recipe_report.moves_and_base([*moved, named]), "moves", recipe_report.BASE_ROW)
     assert [row.split(" | ")[0] for row in rows.splitlines()[2:]] == ["| unchanged", "| rank 1"]
     assert rows.endswith("| 0.90 | 0.90 | +200 (p 1.000) |"), "against where it is named, which an object's LoRA is"
+    chosen = [{**each, "seed": recipe_report.SCREENED} for each in (*moved, named)]
+    _, _, all_moves, _, chosen_moves = recipe_report.moves_part("house", [*moved, named, *chosen], "steps")
+    assert all_moves == chosen_moves == rows, "each on its own seeds"
     rows = recipe_report.table([*runs, named], "recipes", "fal", "best fidelity").splitlines()
     assert rows[2].endswith("| +0.700 (p 1.000) |")
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
