@@ -44,12 +44,17 @@ def _muon(run: TrainState) -> None:
     run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate)
 
 
+def _muon_like_adamw(run: TrainState) -> None:
+    """The same, with steps of the size that AdamW's have."""
+    run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate, like_adamw=True)
+
+
 def _given(changed: Callable[[TrainState], None] | None = None, **inputs: Any) -> Move:
     return Move(given={**OURS, **inputs}, changed=changed)
 
 
 MOVES: dict[str, Recipe] = {
-    **{f"rate {rate}": _given(learning_rate=float(rate)) for rate in ("2e-4", "1e-3")},
+    **{f"rate {rate}": _given(learning_rate=float(rate)) for rate in ("2e-4", "1e-3", "2e-3")},
     # A LoRA's output is alpha / rank * B A. AdamW's steps don't follow the gradient's size, so a larger alpha is a
     # larger rate of B alone: LoRA+ with that ratio (Hayou et al. 2024). Rank-stabilised alphas are such ones too.
     **{f"lora_alpha {alpha}": _given(lora_alpha=float(alpha)) for alpha in (16, 64, 128)},
@@ -70,5 +75,9 @@ MOVES: dict[str, Recipe] = {
     "adafactor": _given(optimizer="adafactor"),
     "Muon, rate 3e-3": _given(_muon, learning_rate=3e-3),
     "Muon, rate 3e-3 that falls to 0": _given(_muon, learning_rate=3e-3, lr_scheduler="linear"),
+    **{
+        f"Muon like AdamW, rate {rate}": _given(_muon_like_adamw, learning_rate=float(rate))
+        for rate in ("5e-4", "1e-3", "2e-3")
+    },
     "A from the layer's own directions": _given(_principal_directions),
 }

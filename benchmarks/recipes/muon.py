@@ -32,10 +32,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """A step of a matrix [M, N] is `lr` sqrt(max(1, M / N)) U V^T, as in the first implementation and torch's."""
+    """A step of a matrix [M, N] is `lr` sqrt(max(1, M / N)) U V^T, as in the first implementation and torch's.
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float):
+    Like AdamW's, it is `lr` 0.2 sqrt(max(M, N)) U V^T. That moves weights by 0.2 `lr` in the root mean square, as AdamW
+    tends to (Liu et al. 2025, arXiv 2502.16982); torch calls it `match_rms_adamw`.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, like_adamw: bool = False):
         super().__init__(params, {"lr": lr})
+        self.like_adamw = like_adamw
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -44,7 +49,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             moving = [each for each in group["params"] if each.grad is not None]
             for shape, same in groupby(sorted(moving, key=lambda each: each.shape), key=lambda each: each.shape):
-                self._move(list(same), group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5)
+                factor = 0.2 * max(shape) ** 0.5 if self.like_adamw else max(1.0, shape[0] / shape[1]) ** 0.5
+                self._move(list(same), group["lr"] * factor)
 
     def _move(self, matrices: list[nn.Parameter], rate: float) -> None:
         for each in matrices:

@@ -78,11 +78,16 @@ def test_the_table_of_ways_compares_in_pairs():
     assert of_default[-1] == "2", "pairs"
 
 
+@pytest.mark.parametrize("like_adamw", [False, True])
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
-def test_muon_steps_as_torchs_does(shape):
+def test_muon_steps_as_torchs_does(shape, like_adamw):
     generator = torch.Generator().manual_seed(0)
     ours, torchs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-    optimizers = Muon([ours], 1e-2), torch.optim.Muon([torchs], 1e-2, weight_decay=0.0)
+    rates = "match_rms_adamw" if like_adamw else "original"
+    optimizers = (
+        Muon([ours], 1e-2, like_adamw),
+        torch.optim.Muon([torchs], 1e-2, weight_decay=0.0, adjust_lr_fn=rates),
+    )
     for _ in range(4):
         ours.grad = torch.randn(shape, generator=generator)
         torchs.grad = ours.grad.clone()
