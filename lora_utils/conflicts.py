@@ -34,6 +34,8 @@ def _refused(config: TrainConfig) -> Iterator[str]:
             f"learning_rate {rate:g} with {config.optimizer} moves every weight by more than a whole training should; "
             "set it to about 5e-4, or leave it empty."
         )
+    if config.optimizer == "muon" and config.adapter == "dora":
+        yield "optimizer muon moves matrices alone, and dora also trains vectors; use adamw, or adapter lora."
     if config.warmup_steps and config.warmup_steps >= config.steps:
         yield f"warmup_steps {config.warmup_steps} doesn't end within the run's {config.steps} steps; set fewer."
     if config.tokens and config.caption_dropout == 1:

@@ -29,8 +29,12 @@ PRESETS = {
 }
 PRODIGY_LEARNING_RATE = 1.0  # Prodigy finds the rate itself and multiplies it by this
 
+# Muon's steps can be larger than AdamW's: at 1e-3 it learned in fewer steps than AdamW at any rate (same page).
+MUON_FACTOR = 2.0
+
 
 def preset_for(goal: str, optimizer: str) -> Preset:
-    """Return the settings of a goal, with Prodigy's own learning rate where that is the optimizer."""
+    """Return the settings of a goal, with the learning rate that the optimizer wants in place of AdamW's."""
     chosen = PRESETS[goal]
-    return replace(chosen, learning_rate=PRODIGY_LEARNING_RATE) if optimizer == "prodigy" else chosen
+    rates = {"prodigy": PRODIGY_LEARNING_RATE, "muon": MUON_FACTOR * chosen.learning_rate}
+    return replace(chosen, learning_rate=rates.get(optimizer, chosen.learning_rate))

@@ -16,6 +16,7 @@ TOKEN = {"train_placeholder_token": True}
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, "prodigy.*leave it empty, or set it to 1"),
         ({"learning_rate": 1.0}, "learning_rate 1 with adamw.*set it to about 5e-4"),
         ({"learning_rate": 0.5, "optimizer": "adafactor"}, "learning_rate 0.5 with adafactor"),
+        ({"optimizer": "muon", "adapter": "dora"}, "dora also trains vectors; use adamw, or adapter lora"),
         ({"learning_rate": 0.5, "optimizer": "adamw8bit"}, "learning_rate 0.5 with adamw8bit"),
         ({"warmup_steps": 1001}, "warmup_steps 1001 doesn't end within the run's 1000 steps; set fewer"),
         ({"warmup_steps": 5, "steps": 5}, "warmup_steps 5 doesn't end within the run's 5 steps"),
@@ -56,7 +57,7 @@ def test_what_does_little_is_warned_of(given, options, message):
     assert message in warning
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy", "adafactor", "muon"])
 @pytest.mark.parametrize("goal", ["none", "person", "object", "style"])
 def test_the_defaults_and_goals_have_no_conflicts(goal, optimizer):
     from lora_utils.config import TrainInputs, from_inputs  # noqa: PLC0415

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.recipes.muon import Muon
 from benchmarks.recipes.peers import OURS, Recipe
 from benchmarks.subjects import STYLE
 from lora_utils.lora.layers import LoraLinear
@@ -39,16 +38,6 @@ def _principal_directions(run: TrainState) -> None:
                 module.down.copy_(vectors[: len(module.down)] * norms)
 
 
-def _muon(run: TrainState) -> None:
-    """Let Muon move the LoRA: each update is made orthogonal."""
-    run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate)
-
-
-def _muon_like_adamw(run: TrainState) -> None:
-    """The same, with steps of the size that AdamW's have."""
-    run.optimizers.lora = Muon(run.lora, lr=run.config.learning_rate, like_adamw=True)
-
-
 def _given(changed: Callable[[TrainState], None] | None = None, **inputs: Any) -> Move:
     return Move(given={**OURS, **inputs}, changed=changed)
 
@@ -73,11 +62,6 @@ MOVES: dict[str, Recipe] = {
     "two resolutions": _given(resolution="64,96"),
     "prodigy": _given(optimizer="prodigy", learning_rate=1.0),
     "adafactor": _given(optimizer="adafactor"),
-    "Muon, rate 3e-3": _given(_muon, learning_rate=3e-3),
-    "Muon, rate 3e-3 that falls to 0": _given(_muon, learning_rate=3e-3, lr_scheduler="linear"),
-    **{
-        f"Muon like AdamW, rate {rate}": _given(_muon_like_adamw, learning_rate=float(rate))
-        for rate in ("5e-4", "1e-3", "2e-3")
-    },
+    **{f"muon, rate {rate}": _given(optimizer="muon", learning_rate=float(rate)) for rate in ("5e-4", "1e-3", "2e-3")},
     "A from the layer's own directions": _given(_principal_directions),
 }

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from lora_utils.config import TrainConfig
+from lora_utils.training.muon import Muon
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-# What gradient and optimizer hold per weight of the LoRA, fp32: the gradient's 4 bytes, and two moments (adamw), two of
-# a byte each (adamw8bit), a row's and a column's mean (adafactor), or four values (prodigy compares with the start).
-BYTES_PER_WEIGHT = {"adamw": 12.0, "adamw8bit": 6.1, "adafactor": 4.1, "prodigy": 20.0}
+# What gradient and optimizer hold per weight of the LoRA, fp32: the gradient's 4 bytes, and two moments (adamw), one
+# (muon), two of a byte each (adamw8bit), a row's and a column's mean (adafactor), or four values (prodigy compares with
+# the start).
+BYTES_PER_WEIGHT = {"adamw": 12.0, "adamw8bit": 6.1, "adafactor": 4.1, "muon": 8.0, "prodigy": 20.0}
 AVERAGE_BYTES_PER_WEIGHT = 4.0
 
 
@@ -40,6 +42,8 @@ def _of_the_lora(config: TrainConfig, lora: list[nn.Parameter]) -> Optimizer:
             # Its rate is relative to a weight's rms, which is 0 in a fresh B. A floor of 1 under that rms makes the
             # rate what it is elsewhere: the size of a step, for the update itself is clipped to an rms of 1.
             return Adafactor(lora, lr=rate, weight_decay=decay, eps=(None, 1.0))
+        case "muon":
+            return Muon(lora, lr=rate, weight_decay=decay)
         case "prodigy":
             from prodigyopt import Prodigy  # noqa: PLC0415
 

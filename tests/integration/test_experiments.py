@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import experiment
 from benchmarks.preservation import prompts as preserved_prompts
@@ -12,7 +11,6 @@ from benchmarks.preservation.ways import WAYS
 from benchmarks.recipes import report as recipe_report
 from benchmarks.recipes import run as recipe_run
 from benchmarks.recipes.moves import MOVES
-from benchmarks.recipes.muon import Muon
 from benchmarks.recipes.peers import OURS, RECIPES, STYLES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
 from examples import evaluate, shapes
@@ -78,32 +76,12 @@ def test_the_table_of_ways_compares_in_pairs():
     assert of_default[-1] == "2", "pairs"
 
 
-@pytest.mark.parametrize("like_adamw", [False, True])
-@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
-def test_muon_steps_as_torchs_does(shape, like_adamw):
-    generator = torch.Generator().manual_seed(0)
-    ours, torchs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-    rates = "match_rms_adamw" if like_adamw else "original"
-    optimizers = (
-        Muon([ours], 1e-2, like_adamw),
-        torch.optim.Muon([torchs], 1e-2, weight_decay=0.0, adjust_lr_fn=rates),
-    )
-    for _ in range(4):
-        ours.grad = torch.randn(shape, generator=generator)
-        torchs.grad = ours.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert ours.abs().max() > 1e-2
-    assert torch.allclose(ours, torchs, atol=1e-3), "torch's iterates in bf16"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name", "subject"),
     [
         *(("recipes", "musubi-tuner", subject) for subject in SUBJECTS),
         ("moves", "two resolutions", "fish"),
-        ("moves", "Muon, rate 3e-3", "fish"),
         ("moves", "A from the layer's own directions", "fish"),
         ("styles", "rate 2e-4", STYLE),
     ],

@@ -13,7 +13,7 @@ from lora_utils.errors import UserError
 from lora_utils.model import memory_estimate
 from lora_utils.options import option_of
 from lora_utils.presets import PRESETS, Preset, preset_for
-from lora_utils.training import loop
+from lora_utils.training import loop, muon
 from lora_utils.training.checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from lora_utils.training.optimizers import bytes_per_weight, new_optimizers
 from lora_utils.training.run import describe_goal
@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
 )
 # bitsandbytes keeps 32 bits of a matrix with fewer than 4096 weights: at rank 64 these have as many
 RANKS = {"adamw8bit": 64}
-RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 3e-3, "prodigy": 1.0}
+RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adafactor": 3e-3, "prodigy": 1.0, "muon": 3e-3}
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_the_plan_counts_the_optimizer():
         name: memory_estimate.step_size(config, transformer, 4224, 2, bytes_per_weight(config)).needed_bytes(0)
         for name, config in ((name, replace(CONFIG, optimizer=name)) for name in OPTIMIZERS)
     }
-    assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["adamw"] < sizes["prodigy"]
+    assert sizes["adafactor"] < sizes["adamw8bit"] < sizes["muon"] < sizes["adamw"] < sizes["prodigy"]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -140,6 +140,43 @@ def test_betas_and_decay_are_the_callers():
         ours.step(1.0)
         torchs.step()
     assert torch.allclose(weight, same, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (8, 8)])
+def test_muon_steps_as_torchs_does(shape, monkeypatch):
+    monkeypatch.setattr(muon, "MOST_AT_ONCE", 2 * 8 * 32)
+    ours, torchs = ([nn.Parameter(torch.zeros(shape)) for _ in range(5)] for _ in range(2))
+    rates = {"lr": 1e-2, "weight_decay": 0.1}
+    optimizers = muon.Muon(ours, **rates), torch.optim.Muon(torchs, adjust_lr_fn="match_rms_adamw", **rates)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for own, theirs in zip(ours, torchs, strict=True):
+            own.grad = torch.randn(shape, generator=generator)
+            theirs.grad = own.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for own, theirs in zip(ours, torchs, strict=True):
+        assert theirs.norm() > 0
+        assert (own - theirs).norm() < 0.03 * theirs.norm(), "torch's iterates in bf16"
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_muon_moves_every_matrix_that_learns(adapter, new_run):
+    run = new_run(optimizer="muon", learning_rate=1e-3, adapter=adapter, steps=2)
+    before = [weight.detach().clone() for weight in run.lora]
+    losses(run)
+    assert not any(torch.equal(weight, old) for weight, old in zip(run.lora, before, strict=True))
+
+
+def test_muon_moves_all_directions_alike_and_by_a_fifth_of_the_rate():
+    (weight,) = with_gradients((16, 256))
+    weight.grad = torch.diag(torch.logspace(0, -1.5, 16)) @ torch.linalg.qr(weight.grad.T).Q.T
+    before = weight.detach().clone()
+    muon.Muon([weight], lr=1e-2).step()
+    moved = before - weight.detach()
+    sizes = torch.linalg.svdvals(moved)
+    assert sizes.max() / sizes.min() < 2, "of gradients thirty times apart"
+    assert moved.square().mean().sqrt() == pytest.approx(0.2e-2, rel=0.2)
 
 
 @pytest.mark.parametrize(("most", "expected"), [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
@@ -199,6 +236,7 @@ def test_a_goal_chooses_what_is_left_open_and_nothing_else(goal):
     )
     assert resolved(optimizer="prodigy")["learning_rate"] == 1.0
     assert resolved(optimizer="prodigy", learning_rate=0.5)["learning_rate"] == 0.5
+    assert resolved(optimizer="muon")["learning_rate"] == 2 * PRESETS[goal].learning_rate
     assert preset_for(goal, "adamw") == PRESETS[goal]
 
 
@@ -218,5 +256,5 @@ def test_each_choice_is_printed_with_what_the_caller_has_in_its_place():
 def test_an_unknown_goal_or_optimizer_is_refused_with_the_ones_there_are():
     with pytest.raises(UserError, match="goal must be one of none, person, object, style"):
         from_inputs(TrainInputs, {"dataset": "d.zip", "goal": "dog"})
-    with pytest.raises(UserError, match="optimizer must be one of adamw, adamw8bit, prodigy, adafactor"):
+    with pytest.raises(UserError, match="optimizer must be one of adamw, adamw8bit, prodigy, adafactor, muon"):
         TrainConfig(optimizer="lion", seed=0)
