@@ -28,10 +28,13 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "ours": Recipe("lora_utils/config.py, its defaults", OURS),
     "ours, where it is named": Recipe(
-        "the same with lora_acts=named, which a LoRA of a person or an object has by its goal", OURS, named=True
+        "these with lora_acts=named, which a LoRA of a person or an object has by its goal", OURS, named=True
     ),
     "ours, by a token, where it is named": Recipe(
-        "the same with train_placeholder_token", {**OURS, "train_placeholder_token": True}, named=True
+        "these with lora_acts=named and train_placeholder_token", {**OURS, "train_placeholder_token": True}, named=True
+    ),
+    "ours, by muon": Recipe(
+        "these with optimizer=muon, whose rate is then 1e-3", {**OURS, "optimizer": "muon", "learning_rate": 1e-3}
     ),
     "ours until 2026-11-28": Recipe(
         "lora_utils/presets.py as it was",
