@@ -21,19 +21,26 @@ SMALLEST_NORM = 1e-7  # a gradient of nothing moves nothing: so is A's at the fi
 # AdamW tends to move weights by 0.2 of its rate in the root mean square (Liu et al. 2025, arXiv 2502.16982), so Muon's
 # rates are comparable with AdamW's. torch calls that `match_rms_adamw`.
 RMS = 0.2
-MOST_AT_ONCE = 1 << 24  # numbers; a few copies of them are held for a moment
+MOST_AT_ONCE = 1 << 22  # numbers, of which five copies are held for a moment: 80 MB
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return matrices [K, M, N] with singular values near 1 in place of their own; those of zero stay zero."""
+    """Return matrices [K, M, N] with singular values near 1 in place of their own; those of zero stay zero.
+
+    A round is (a + b G + c G^2) x with G = x x^T, which is of the matrix's small side. So the rounds are taken on G and
+    on their product alone, and only two products of the large side are left, in place of ten.
+    """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonal(matrices.mT).mT
     a, b, c = COEFFICIENTS
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(SMALLEST_NORM)
+    gram = x @ x.mT  # [K, M, M]
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    rounds = unit
     for _ in range(ROUNDS):
-        gram = x @ x.mT  # [K, M, M]
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+        factor = a * unit + b * gram + c * gram @ gram
+        gram, rounds = factor @ gram @ factor, factor @ rounds
+    return rounds @ x
 
 
 class Muon(Optimizer):
