@@ -41,6 +41,11 @@ class Taught:
     masks: list[Image.Image]
     regularisation: list[tuple[Image.Image, str]] = field(default_factory=list)  # images of the class, with captions
 
+    def enlarged(self, side_px: int) -> "Taught":
+        """Return them with images and masks of this side."""
+        larger = [[each.resize((side_px, side_px)) for each in some] for some in (self.images, self.masks)]
+        return replace(self, images=larger[0], masks=larger[1])
+
 
 def images_of(told: shapes.Prompt, seed: int, company: bool = False, kind: str = KIND) -> Taught:
     """The object on three backgrounds; in company it stands in the left half, and something else in the right one."""

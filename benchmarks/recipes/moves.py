@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.recipes.peers import OURS, Recipe
 from benchmarks.subjects import STYLE
+from examples import shapes
 from lora_utils.lora.layers import LoraLinear
 from lora_utils.training.state import TrainState
 
@@ -22,10 +23,11 @@ def base_of(subject: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Move(Recipe):
-    """A change of inputs, or of a run that is set up."""
+    """A change of inputs, of a run that is set up, or of the images' side, in pixels."""
 
     source: str = "ours, but for this"
     changed: Callable[[TrainState], None] | None = None
+    side_px: int = shapes.SIDE_PX
 
 
 def _principal_directions(run: TrainState) -> None:
@@ -38,8 +40,8 @@ def _principal_directions(run: TrainState) -> None:
                 module.down.copy_(vectors[: len(module.down)] * norms)
 
 
-def _given(changed: Callable[[TrainState], None] | None = None, **inputs: Any) -> Move:
-    return Move(given={**OURS, **inputs}, changed=changed)
+def _given(changed: Callable[[TrainState], None] | None = None, side_px: int = shapes.SIDE_PX, **inputs: Any) -> Move:
+    return Move(given={**OURS, **inputs}, changed=changed, side_px=side_px)
 
 
 MOVES: dict[str, Recipe] = {
@@ -59,7 +61,7 @@ MOVES: dict[str, Recipe] = {
     "caption_dropout 0": _given(caption_dropout=0.0),
     "caption_dropout 0.2": _given(caption_dropout=0.2),
     "ema_decay 0.98": _given(ema_decay=0.98),
-    "two resolutions": _given(resolution="64,96"),
+    "two resolutions": _given(resolution="64,96", side_px=96),  # images aren't enlarged for a resolution
     "prodigy": _given(optimizer="prodigy", learning_rate=1.0),
     "adafactor": _given(optimizer="adafactor"),
     **{f"muon, rate {rate}": _given(optimizer="muon", learning_rate=float(rate)) for rate in ("5e-4", "1e-3", "2e-3")},

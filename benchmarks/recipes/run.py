@@ -77,13 +77,12 @@ def run_recipe(spec: Spec, length: Length | None = None) -> Run:
     recipe, length = GROUPS[spec.group][spec.arm], length or LENGTHS.get(spec.group, Length())
     given = {**recipe.given, "steps": length.steps}
     trigger = TOKEN if given.get("train_placeholder_token") else RARE_WORD
-    taught, side = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX)
-    run = set_up(taught, spec.seed, given, {"resolution": side})
-    named = recipe.named
+    taught, side, named = SUBJECTS[spec.kind].images(trigger, spec.seed), str(shapes.SIDE_PX), recipe.named
     if isinstance(recipe, Move):
-        named = RECIPES[base_of(spec.kind)].named
-        if recipe.changed:
-            recipe.changed(run)
+        taught, named = taught.enlarged(recipe.side_px), RECIPES[base_of(spec.kind)].named
+    run = set_up(taught, spec.seed, given, {"resolution": side})
+    if isinstance(recipe, Move) and recipe.changed:
+        recipe.changed(run)
     points = [{"step": 0, "seconds": 0.0, "fidelity": 0.0}]
     seconds, began = 0.0, time.process_time()
     for report in loop.train(run):

@@ -13,6 +13,7 @@ from benchmarks.recipes import run as recipe_run
 from benchmarks.recipes.moves import MOVES
 from benchmarks.recipes.peers import OURS, RECIPES, STYLES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
+from benchmarks.teaching import set_up
 from examples import evaluate, shapes
 from lora_utils.config import TrainConfig
 from lora_utils.model.adapter_sizes import adapted_layers
@@ -25,6 +26,13 @@ def test_each_recipe_is_one_of_this_package_and_names_its_source(name):
     adapted = adapted_layers(config.lora_targets, 6)
     assert len(set(map(len, adapted))) == 1, "the same layers of each block"
     assert recipe.source
+
+
+def test_two_resolutions_are_trained_at():
+    move = MOVES["two resolutions"]
+    taught = SUBJECTS["fish"].images(recipe_run.RARE_WORD, 0).enlarged(move.side_px)
+    run = set_up(taught, 0, move.given, beside={})
+    assert {example.size.width_px for example in run.data.examples} == {64, 96}
 
 
 def test_ours_is_what_a_training_does_by_default():
