@@ -95,14 +95,16 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "", by: st
 
 
 def ours_table(runs: Sequence[Run]) -> str:
-    """Return what each of our recipes gains on the one before it, in pairs."""
+    """Return what each of our recipes gains on the one before it, and the defaults by Muon on the defaults, in pairs."""
     arms = by_arm(runs, "recipes")
+    pairs = [*pairwise(name for name in OURS_BY_CHANGE if name in arms)]
+    pairs += [pair for pair in [("ours", "ours, by muon")] if set(pair) <= set(arms)]
     measured = {"steps": needed, f"fidelity at {EARLY} steps": early_fidelity, "other prompts right": others_right}
     rows = {
         f"{name}, minus {before}": {
             what: paired_differences(arms[name], arms[before], value) for what, value in measured.items()
         }
-        for before, name in pairwise(name for name in OURS_BY_CHANGE if name in arms)
+        for before, name in pairs
     }
     return differences_table("", rows)
 
