@@ -95,7 +95,7 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "", by: st
 
 
 def ours_table(runs: Sequence[Run]) -> str:
-    """Return what each of our recipes gains on the one before it, and the defaults by Muon on the defaults, in pairs."""
+    """Return what each of our recipes gains on the one before it, and Muon on the defaults, in pairs."""
     arms = by_arm(runs, "recipes")
     pairs = [*pairwise(name for name in OURS_BY_CHANGE if name in arms)]
     pairs += [pair for pair in [("ours", "ours, by muon")] if set(pair) <= set(arms)]
