@@ -1,4 +1,8 @@
-"""Measurements of the package on the small model: each module is a command, and writes a page or prints a table."""
+"""Measurements of the package: its commands print a table or write a page of this folder.
+
+Folders are experiments of several modules, but for `speed`, which the measurements of a step and of an image share.
+`experiment`, `subjects` and `teaching` are shared by the others.
+"""
 
 from pathlib import Path
 

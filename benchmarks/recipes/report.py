@@ -98,7 +98,7 @@ def ours_table(runs: Sequence[Run]) -> str:
     """Return what each of our recipes gains on the one before it, and Muon on the defaults, in pairs."""
     arms = by_arm(runs, "recipes")
     pairs = [*pairwise(name for name in OURS_BY_CHANGE if name in arms)]
-    pairs += [pair for pair in [("ours", "ours, by muon")] if set(pair) <= set(arms)]
+    pairs += [("ours", "ours, by muon")] if "ours, by muon" in arms else []
     measured = {"steps": needed, f"fidelity at {EARLY} steps": early_fidelity, "other prompts right": others_right}
     rows = {
         f"{name}, minus {before}": {
