@@ -30,6 +30,9 @@ from lora_utils.training.state import TrainState, final_lora
 
 KIND, COMPANY, IMAGES = "house", ("cross", "red"), 12
 GROUNDS = ("gray", "pink", "black")  # of the images; the prompts ask for all five
+PACE = "pace"  # the group of runs that time the steps of all arms one after the other, on one machine
+PACE_ROUNDS = 3  # their seeds
+PACE_STEPS, PACE_WARM_UP = 110, 10  # the first ones fill caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,14 @@ def set_up(taught: Taught, seed: int, given: Mapping[str, Any], beside: Mapping[
         return setup(TrainJob(config, found, MODEL, default_placement(), load_tokenizer(MODEL), read_shapes(MODEL)))
 
 
-def trained_seconds(run: TrainState, after_step: Callable[[], object] = lambda: None) -> float:
-    """Train a run to its end. -> seconds of the processor, which other work beside it doesn't lengthen"""
+def seconds_a_step(run: TrainState, after_step: Callable[[], object] = lambda: None) -> float:
+    """Train a run of `PACE_STEPS`. -> seconds of the processor, which other work beside it doesn't lengthen"""
     began = time.process_time()
-    for _ in loop.train(run):
+    for report in loop.train(run):
         after_step()
-    return time.process_time() - began
+        if report.step == PACE_WARM_UP:
+            began = time.process_time()
+    return (time.process_time() - began) / (PACE_STEPS - PACE_WARM_UP)
 
 
 def sampled(

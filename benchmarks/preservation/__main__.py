@@ -17,6 +17,7 @@ from benchmarks.preservation.report import table, write_page
 from benchmarks.preservation.run import BASE, run_way
 from benchmarks.preservation.ways import CLASSES, WAYS
 from benchmarks.subjects import STYLE
+from benchmarks.teaching import PACE, PACE_ROUNDS
 
 WORK = Path("build/preservation")
 KEPT = Path(__file__).parent / "runs.jsonl"
@@ -38,6 +39,7 @@ def main() -> None:
         for kind in kinds
         for way in ways
     ] + [Spec(BASE, "no LoRA", kind, 0) for kind in given.objects]
+    specs += [Spec(PACE, way, given.objects[0], turn) for turn in range(PACE_ROUNDS) for way in given.ways]
     runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_way, given.processes)
     write_page(runs)
     print(table(runs))

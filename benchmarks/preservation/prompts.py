@@ -11,9 +11,10 @@ import numpy as np
 
 from benchmarks.experiment import Run, Spec, by_arm, corrected, markdown_table, mean_and_error, paired_differences
 from benchmarks.subjects import STYLE, SUBJECTS
-from benchmarks.teaching import sampled, set_up, trained_seconds
+from benchmarks.teaching import sampled, set_up
 from examples import evaluate, shapes
 from lora_utils.model.components import Components
+from lora_utils.training import loop
 from lora_utils.training.state import final_lora
 
 GROUP, TRIGGER, HELD = "prompts", "ohwx", 24
@@ -43,14 +44,15 @@ def run_style(components: Components, spec: Spec, steps: int | None, prompts: in
         given["preserve_prompts"] = "\n".join(held_prompts(spec.seed))
     plain_word = {"train_placeholder_token": False, "trigger_word": TRIGGER}
     run = set_up(SUBJECTS[STYLE].images(TRIGGER, spec.seed), spec.seed, {**plain_word, **given})
-    seconds = trained_seconds(run)
+    for _ in loop.train(run):
+        pass
     lora, asked, others = final_lora(run), SUBJECTS[STYLE].prompts(TRIGGER, prompts), evaluate.held_out_prompts(prompts)
     styled, plain = (
         sampled(components, lora, run.placeholders, [item.text for item in some]) for some in (asked, others)
     )
     shown = [SUBJECTS[STYLE].shows(image, item.prompt) for image, item in zip(styled, asked, strict=True)]
     score = evaluate.score(plain, others)
-    return {"seconds": seconds, "fidelity": float(np.mean(shown)), "others": score.all_three, "fit": score.fit}
+    return {"fidelity": float(np.mean(shown)), "others": score.all_three, "fit": score.fit}
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -17,6 +17,7 @@ from benchmarks.experiment import (
 from benchmarks.preservation import prompts as preserved_prompts
 from benchmarks.preservation.run import BASE, PROMPTS
 from benchmarks.preservation.ways import WAYS
+from benchmarks.teaching import PACE, PACE_ROUNDS
 
 PAGE = PAGES / "PRESERVATION.md"
 REFERENCE, DEFAULT = "nothing held", "a tenth of the batches"
@@ -34,7 +35,7 @@ def table(runs: list[Run]) -> str:
 
     The reference is that training with its LoRA always acting. p is corrected by Holm's method over the table.
     """
-    arms = by_arm(runs, "ways")
+    arms, paces = by_arm(runs, "ways"), by_arm(runs, PACE)
     ways = [name for name in WAYS if name in arms]
     theirs = arms.get(REFERENCE, [])
     gains = {
@@ -48,10 +49,11 @@ def table(runs: list[Run]) -> str:
         own = arms[name]
         cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
         cells += [compared.get((name, metric), "–") for metric in ("named", "fidelity")]
-        ratios = paired_differences(own, theirs, lambda run: np.log(run["seconds"]))
+        of_reference = paces.get(REFERENCE, [])
+        ratios = paired_differences(paces.get(name, []), of_reference, lambda run: np.log(run["seconds_a_step"]))
         times = f"{np.exp(np.mean(ratios)):.2f}" if ratios else "–"
         rows.append([name, *cells, times, str(len(own))])
-    against = ["named, against no class word", "always, against no class word", "seconds, against none", "runs"]
+    against = ["named, against no class word", "always, against no class word", "seconds a step, against none", "runs"]
     return markdown_table(["", *MEASURED.values(), *against], rows)
 
 
@@ -72,18 +74,17 @@ def default_table(runs: list[Run]) -> str:
 def write_page(runs: list[Run]) -> None:
     """Write PRESERVATION.md."""
     said = "\n".join(f"- {name}: {WAYS[name].about}" for name in WAYS if name in by_arm(runs, "ways"))
-    hours = sum(run["seconds"] for run in runs) / 3600
     of_base = np.mean([run["class_kept"] for run in runs if run["group"] == BASE] or [np.nan])
-    trainings = sum(run["group"] != BASE for run in runs)
+    trainings = sum(run["group"] not in (BASE, PACE) for run in runs)
     PAGE.write_text(
         "# How to hold a class\n\n"
-        f"{trainings} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.preservation`. An "
-        "object is taught as `<zwx> square`, `<zwx> circle` or `<zwx> ring`. Mean ± standard error over objects and "
-        f"seeds, {PROMPTS} prompts of each kind a training; differences are paired by object and seed, p is of a "
-        "two-sided sign-flip test and corrected by Holm's method over the table. No caption names a size or a "
-        "place, and 45 % of the prompts do: those are the new words. `LoRA where it is named` is what "
-        "prediction does for a LoRA with a class word (`lora_acts`): the class alone is then the base model's, which "
-        f"is right for {of_base:.1%} of these prompts.\n\n"
+        f"{trainings} trainings, written by `python -m benchmarks.preservation`. An object is taught as `<zwx> "
+        f"square`, `<zwx> circle` or `<zwx> ring`. Mean ± standard error over objects and seeds, {PROMPTS} prompts "
+        "of each kind a training; differences are paired by object and seed, p is of a two-sided sign-flip test and "
+        "corrected by Holm's method over the table. No caption names a size or a place, and 45 % of the prompts do: "
+        "those are the new words. `LoRA where it is named` is what prediction does for a LoRA with a class word "
+        f"(`lora_acts`): the class alone is then the base model's, which is right for {of_base:.1%} of these prompts. "
+        f"Seconds are of {PACE_ROUNDS} short trainings of each way, one after the other on one machine.\n\n"
         f"{table(runs)}\n\n{said}\n\n"
         "## The default against each other way\n\n"
         f"`{DEFAULT}` minus the way of the row, in pairs, corrected over this table.\n\n{default_table(runs)}\n\n"

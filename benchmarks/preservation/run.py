@@ -9,12 +9,13 @@ from benchmarks.experiment import Run, Spec
 from benchmarks.preservation import prompts as preserved_prompts
 from benchmarks.preservation.changes import Bench
 from benchmarks.preservation.ways import CLASSES, WAYS
-from benchmarks.teaching import class_prompts, images_of, sampled, set_up, trained_seconds
+from benchmarks.teaching import PACE, PACE_STEPS, class_prompts, images_of, sampled, seconds_a_step, set_up
 from examples import evaluate, shapes
 from examples.demo import MODEL, TOKEN
 from lora_utils.model.components import load_components
 from lora_utils.model.device import default_placement
 from lora_utils.placeholder.tokens import no_placeholders
+from lora_utils.training import loop
 from lora_utils.training.state import final_lora
 
 PROMPTS = 40
@@ -27,20 +28,23 @@ def _bench() -> Bench:
 
 
 def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run:
-    """Train in one way, with the seed's images, order and noise, and measure."""
+    """Train in one way, with the seed's images, order and noise, and measure: its steps alone, if that's its group."""
     if spec.group == preserved_prompts.GROUP:
         return preserved_prompts.run_style(_bench().components, spec, steps, prompts)
     bench, noun = _bench(), CLASSES[spec.kind]
     plain = class_prompts(noun, prompts)
     if spec.group == BASE:
         images = evaluate.sample_ours(bench.components, [item.text for item in plain], no_placeholders())
-        return {"seconds": 0.0, "class_kept": evaluate.score(images, plain).all_three}
-    way = WAYS[spec.arm]
+        return {"class_kept": evaluate.score(images, plain).all_three}
+    way, steps = WAYS[spec.arm], PACE_STEPS if spec.group == PACE else steps
     told = shapes.Prompt(f"{TOKEN} {noun}")
     given = {**way.given, **({"class_word": noun} if way.holds else {}), **({"steps": steps} if steps else {})}
     run = set_up(images_of(told, spec.seed, kind=spec.kind), spec.seed, given)
     with way.applied(bench, run, noun, spec.seed) as after_step:
-        seconds = trained_seconds(run, after_step)
+        if spec.group == PACE:
+            return {"seconds_a_step": seconds_a_step(run, after_step)}
+        for _ in loop.train(run):
+            after_step()
     lora, placeholders = final_lora(run), run.placeholders
 
     def shown(asked: Sequence[evaluate.Asked], named: bool = False) -> list[Image.Image]:
@@ -52,7 +56,6 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
     new = [index for index, item in enumerate(objects) if says_new_words(item.prompt)]
     in_new = [images[index] for index in new], [objects[index] for index in new]
     return {
-        "seconds": seconds,
         "named": evaluate.score(shown(objects, named=True), objects, spec.kind).kind,
         "fidelity": evaluate.score(images, objects, spec.kind).kind,
         "in_new_words": evaluate.score(*in_new, spec.kind).kind,

@@ -16,6 +16,7 @@ from benchmarks.experiment import Spec
 from benchmarks.recipes.report import table, write_page
 from benchmarks.recipes.run import GROUPS, run_recipe
 from benchmarks.subjects import STYLE, SUBJECTS
+from benchmarks.teaching import PACE, PACE_ROUNDS
 
 WORK = Path("build/recipes")
 KEPT = Path(__file__).parent / "runs.jsonl"
@@ -31,15 +32,15 @@ def main() -> None:
     specs = [
         Spec(group, recipe, subject, seed)
         for group in given.groups
-        for seed in range(given.seeds)
-        for subject in given.subjects
+        for seed in range(PACE_ROUNDS if group == PACE else given.seeds)
+        for subject in (given.subjects[:1] if group == PACE else given.subjects)
         if group != "styles" or subject == STYLE
         for recipe in GROUPS[group]
         if any(part in recipe for part in given.only)
     ]
     runs = experiment.gather([] if given.report else specs, WORK, KEPT, run_recipe, given.processes)
     write_page(runs)
-    print("\n\n".join(table(runs, group) for group in given.groups))
+    print("\n\n".join(table(runs, group) for group in given.groups if group != PACE))
 
 
 if __name__ == "__main__":

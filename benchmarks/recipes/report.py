@@ -24,6 +24,7 @@ from benchmarks.recipes.moves import base_of
 from benchmarks.recipes.peers import RECIPES, STYLES
 from benchmarks.recipes.run import FIDELITY, GROUPS, LENGTHS, Length
 from benchmarks.subjects import STYLE, SUBJECTS
+from benchmarks.teaching import PACE, PACE_ROUNDS
 
 PAGE = PAGES / "RECIPES.md"
 EARLY = 300
@@ -43,11 +44,20 @@ def reached(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     return []
 
 
-def needed(run: Run, metric: str = "step") -> float:
-    """Return the steps or seconds at which a run has the fidelity, and all that it took where it never has it."""
+def needed(run: Run) -> float:
+    """Return the steps at which a run has the fidelity, and all that it took where it never has it."""
     around = reached(run["points"])
-    found = at_value(around, metric, "fidelity", FIDELITY) if around else None
-    return run["points"][-1][metric] if found is None else found
+    found = at_value(around, "step", "fidelity", FIDELITY) if around else None
+    return run["points"][-1]["step"] if found is None else found
+
+
+def paced(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs with the seconds that a step of their recipe takes, and without those that measured these."""
+    measured = {
+        name: float(np.mean([run["seconds_a_step"] for run in own])) for name, own in by_arm(runs, PACE).items()
+    }
+    rest = [run for run in runs if run["group"] != PACE]
+    return [{**run, "seconds_a_step": measured[run["arm"]]} if run["arm"] in measured else run for run in rest]
 
 
 def fidelity_at(run: Run, steps: int) -> float:
@@ -84,7 +94,8 @@ def table(runs: Sequence[Run], group: str = "recipes", against: str = "", by: st
     pairs = {name: paired_differences(own, arms.get(against, []), COMPARED[by]) for name, own in others.items()}
     compared, rows = corrected(pairs), []
     for name, own in arms.items():
-        cells = [mean_and_error([needed(run, metric) for run in own]) for metric in ("step", "seconds")]
+        cells = [mean_and_error([needed(run) for run in own])]
+        cells.append(mean_and_error([needed(run) * run["seconds_a_step"] for run in own if "seconds_a_step" in run]))
         cells.append(mean_and_error([others_right(run) for run in own]))
         cells.append(mean_and_error([early_fidelity(run) for run in own]))
         cells.append(mean_and_error([best_fidelity(run) for run in own]))
@@ -153,15 +164,16 @@ def moves_part(subjects: str, runs: Sequence[Run], by: str) -> list[str]:
 
 def write_page(runs: Sequence[Run]) -> None:
     """Write RECIPES.md: a table for all subjects, one for each, and the sources."""
+    runs = paced(runs)
     objects, styled = ([run for run in runs if (run["kind"] == STYLE) == is_style] for is_style in (False, True))
-    hours, peer = sum(run["seconds"] for run in runs) / 3600, best_peer(objects)
+    peer = best_peer(objects)
     parts = [
         "# Which recipe teaches how fast",
-        f"{len(runs)} trainings, {hours:.1f} hours of one core, written by `python -m benchmarks.recipes`. Mean ± "
-        f"standard error over subjects and seeds. A run has learned its subject where {FIDELITY:.0%} of "
-        f"{Length().prompts} images show it, twice in a row or at the last step; steps, seconds "
-        "and other prompts are of that moment. A run that never has learned it "
-        f"counts with its {Length().steps} steps.",
+        f"{len(runs)} trainings, written by `python -m benchmarks.recipes`. Mean ± standard error over subjects and "
+        f"seeds. A run has learned its subject where {FIDELITY:.0%} of {Length().prompts} images show it, twice in a "
+        "row or at the last step; steps, seconds and other prompts are of that moment. A run that never has learned "
+        f"it counts with its {Length().steps} steps. Seconds are steps times the seconds of one, measured in "
+        f"{PACE_ROUNDS} short trainings of each recipe, one recipe after the other on one machine.",
         "## The three objects",
         table(objects, "recipes", peer),
         "## Ours against each other",

@@ -13,7 +13,7 @@ from benchmarks.recipes import run as recipe_run
 from benchmarks.recipes.moves import MOVES
 from benchmarks.recipes.peers import OURS, RECIPES, STYLES
 from benchmarks.subjects import STYLE, SUBJECTS, inked
-from benchmarks.teaching import set_up
+from benchmarks.teaching import PACE, set_up
 from examples import evaluate, shapes
 from lora_utils.config import TrainConfig
 from lora_utils.model.adapter_sizes import adapted_layers
@@ -44,7 +44,7 @@ def test_ours_is_what_a_training_does_by_default():
 @pytest.mark.parametrize("way", WAYS)
 def test_a_short_form_of_each_way_of_holding_a_class_runs(way):
     measured = preservation_run.run_way(experiment.Spec("ways", way, "fish", 0), steps=5, prompts=4)
-    assert set(measured) == {*preservation_report.MEASURED, "seconds"}
+    assert set(measured) == set(preservation_report.MEASURED)
     assert measured["class_kept"] == 1.0, "after so few steps"
 
 
@@ -58,8 +58,19 @@ def test_the_class_is_right_without_a_lora():
 def test_a_short_form_of_holding_prompts_runs():
     spec = experiment.Spec(preserved_prompts.GROUP, "a tenth of the batches", STYLE, 0)
     measured = preservation_run.run_way(spec, steps=5, prompts=4)
-    assert set(measured) == {*preserved_prompts.MEASURED, "seconds"}
+    assert set(measured) == set(preserved_prompts.MEASURED)
     assert measured["others"] == 1.0, "after so few steps"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "arm"),
+    [(preservation_run.run_way, "orthogonal, 99 %"), (recipe_run.run_recipe, "ours, by a token, where it is named")],
+)
+def test_steps_are_timed_in_runs_of_their_own(run, arm):
+    measured = run(experiment.Spec(PACE, arm, "fish", 0))
+    assert set(measured) == {"seconds_a_step"}
+    assert 0.0 < measured["seconds_a_step"] < 10.0
 
 
 def test_no_prompt_that_is_held_is_measured():
@@ -68,12 +79,16 @@ def test_no_prompt_that_is_held_is_measured():
 
 
 def test_the_table_of_ways_compares_in_pairs():
-    def run(arm, seed, fidelity, seconds=2.0):
-        rest = {"named": 0.8, "in_new_words": 0.25, "class_kept": 1.0, "others": 0.5, "seconds": seconds}
+    def run(arm, seed, fidelity):
+        rest = {"named": 0.8, "in_new_words": 0.25, "class_kept": 1.0, "others": 0.5}
         return {"group": "ways", "arm": arm, "kind": "fish", "seed": seed, "fidelity": fidelity, **rest}
 
     runs = [run(preservation_report.REFERENCE, seed, 0.8) for seed in range(3)]
-    runs += [run("a tenth of the batches", seed, 0.5 + 0.2 * seed, 3.0) for seed in range(2)]
+    runs += [run("a tenth of the batches", seed, 0.5 + 0.2 * seed) for seed in range(2)]
+    runs += [
+        {"group": PACE, "arm": arm, "kind": "fish", "seed": 0, "seconds_a_step": seconds}
+        for arm, seconds in ((preservation_report.REFERENCE, 2.0), ("a tenth of the batches", 3.0))
+    ]
     cells = preservation_report.table(runs).splitlines()[-1].strip("| ").split(" | ")
     assert cells[:4] == ["a tenth of the batches", "0.80 ± 0.00", "0.60 ± 0.10", "0.25 ± 0.00"]
     assert cells[4:6] == ["1.00 ± 0.00", "0.50 ± 0.00"]
@@ -103,9 +118,7 @@ def test_a_short_form_of_the_recipes_runs(group, name, subject):
 
 def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     def run(arm, *fidelities):
-        points = [
-            {"step": 100 * i, "seconds": 2.0 * i, "fidelity": f, "base_accuracy": 1.0} for i, f in enumerate(fidelities)
-        ]
+        points = [{"step": 100 * i, "fidelity": f, "base_accuracy": 1.0} for i, f in enumerate(fidelities)]
         return {"group": "recipes", "arm": arm, "kind": "house", "seed": 0, "points": points}
 
     runs = [run("ours", 0.0, 0.8, 1.0), run("fal", 0.0, 0.1, 0.2, 0.3), run("diffusers", 0.0, 0.1, 0.2, 0.2, 0.4)]
@@ -114,9 +127,12 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
         "| ours, where it is named, minus ours | -50 (p 1.000) | +0 (p 1.000) | +0 (p 1.000) | 1 |"
     )
     assert recipe_report.best_peer(runs) == "fal"
-    rows = recipe_report.table(runs, "recipes", "fal").splitlines()
-    assert rows[2] == "| ours | 1 of 1 | 150 | 3.00 | 1.00 | 1.00 | 1.00 | -150 (p 1.000) |"
-    assert rows[4] == "| fal | 0 of 1 | 300 | 6.00 | 1.00 | 0.30 | 0.30 | – |", "all that it took"
+    timed = [{"group": PACE, "arm": arm, "seconds_a_step": seconds} for arm, seconds in (("ours", 0.02), ("fal", 0.03))]
+    timed.append({**timed[0], "seconds_a_step": 0.04})
+    rows = recipe_report.table(recipe_report.paced([*runs, *timed]), "recipes", "fal").splitlines()
+    assert rows[2] == "| ours | 1 of 1 | 150 | 4.50 | 1.00 | 1.00 | 1.00 | -150 (p 1.000) |"
+    assert rows[4] == "| fal | 0 of 1 | 300 | 9.00 | 1.00 | 0.30 | 0.30 | – |", "all that it took"
+    assert rows[3].startswith("| diffusers | 0 of 1 | 400 | – |"), "its steps weren't timed"
     assert recipe_report.early_fidelity(runs[2]) == 0.2, "at 300 of its 400 steps"
     assert recipe_report.early_fidelity(runs[0]) == 1.0, "it ended at 200"
     rates = [
