@@ -10,13 +10,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from examples.demo import call
 from lora_utils.config import SampleFiles, SampleRequest
 from lora_utils.errors import UserError
 from lora_utils.io.images import read_settings
-from lora_utils.lora.lora_cache import LoraCache, lora_bytes
 from lora_utils.lora.weights_zip import LORA_MEMBER, META_MEMBER
 from lora_utils.model import memory_plan
 from lora_utils.model.text_encoder import encode_text
@@ -171,170 +169,6 @@ def test_cog_weights_are_the_default_and_replicate_weights_win(archives, predict
     assert same(one(ready, TOKEN_PROMPT), expected)
     other = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "other.zip")
     assert same(one(ready, TOKEN_PROMPT, replicate_weights=archives / "other.zip"), other)
-
-
-def altered(archives, tmp_path, change):
-    """token.zip with its tensors changed: as a package that forgets or loses the row would write it."""
-    with zipfile.ZipFile(archives / "token.zip") as packed:
-        packed.extractall(tmp_path)
-    tensors = load_file(tmp_path / LORA_MEMBER)
-    save_file(change(tensors), tmp_path / LORA_MEMBER)
-    with zipfile.ZipFile(tmp_path / "altered.zip", "w") as packed:
-        packed.write(tmp_path / LORA_MEMBER, LORA_MEMBER)
-        packed.write(tmp_path / META_MEMBER, META_MEMBER)
-    return tmp_path / "altered.zip"
-
-
-ROW = "bundle_emb.<zwx>.lora.qwen25_7b"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: {k: v for k, v in t.items() if k != ROW}, r"meta\.json speaks of <zwx>, the LoRA file holds none"),
-        (lambda t: {**t, ROW: torch.zeros_like(t[ROW])}, "isn't the one that meta.json describes"),
-        (lambda t: {**t, ROW: t[ROW] * torch.nan}, "not finite"),
-        (lambda t: {**t, ROW: t[ROW].flip(-1)}, r"isn't the one that meta\.json describes"),
-        (lambda t: {**t, ROW: torch.ones(1, 64)}, r"has the shape \(1, 64\), the model takes \(1, 128\)"),
-    ],
-)
-def test_an_embedding_that_was_lost_or_changed_is_an_error(change, message, predictor, archives, tmp_path):
-    with pytest.raises(UserError, match=message):
-        one(predictor, TOKEN_PROMPT, replicate_weights=altered(archives, tmp_path, change))
-
-
-def test_the_embedding_is_part_of_the_image(predictor, archives, tmp_path):
-    """Another row under the same LoRA, as a bare file that no meta vouches for, gives another image."""
-    with zipfile.ZipFile(archives / "token.zip") as packed:
-        packed.extractall(tmp_path)
-    tensors = load_file(tmp_path / LORA_MEMBER)
-    save_file({**tensors, ROW: torch.randn(1, 128)}, tmp_path / "swapped.safetensors")
-    with_row = one(predictor, TOKEN_PROMPT, replicate_weights=tmp_path / LORA_MEMBER)
-    swapped = one(predictor, TOKEN_PROMPT, replicate_weights=tmp_path / "swapped.safetensors")
-    assert np.abs(with_row.astype(int) - swapped).max() > 3
-
-
-def test_older_archives_without_a_meta_or_with_few_fields_load(predictor, archives, tmp_path):
-    with zipfile.ZipFile(archives / "baseline.zip") as packed:
-        packed.extractall(tmp_path)
-    with zipfile.ZipFile(tmp_path / "old.zip", "w") as packed:
-        packed.write(tmp_path / LORA_MEMBER, LORA_MEMBER)
-        packed.writestr(META_MEMBER, '{"base_model": "Qwen/Qwen-Image", "rank": 2}')
-    expected = one(predictor, replicate_weights=archives / "baseline.zip")
-    assert same(one(predictor, replicate_weights=tmp_path / "old.zip"), expected)
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["<html>", "<b>bold</b>", "<think>", "<zwx>", "a < b > c", "<|im_end|>", "<>"])
-def test_angle_brackets_in_a_prompt_are_text_to_draw(text, predictor, capsys):
-    one(predictor, f'a sign that reads "{text}"', negative_prompt=text)
-    assert "hint" not in capsys.readouterr().out
-
-
-def test_only_a_near_spelling_of_a_token_is_hinted_at(predictor, archives, capsys):
-    one(predictor, "<zwx> beside <ZWX>, <zwxs> and <html>", replicate_weights=archives / "token.zip")
-    hints = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint")]
-    assert hints == [
-        "hint: the prompt holds '<ZWX>', and the weights define <zwx>",
-        "hint: the prompt holds '<zwxs>', and the weights define <zwx>",
-    ]
-
-
-@pytest.mark.parametrize("prompt", ["a photo of zwx", "a photo of < zwx >", "a photo of <ZWX>", "a red circle"])
-def test_a_prompt_without_the_token_is_sampled_with_a_hint(prompt, predictor, archives, capsys):
-    one(predictor, prompt, replicate_weights=archives / "token.zip")
-    assert capsys.readouterr().out.count("hint: the prompt doesn't hold <zwx>, written exactly so") == 1
-
-
-def test_a_prompt_longer_than_the_model_reads_is_said_and_not_cut_in_silence(predictor, capsys):
-    one(predictor, "red " * 600)
-    assert "tokens; the model was trained on up to 512" in capsys.readouterr().out
-    one(predictor, "red " * 1100)
-    assert "tokens; the model reads 1024, the rest is cut off" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("prompt", ["", "🍄 ein Pilz {0} %s", "\n", '"quoted" <|im_end|>'])
-def test_any_text_is_a_prompt(prompt, predictor):
-    assert one(predictor, prompt).shape == (64, 64, 3)
-
-
-def test_what_is_no_lora_or_another_models_is_refused(predictor, tmp_path):
-    (tmp_path / "x.safetensors").write_text("hello")
-    with pytest.raises(UserError, match=r"x\.safetensors is no safetensors file"):
-        one(predictor, replicate_weights=tmp_path / "x.safetensors")
-    flux = {f"transformer.single_transformer_blocks.0.proj_out.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
-    save_file(flux, tmp_path / "flux.safetensors")
-    with pytest.raises(UserError, match="holds layers of FLUX"):
-        one(predictor, replicate_weights=tmp_path / "flux.safetensors")
-    with pytest.raises(UserError, match="there is no weights file"):
-        one(predictor, replicate_weights=tmp_path / "missing.zip")
-
-
-# --- a second LoRA, and where LoRAs come from -----------------------------------------------------------------------
-
-
-def test_two_loras_add_up_each_at_its_scale(predictor, archives):
-    a, b = archives / "token.zip", str(archives / "baseline.zip")
-    base, with_a = one(predictor), one(predictor, replicate_weights=a)
-    both = one(predictor, replicate_weights=a, extra_lora=b)
-    assert not same(both, with_a)
-    assert not same(both, base)
-    assert same(one(predictor, replicate_weights=a, extra_lora=b, extra_lora_scale=0.0), with_a)
-    assert same(one(predictor, replicate_weights=a, lora_scale=0.0, extra_lora=b), one(predictor, extra_lora=b))
-    assert same(one(predictor), base)
-
-
-def test_several_extra_loras_each_have_a_strength_of_their_own(predictor, archives):
-    a, b = (str(archives / name) for name in ("baseline.zip", "other.zip"))
-    both = one(predictor, replicate_weights=a, lora_scale=0.5, extra_lora=b, extra_lora_scale=0.25)
-    listed = f"{a} --scale 0.5 | {b}"
-    assert same(one(predictor, extra_lora=listed, extra_lora_scale=0.25), both)
-    assert not same(one(predictor, extra_lora=f"{a}|{b}"), both)
-    assert same(one(predictor, extra_lora=f"{a} --scale 0\n{b} --scale 0"), one(predictor))
-
-
-def test_the_second_ones_token_is_known_too(predictor, archives):
-    alone = one(predictor, TOKEN_PROMPT, replicate_weights=archives / "token.zip")
-    assert same(one(predictor, TOKEN_PROMPT, extra_lora=str(archives / "token.zip")), alone)
-    both = {"replicate_weights": archives / "baseline.zip", "extra_lora": str(archives / "token.zip")}
-    assert not same(one(predictor, TOKEN_PROMPT, **both), alone)
-
-
-def test_what_was_loaded_is_logged_with_its_checksum(predictor, archives, caplog):
-    caplog.set_level("INFO", "lora_utils")
-    one(predictor, extra_lora=str(archives / "other.zip"))
-    with zipfile.ZipFile(archives / "other.zip") as packed:
-        expected = hashlib.sha256(packed.read(LORA_MEMBER)).hexdigest()
-    assert f"sha256 {expected}" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("/no/such/file.zip", "there is no weights file '/no/such/file.zip'"),
-        ("ftp://host/w.zip", "there is no weights file 'ftp://host/w.zip'"),
-        ("owner/name", "the hub can't be asked for it"),
-        ("http://127.0.0.1:9/w.zip", "leads into a private network"),
-    ],
-)
-def test_a_source_that_is_none_is_refused_and_the_next_image_is_as_ever(source, message, predictor):
-    before = one(predictor)
-    with pytest.raises(UserError, match=message):
-        one(predictor, extra_lora=source)
-    assert same(one(predictor), before)
-
-
-def test_the_cache_holds_what_was_used_last_up_to_its_limit(predictor, archives):
-    cache = LoraCache(most_bytes=0)
-    for name in ("token", "other", "token"):
-        cache.get(archives / f"{name}.zip", predictor.model.components)
-        assert [weights.name for weights in cache.loaded.values()] == [f"{name}.zip"], "the one in use always fits"
-    roomy = LoraCache(most_bytes=2.5 * lora_bytes(cache.get(archives / "token.zip", predictor.model.components)))
-    for name in ("token", "other", "token", "baseline"):
-        roomy.get(archives / f"{name}.zip", predictor.model.components)
-    assert [weights.name for weights in roomy.loaded.values()] == ["token.zip", "baseline.zip"]
 
 
 # --- images to start from, metadata, placement --------------------------------------------------------------------
