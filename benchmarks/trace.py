@@ -35,7 +35,7 @@ from lora_utils import constants
 from lora_utils.lora.adapter import without_lora
 from lora_utils.model import blocks, flow, kernels, modulation, quantization
 from lora_utils.model.device import Placement
-from lora_utils.model.roofline import CARDS, Card
+from lora_utils.model.roofline import GPUS, Gpu
 from lora_utils.model.text_encoder import TextEmbeddings
 from lora_utils.model.transformer import predict_velocity
 from lora_utils.training import loss
@@ -205,29 +205,29 @@ def _kernel_of(node: Any) -> Kernel:
 
 
 def table_of_cards(traces: dict[str, Trace]) -> list[str]:
-    """Return the roofline of each trace on each card, beside the floor of the first."""
+    """Return the roofline of each trace on each GPU, beside the floor of the first."""
     first = next(iter(traces.values()))
     lines = ["| | floor, ms | " + " | ".join(f"{name}, ms | of the floor" for name in traces) + " |"]
     lines.append("|---|---|" + "---|---|" * len(traces))
-    for card in CARDS:
-        cells = [card.name, f"{1e3 * first.floor(card):.0f}"]
+    for gpu in GPUS:
+        cells = [gpu.name, f"{1e3 * first.floor(gpu):.0f}"]
         for trace in traces.values():
-            seconds = trace.seconds(card)
-            cells += [f"{1e3 * seconds:.0f}", f"{seconds / first.floor(card):.3f}"]
+            seconds = trace.seconds(gpu)
+            cells += [f"{1e3 * seconds:.0f}", f"{seconds / first.floor(gpu):.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def table_of_kernels(trace: Trace, card: Card, most: int) -> list[str]:
+def table_of_kernels(trace: Trace, gpu: Gpu, most: int) -> list[str]:
     """Return where a step's bytes and seconds go, by operation."""
     found: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in trace.kernels:
         found[kernel.name].append(kernel)
     rows = [
-        (sum(each.seconds(card) for each in own), name, len(own), sum(each.bytes for each in own))
+        (sum(each.seconds(gpu) for each in own), name, len(own), sum(each.bytes for each in own))
         for name, own in found.items()
     ]
-    lines = [f"| operation | kernels | GB | ms on the {card.name} |", "|---|---|---|---|"]
+    lines = [f"| operation | kernels | GB | ms on the {gpu.name} |", "|---|---|---|---|"]
     for seconds, name, count, moved in sorted(rows, reverse=True)[:most]:
         lines.append(f"| {name} | {count} | {moved / 1e9:.1f} | {1e3 * seconds:.1f} |")
     return lines
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: {trace.flops / 1e12:.1f} TFLOP, {len(trace.kernels)} kernels move {trace.bytes / 1e9:.0f} GB; "
             f"{trace.kept_bytes / 1e9:.2f} GB are kept for the backward pass, at most {trace.peak_bytes / 1e9:.2f} live"
         )
-        print("\n".join(["", *table_of_kernels(trace, CARDS[0], given.operations), ""]))
+        print("\n".join(["", *table_of_kernels(trace, GPUS[0], given.operations), ""]))
     print("\n".join(table_of_cards(traces)))
 
 

@@ -72,10 +72,10 @@ def describe(
     if against:
         faster, smaller = taken[against] / taken["ours"], peaks["ours"] / peaks[against]
         lines.append(f"\n{faster:.2f} times the speed of {against}, {smaller:.0%} of its memory.")
-    if card := roofline.find_card(job.placement.device):
-        predicted = job.predicted_s(card)
+    if gpu := roofline.find_gpu(job.placement.device):
+        predicted = job.predicted_s(gpu)
         lines.append(
-            f"\nPredicted for a {card.name} by its data sheet: {predicted:.3f} s a step at least; measured "
+            f"\nPredicted for a {gpu.name} by its data sheet: {predicted:.3f} s a step at least; measured "
             f"{taken['ours'] / predicted:.2f} times that."
         )
     return lines

@@ -98,13 +98,13 @@ class Job:
         width = config["attention_head_dim"] * config["num_attention_heads"]
         return flops.Shape(config["num_layers"], width, constants.PACKED_CHANNELS, config["joint_attention_dim"])
 
-    def predicted_s(self, card: roofline.Card) -> float:
+    def predicted_s(self, gpu: roofline.Gpu) -> float:
         """Seconds of a step at least, by a GPU's data sheet."""
         width = self.shape.width
         lora = self.shape.blocks * self.rank * width * 2 * len(constants.LORA_TARGETS[self.lora_targets])
         tokens = self.image_tokens, self.text_tokens
         step = roofline.Step(self.shape, *tokens, self.lora_targets, lora, self.checkpointed, self.quantization)
-        return self.batch * replace(step, compiled=self.compiled).seconds(card)
+        return self.batch * replace(step, compiled=self.compiled).seconds(gpu)
 
     @property
     def flops(self) -> float:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_utils.model import kernels, quantization
-from lora_utils.model.roofline import Card
+from lora_utils.model.roofline import Gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Kernel:
     flops: float
     bytes: float
 
-    def seconds(self, card: Card) -> float:
+    def seconds(self, gpu: Gpu) -> float:
         """Return its roofline."""
-        return max(self.flops / card.reached, self.bytes / card.bandwidth)
+        return max(self.flops / gpu.reached, self.bytes / gpu.bandwidth)
 
 
 @dataclass(slots=True)
@@ -48,13 +48,13 @@ class Trace:
         """All bytes that are read and written."""
         return sum(kernel.bytes for kernel in self.kernels)
 
-    def seconds(self, card: Card) -> float:
-        """Return the step's roofline on a card."""
-        return sum(kernel.seconds(card) for kernel in self.kernels)
+    def seconds(self, gpu: Gpu) -> float:
+        """Return the step's roofline on a gpu."""
+        return sum(kernel.seconds(gpu) for kernel in self.kernels)
 
-    def floor(self, card: Card) -> float:
+    def floor(self, gpu: Gpu) -> float:
         """Return what matrix products and attention alone take."""
-        return self.flops / card.reached
+        return self.flops / gpu.reached
 
 
 # --- recording ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.loading import PASSING_BYTES
 from lora_utils.model.memory_estimate import SHARDED, Candidate, MemoryEstimate, Shortage
-from lora_utils.model.roofline import Card, Step
+from lora_utils.model.roofline import Gpu, Step
 from lora_utils.options import choice
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class MemoryPlan:
 class Timing:
     """What a run's time follows from: the GPU, a step on one image, what it keeps in memory, and the run's images."""
 
-    card: Card
+    gpu: Gpu
     step: Step
     size: memory.StepSize  # of the largest batch
     images: int  # that the run shows, each as often as it does
@@ -62,7 +62,7 @@ class Timing:
 
     def compiled_gain_s(self, step: Step) -> float:
         """Return the seconds that compiled blocks would save the run."""
-        return self.images * (step.seconds(self.card) - replace(step, compiled=True).seconds(self.card))
+        return self.images * (step.seconds(self.gpu) - replace(step, compiled=True).seconds(self.gpu))
 
 
 # --- choices --------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def choose_training_plan(
     if timing is not None:
         step = timing.step_with(chosen, estimate)
         compiled = chosen.scheme == "none" and timing.compiled_gain_s(step) > COMPILE_S
-        seconds = replace(step, compiled=compiled).seconds(timing.card)
+        seconds = replace(step, compiled=compiled).seconds(timing.gpu)
     return MemoryPlan(
         quantization="none" if chosen.scheme == SHARDED else chosen.scheme,
         text_encoder_on_device=chosen.text_encoder_stays if live_text else alone or estimate.host_free is None,

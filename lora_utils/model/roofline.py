@@ -18,7 +18,7 @@ REACHED = 0.8  # of a data sheet's peak that large products reach: 790 of the H2
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Gpu:
     """A GPU by its data sheet: dense bf16 operations a second with fp32 sums, and bytes a second of its memory."""
 
     name: str
@@ -32,13 +32,13 @@ class Card:
 
 
 # NVIDIA's data sheets (H200, H100 SXM, A100 80GB SXM, L40S, A10 for the A10G) and its Ada whitepaper (RTX 4090).
-CARDS = (
-    Card("H200", 989e12, 4.8e12),
-    Card("H100", 989e12, 3.35e12),
-    Card("A100", 312e12, 2.04e12),
-    Card("L40S", 362e12, 0.864e12),
-    Card("RTX 4090", 165e12, 1.008e12),
-    Card("A10G", 70e12, 0.6e12),
+GPUS = (
+    Gpu("H200", 989e12, 4.8e12),
+    Gpu("H100", 989e12, 3.35e12),
+    Gpu("A100", 312e12, 2.04e12),
+    Gpu("L40S", 362e12, 0.864e12),
+    Gpu("RTX 4090", 165e12, 1.008e12),
+    Gpu("A10G", 70e12, 0.6e12),
 )
 _BYTES = 2  # of a bf16 number
 
@@ -63,18 +63,18 @@ class Step:
     quantization: str = "none"
     compiled: bool = False
 
-    def seconds(self, card: Card) -> float:
+    def seconds(self, gpu: Gpu) -> float:
         """Return how long the step takes at least."""
         shape, again = self.shape, self.checkpointed
         width, tokens = shape.width, self.image_tokens + self.text_tokens
 
         # Products: a block's two streams forward and backward, less what no gradient needs, and once more where
         # checkpointed. Attention is two products of [S, D] with [D, S], and five on the way back.
-        streams = [self._stream(card, count) for count in (self.image_tokens, self.text_tokens)]
-        first = 3 * sum(_linear(card, count, width, width) for count in (self.image_tokens, self.text_tokens))
-        last = streams[1] - 3 * _linear(card, self.text_tokens, width, width)
+        streams = [self._stream(gpu, count) for count in (self.image_tokens, self.text_tokens)]
+        first = 3 * sum(_linear(gpu, count, width, width) for count in (self.image_tokens, self.text_tokens))
+        last = streams[1] - 3 * _linear(gpu, self.text_tokens, width, width)
         products = (2 * shape.blocks + again) * sum(streams) - first - last
-        attention = (14 * shape.blocks + 4 * again) * tokens**2 * width / card.reached
+        attention = (14 * shape.blocks + 4 * again) * tokens**2 * width / gpu.reached
 
         # All else, at the memory's speed.
         others = (COMPILED_WIDTHS if self.compiled else OTHER_WIDTHS)[self.targets]
@@ -82,19 +82,19 @@ class Step:
         moved = passes + OPTIMIZER_BYTES * self.lora_parameters
         if self.quantization != "none":
             moved += (2 * shape.blocks + again) * dense_bytes(width, self.quantization)
-        return products + attention + moved / card.bandwidth
+        return products + attention + moved / gpu.bandwidth
 
-    def _stream(self, card: Card, tokens: int) -> float:
+    def _stream(self, gpu: Gpu, tokens: int) -> float:
         """Return the seconds of one stream's products in a block: four of D x D, and the MLP's two of D x 4 D."""
         width = self.shape.width
-        mlp = _linear(card, tokens, width, 4 * width) + _linear(card, tokens, 4 * width, width)
-        return 4 * _linear(card, tokens, width, width) + mlp
+        mlp = _linear(gpu, tokens, width, 4 * width) + _linear(gpu, tokens, 4 * width, width)
+        return 4 * _linear(gpu, tokens, width, width) + mlp
 
 
-def _linear(card: Card, tokens: int, inner: int, outer: int) -> float:
+def _linear(gpu: Gpu, tokens: int, inner: int, outer: int) -> float:
     """Return the seconds of a layer on [tokens, inner]: its product's, or its bytes' if they take longer."""
     moved = _BYTES * (inner * outer + tokens * (inner + outer))
-    return max(2 * tokens * inner * outer / card.reached, moved / card.bandwidth)
+    return max(2 * tokens * inner * outer / gpu.reached, moved / gpu.bandwidth)
 
 
 def dense_bytes(width: int, scheme: str) -> float:
@@ -105,9 +105,9 @@ def dense_bytes(width: int, scheme: str) -> float:
     return 20 * width**2 * (WEIGHT_BYTES[scheme] + _BYTES)
 
 
-def find_card(device: torch.device) -> Card | None:
+def find_gpu(device: torch.device) -> Gpu | None:
     """Return the data sheet of a GPU; None for one that isn't listed, and for a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((card for card in CARDS if card.name.removeprefix("RTX ") in name), None)
+    return next((gpu for gpu in GPUS if gpu.name.removeprefix("RTX ") in name), None)

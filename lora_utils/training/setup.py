@@ -231,14 +231,14 @@ def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None)
 
 def _timing(job: TrainJob, largest: LargestBatch) -> memory_plan.Timing | None:
     """Return what the run's time follows from; None without a GPU, or for one whose data sheet isn't known."""
-    config, card = job.config, roofline.find_card(job.placement.device)
-    if card is None:
+    config, gpu = job.config, roofline.find_gpu(job.placement.device)
+    if gpu is None:
         return None
     tokens, size = (largest.size.tokens + largest.control_tokens, largest.text_tokens), largest.step_size
     targets = nearest_preset(adapted_layers(config.lora_targets, job.shapes.blocks))
     step = roofline.Step(job.shapes.of_flops, *tokens, targets, size.lora_parameters)
     images = config.steps * config.gradient_accumulation * config.batch_size
-    return memory_plan.Timing(card, step, size, images)
+    return memory_plan.Timing(gpu, step, size, images)
 
 
 # --- transformer ----------------------------------------------------------------------------------------------------

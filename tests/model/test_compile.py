@@ -95,10 +95,10 @@ def test_on_a_cpu_no_run_is_compiled(dataset, random_model):
     assert not run.plan.compiled
 
 
-def timing_of(images, card=roofline.CARDS[0]):
+def timing_of(images, gpu=roofline.GPUS[0]):
     shape = flops.Shape(60, 3072, 64, 3584)
     return memory_plan.Timing(
-        card, roofline.Step(shape, 4096, 128, TrainConfig(seed=0).lora_targets), size_of(1024), images
+        gpu, roofline.Step(shape, 4096, 128, TrainConfig(seed=0).lora_targets), size_of(1024), images
     )
 
 

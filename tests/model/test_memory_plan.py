@@ -292,11 +292,11 @@ def row_gb(gpu):
 
 def predicted_s(name, gb):
     """A step without the token at 1024x1024, as a GPU of this size would run it."""
-    (card,) = [each for each in roofline.CARDS if each.name == name]
+    (gpu,) = [each for each in roofline.GPUS if each.name == name]
     size, estimate = size_of(1024), demand(gb * 1e9)
     targets, parameters = TrainConfig(seed=0).lora_targets, size.lora_parameters
     step = roofline.Step(flops.Shape(60, 3072, 64, 3584), 4096, TEXT_TOKENS, targets, parameters)
-    timing = memory_plan.Timing(card, step, size, 1000)
+    timing = memory_plan.Timing(gpu, step, size, 1000)
     plan = memory_plan.choose_training_plan("auto", estimate, False, timing)
     return plan.predicted_s
 

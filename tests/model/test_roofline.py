@@ -59,8 +59,8 @@ def traced():
 @pytest.mark.parametrize("case", CASES)
 def test_the_time_of_a_step_is_what_is_counted(case, traced):
     job = job_of(**case)
-    for card in roofline.CARDS:
-        assert step_of(job).seconds(card) == pytest.approx(traced(job).seconds(card), rel=0.03), card.name
+    for gpu in roofline.GPUS:
+        assert step_of(job).seconds(gpu) == pytest.approx(traced(job).seconds(gpu), rel=0.03), gpu.name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,10 +75,10 @@ def test_the_memory_of_a_step_is_what_is_counted(case, traced):
 @pytest.mark.parametrize("scheme", ["fp8", "nf4"])
 def test_a_quantised_base_costs_the_time_that_making_it_dense_takes(scheme, traced):
     exact, quantised = job_of(), job_of(quantization=scheme)
-    for card in roofline.CARDS:
-        counted = traced(quantised).seconds(card)
-        assert step_of(quantised).seconds(card) == pytest.approx(counted, rel=0.03)
-        assert counted > traced(exact).seconds(card)
+    for gpu in roofline.GPUS:
+        counted = traced(quantised).seconds(gpu)
+        assert step_of(quantised).seconds(gpu) == pytest.approx(counted, rel=0.03)
+        assert counted > traced(exact).seconds(gpu)
 
 
 @pytest.mark.slow
@@ -96,8 +96,8 @@ def test_the_real_models_memory_is_planned_to_3_percent(side_px, targets):
 def test_compiled_blocks_take_the_time_that_is_counted(targets):
     job = job_of(512, 60, lora_targets=targets)
     counted = trace.trace_compiled(job)
-    for card in roofline.CARDS:
-        assert replace(step_of(job), compiled=True).seconds(card) == pytest.approx(counted.seconds(card), rel=0.03)
+    for gpu in roofline.GPUS:
+        assert replace(step_of(job), compiled=True).seconds(gpu) == pytest.approx(counted.seconds(gpu), rel=0.03)
 
 
 def test_compiled_blocks_save_more_where_the_mlps_are_adapted_too():
@@ -105,7 +105,7 @@ def test_compiled_blocks_save_more_where_the_mlps_are_adapted_too():
     gains = []
     for targets in TARGETS:
         step = roofline.Step(real, 4096, 128, targets)
-        gains.append(step.seconds(roofline.CARDS[0]) - replace(step, compiled=True).seconds(roofline.CARDS[0]))
+        gains.append(step.seconds(roofline.GPUS[0]) - replace(step, compiled=True).seconds(roofline.GPUS[0]))
     assert 0.001 < gains[0] < gains[1] < 0.01
 
 
@@ -128,19 +128,19 @@ def test_the_real_step_is_near_its_floor(traced):
         tokens = (side_px // 16) ** 2
         step = roofline.Step(shape, tokens, 128, lora_parameters=94_371_840)
         floor = trace_floor(shape, tokens)
-        assert 1.0 < step.seconds(roofline.CARDS[0]) / floor < most
+        assert 1.0 < step.seconds(roofline.GPUS[0]) / floor < most
 
 
 def trace_floor(shape, tokens):
     from lora_utils.model import flops  # noqa: PLC0415
 
-    return flops.training_flops(shape, tokens, 128, 0) / roofline.CARDS[0].reached
+    return flops.training_flops(shape, tokens, 128, 0) / roofline.GPUS[0].reached
 
 
 def test_sampling_is_near_its_floor():
     found = trace.trace_sampling(job_of(1024))
-    card = roofline.CARDS[0]
-    assert found.seconds(card) < 1.11 * found.floor(card)
+    gpu = roofline.GPUS[0]
+    assert found.seconds(gpu) < 1.11 * found.floor(gpu)
     tokens = 4096 + 128
     planned = memory.sampling_bytes(tokens, 3072, 2)
     assert 1.0 < planned / found.peak_bytes < 1.1
@@ -165,6 +165,6 @@ def test_a_card_is_found_by_its_name(monkeypatch):
     }
     for name, expected in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
-        found = roofline.find_card(gpu)
+        found = roofline.find_gpu(gpu)
         assert (found.name if found else None) == expected
-    assert roofline.find_card(torch.device("cpu")) is None
+    assert roofline.find_gpu(torch.device("cpu")) is None
