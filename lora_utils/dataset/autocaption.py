@@ -23,7 +23,7 @@ from lora_utils.dataset.examples import Dataset
 from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory
-from lora_utils.model.host_memory import free_host_bytes
+from lora_utils.model.ram import free_host_bytes
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stored_weights, stream_tensors
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_utils.model.host_memory import free_host_bytes, peak_host_bytes, trim_allocator
+from lora_utils.model.ram import free_host_bytes, peak_host_bytes, trim_allocator
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

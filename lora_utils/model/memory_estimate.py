@@ -18,7 +18,7 @@ from lora_utils.config import TrainConfig
 from lora_utils.model import flops, memory, modulation, quantization
 from lora_utils.model.adapter_sizes import adapted_layers, count_adapter_weights, layer_in_block
 from lora_utils.model.device import Placement, free_bytes, local_processes
-from lora_utils.model.host_memory import free_host_bytes
+from lora_utils.model.ram import free_host_bytes
 from lora_utils.model.latents import Size
 from lora_utils.model.loading import PASSING_BYTES, empty_weights, stored_weights
 from lora_utils.model.text_encoder import read_text_config

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_utils.errors import UserError
 from lora_utils.model import blocks, flops, flow, fsdp, modulation
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory, to_device
-from lora_utils.model.host_memory import trim_allocator
+from lora_utils.model.ram import trim_allocator
 from lora_utils.model.latents import ControlLatents, Size
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
 from lora_utils.model.quantization import Quantizer

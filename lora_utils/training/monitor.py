@@ -19,7 +19,7 @@ from lora_utils.config import RunOptions
 from lora_utils.io.logging import Progress, by_product, format_pace
 from lora_utils.model import flops
 from lora_utils.model.device import peak_bytes
-from lora_utils.model.host_memory import host_usage
+from lora_utils.model.ram import host_usage
 from lora_utils.placeholder.embedding import EmbeddingReport, report_embeddings
 from lora_utils.tracking import contact_sheet
 from lora_utils.tracking.metrics import MetricsLogger, StepMetrics, band_name
