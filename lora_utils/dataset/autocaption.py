@@ -23,8 +23,8 @@ from lora_utils.dataset.examples import Dataset
 from lora_utils.errors import UserError
 from lora_utils.model import memory
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory
-from lora_utils.model.ram import free_host_bytes
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stored_weights, stream_tensors
+from lora_utils.model.ram import free_ram_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2
         log.info("describing images on the CPU: the complete text encoder needs %.1f GB", needed / 1e9)
         placement = placement.on_cpu()
     if placement.device.type == "cpu" and stored_weights(source).dtype != placement.dtype:
-        _check_host(needed)
+        _check_ram(needed)
     fill_parameters(model, stream_tensors(source, placement.device, placement.dtype, _name), source)
     check_complete(model, source)
     freeze_on_device(cast(nn.Module, model), placement)
@@ -83,9 +83,9 @@ def _vision_language_model(folder: Path, placement: Placement) -> Iterator[Qwen2
         release_memory()
 
 
-def _check_host(needed: float) -> None:
+def _check_ram(needed: float) -> None:
     """Raise UserError where the complete text encoder, converted to another dtype, has no room in memory."""
-    free = free_host_bytes()
+    free = free_ram_bytes()
     if needed > free:
         raise UserError(
             f"autocaption needs {needed / 1e9:.3g} GB of memory for the complete text encoder, and {free / 1e9:.3g} GB "

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_utils.model.ram import free_host_bytes, peak_host_bytes, trim_allocator
+from lora_utils.model.ram import free_ram_bytes, peak_ram_bytes, trim_allocator
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def local_processes() -> int:
 def free_bytes(device: torch.device) -> float:
     """Return what a new tensor can have: the GPU's free memory with what torch holds in reserve, or the CPU's."""
     if device.type != "cuda":
-        return free_host_bytes()
+        return free_ram_bytes()
     free, _ = torch.cuda.mem_get_info(device)
     return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
@@ -97,7 +97,7 @@ def peak_bytes(device: torch.device) -> float:
     """Return the most that was held: on the GPU since `reset_peak`, or of the CPU's memory by this process ever."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return peak_host_bytes()
+    return peak_ram_bytes()
 
 
 def release_memory() -> None:

@@ -1,4 +1,4 @@
-"""The memory estimate: what a training or a server would take of a GPU and its host, counted before a model is loaded.
+"""The memory estimate: what a training or a server would take of a GPU and of RAM, counted before a model is loaded.
 
 No weight is made or read for it, but for the headers of the files.
 """
@@ -18,9 +18,9 @@ from lora_utils.config import TrainConfig
 from lora_utils.model import flops, memory, modulation, quantization
 from lora_utils.model.adapter_sizes import adapted_layers, count_adapter_weights, layer_in_block
 from lora_utils.model.device import Placement, free_bytes, local_processes
-from lora_utils.model.ram import free_host_bytes
 from lora_utils.model.latents import Size
 from lora_utils.model.loading import PASSING_BYTES, empty_weights, stored_weights
+from lora_utils.model.ram import free_ram_bytes
 from lora_utils.model.text_encoder import read_text_config
 from lora_utils.model.variant import read_variant
 from lora_utils.model.vision import count_vision_weights
@@ -34,14 +34,14 @@ class Candidate:
 
     scheme: str
     text_encoder_stays: bool  # on the device
-    text_encoder_on_host: bool = False  # for good, because a token is trained or a server encodes prompts
+    text_encoder_on_cpu: bool = False  # for good, because a token is trained or a server encodes prompts
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes: what is free, and what each part of a training or a server would take of it.
 
-    On a CPU there is one memory, and `host_free` is None. Beside a GPU the host holds the table, the text encoder where
+    On a CPU there is one memory, and `ram_free` is None. Beside a GPU the RAM holds the table, the text encoder where
     the GPU has no room for it, and what passes through at loading.
     """
 
@@ -53,7 +53,7 @@ class MemoryEstimate:
     purpose: str = "training"
     work_name: str = "a step at least"
     table: float = 0.0  # that holds these timesteps
-    host_free: float | None = None
+    ram_free: float | None = None
     processes: int = 1  # of this run on this machine, each with a table of its own
     mapped_text: bool = False  # on a CPU the text encoder is a view of its files
     mapped: dict[str, float] = field(default_factory=dict)  # of the transformer on a CPU, by scheme
@@ -61,52 +61,52 @@ class MemoryEstimate:
     def needed(self, scheme: str, with_text_encoder: bool) -> float:
         """Return the bytes that a scheme needs, with the text encoder beside the transformer or without it."""
         text = self.text_encoder if with_text_encoder else 0.0
-        table = self.table if self.host_free is None else 0.0
+        table = self.table if self.ram_free is None else 0.0
         return self.transformer[scheme] + self.work + text + table + memory.SPARE_BYTES
 
     def mapped_bytes(self, scheme: str, with_text_encoder: bool) -> float:
         """Return what of that is a view of the weights' files: the system may take it back and read it again."""
         return self.mapped.get(scheme, 0.0) + (self.text_encoder if with_text_encoder and self.mapped_text else 0.0)
 
-    def host_needed(self, text_encoder_on_host: bool) -> float:
-        """Return the bytes that a run on GPUs needs of the host's memory, a mapped text encoder's included."""
+    def ram_needed(self, text_encoder_on_cpu: bool) -> float:
+        """Return the bytes that a run on GPUs needs of the machine's RAM, a mapped text encoder's included."""
         each = self.table + PASSING_BYTES
-        text = self.text_encoder if text_encoder_on_host else 0.0
+        text = self.text_encoder if text_encoder_on_cpu else 0.0
         shared = text if self.mapped_text else text * self.processes  # files are mapped once for all processes
         return each * self.processes + shared + memory.SPARE_BYTES
 
-    def text_encoder_on_host(self, candidate: "Candidate") -> bool:
+    def text_encoder_on_cpu(self, candidate: "Candidate") -> bool:
         """Return whether the text encoder runs beside the GPU: for good, or for want of room even alone on it."""
         alone = self.text_encoder + memory.SPARE_BYTES > self.free
-        return not candidate.text_encoder_stays and (candidate.text_encoder_on_host or alone)
+        return not candidate.text_encoder_stays and (candidate.text_encoder_on_cpu or alone)
 
     def shortage(self, candidate: "Candidate") -> "Shortage":
         """Return what a way to hold the model lacks."""
         stays, scheme = candidate.text_encoder_stays, candidate.scheme
         device = self.needed(scheme, stays) - self.free
-        if self.host_free is None:
+        if self.ram_free is None:
             mapped = self.mapped_bytes(scheme, stays)
             # Without a token the text encoder is alone before the transformer comes.
             alone = 0.0 if stays or self.mapped_text else self.text_encoder + memory.SPARE_BYTES - self.free
             return Shortage(max(0.0, device - mapped, alone), 0.0, max(0.0, min(device, mapped)))
-        on_host = self.text_encoder_on_host(candidate)
-        host = self.host_needed(on_host) - self.host_free
-        mapped = self.text_encoder if on_host and self.mapped_text else 0.0
-        return Shortage(max(0.0, device), max(0.0, host - mapped), max(0.0, min(host, mapped)))
+        text_on_cpu = self.text_encoder_on_cpu(candidate)
+        ram = self.ram_needed(text_on_cpu) - self.ram_free
+        mapped = self.text_encoder if text_on_cpu and self.mapped_text else 0.0
+        return Shortage(max(0.0, device), max(0.0, ram - mapped), max(0.0, min(ram, mapped)))
 
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """Bytes that are missing on the device and the host, and bytes of mapped weights that would be read again."""
+    """Bytes that are missing on the device and in RAM, and bytes of mapped weights that would be read again."""
 
     device: float
-    host: float
+    ram: float
     read_again: float
 
     @property
     def fits(self) -> bool:
         """Whether it can run at all."""
-        return self.device == 0 and self.host == 0
+        return self.device == 0 and self.ram == 0
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
@@ -240,15 +240,15 @@ class Room:
 
     placement: Placement
     free: float  # bytes on the device
-    host_free: float | None = None  # bytes beside a GPU; None where the device is the host
+    ram_free: float | None = None  # bytes beside a GPU; None where the device is the CPU
     processes: int = 1  # of this run on this machine
 
 
 def measure_room(placement: Placement) -> Room:
-    """Measure what is free now. Processes that share a host share what is free of it."""
+    """Measure what is free now. Processes of one machine share its RAM."""
     processes, free = local_processes(), free_bytes(placement.device)
     if placement.device.type == "cuda":
-        return Room(placement, free, free_host_bytes(), processes)
+        return Room(placement, free, free_ram_bytes(), processes)
     return Room(placement, free / processes, None, processes)
 
 
@@ -279,7 +279,7 @@ def _estimate(shapes: ModelShapes, timesteps: int | None, room: Room, work: floa
     """Estimate a model that is shown so many timesteps (None: any), with so many bytes of work beside its weights."""
     dtype, counts = room.placement.dtype, count_weights(shapes.transformer)
     table = timesteps if timesteps is not None and modulation.pays(timesteps, shapes.width) else 0
-    on_cpu, size = room.host_free is None, dtype.itemsize
+    on_cpu, size = room.ram_free is None, dtype.itemsize
     maps_transformer = on_cpu and shapes.stored_transformer == dtype
     return MemoryEstimate(
         room.free,
@@ -288,7 +288,7 @@ def _estimate(shapes: ModelShapes, timesteps: int | None, room: Room, work: floa
         work,
         table,
         table=table_bytes(table, shapes.transformer, size),
-        host_free=room.host_free,
+        ram_free=room.ram_free,
         processes=room.processes,
         mapped_text=shapes.stored_text_encoder == dtype,
         mapped=mapped_bytes(counts, size, bool(table)) if maps_transformer else {},

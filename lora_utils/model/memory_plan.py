@@ -79,7 +79,7 @@ def choose(candidates: Sequence[Candidate], estimate: MemoryEstimate, advice: st
         return candidates[index], read_again
     lack, last = shortages[-1]
     if not lack.device:
-        raise UserError(_too_little_host_memory(estimate, last, lack))
+        raise UserError(_too_little_ram(estimate, last, lack))
     scheme, least = last.scheme, estimate.needed(last.scheme, last.text_encoder_stays)
     raise UserError(
         f"{estimate.purpose} needs {least / 1e9:.3g} GB (the model in {_scheme_name(scheme)} "
@@ -99,12 +99,12 @@ def choose_training_plan(
     bit: the code for a shape, and how it rounds, depend on the shapes that the process has seen before.
     """
     schemes = schemes_for(asked, shard_base, SHARDED in estimate.transformer)
-    if asked == "auto" and estimate.host_free is None:
+    if asked == "auto" and estimate.ram_free is None:
         schemes = tuple(scheme for scheme in schemes if scheme in (*CPU_SCHEMES, SHARDED))
-    # Beside a GPU the text encoder may run on the host; on a CPU there is only one place for it.
-    places = ((True, False) if estimate.host_free is not None else (True,)) if live_text else (False,)
+    # Beside a GPU the text encoder may run on the CPU; without a GPU there is only one place for it.
+    places = ((True, False) if estimate.ram_free is not None else (True,)) if live_text else (False,)
     candidates = [Candidate(scheme, stays, live_text and not stays) for stays in places for scheme in schemes]
-    larger = "a machine with more memory" if estimate.host_free is None else "a larger GPU"
+    larger = "a machine with more memory" if estimate.ram_free is None else "a larger GPU"
     advice = f"lower resolution or batch_size, or use {larger}"
     if asked not in ("auto", "nf4"):
         advice += ", or set quantization to auto"
@@ -117,10 +117,10 @@ def choose_training_plan(
         seconds = replace(step, compiled=compiled).seconds(timing.gpu)
     return MemoryPlan(
         quantization="none" if chosen.scheme == SHARDED else chosen.scheme,
-        text_encoder_on_device=chosen.text_encoder_stays if live_text else alone or estimate.host_free is None,
+        text_encoder_on_device=chosen.text_encoder_stays if live_text else alone or estimate.ram_free is None,
         compiled=compiled,
         sharded=chosen.scheme == SHARDED,
-        mapped_bytes=estimate.mapped_bytes(chosen.scheme, live_text) if estimate.host_free is None else 0.0,
+        mapped_bytes=estimate.mapped_bytes(chosen.scheme, live_text) if estimate.ram_free is None else 0.0,
         read_again_bytes=read_again,
         predicted_s=seconds,
     )
@@ -146,7 +146,7 @@ def choose_sampling_plan(asked: str, estimate: MemoryEstimate) -> MemoryPlan:
     `asked` is what QUANTIZATION says. Raises UserError where nothing fits, or for a scheme that doesn't exist.
     """
     choice("QUANTIZATION", asked, QUANTIZATIONS)
-    on_cpu = estimate.host_free is None
+    on_cpu = estimate.ram_free is None
     advice = "use a machine with more memory" if on_cpu else "use a larger GPU"
     if asked != "auto":
         candidates = [Candidate(asked, True), Candidate(asked, False, True)]
@@ -163,16 +163,16 @@ def choose_sampling_plan(asked: str, estimate: MemoryEstimate) -> MemoryPlan:
 # --- what is said of it ---------------------------------------------------------------------------------------------
 
 
-def _too_little_host_memory(estimate: MemoryEstimate, last: Candidate, lack: Shortage) -> str:
+def _too_little_ram(estimate: MemoryEstimate, last: Candidate, lack: Shortage) -> str:
     """Say what of the machine's own memory is missing. A mapped text encoder needs none that must stay."""
-    assert estimate.host_free is not None
+    assert estimate.ram_free is not None
     held = 0.0 if estimate.mapped_text else estimate.text_encoder * estimate.processes
-    text = f"the text encoder {held / 1e9:.3g}, " if held and estimate.text_encoder_on_host(last) else ""
+    text = f"the text encoder {held / 1e9:.3g}, " if held and estimate.text_encoder_on_cpu(last) else ""
     return (
-        f"{estimate.purpose} needs {(estimate.host_free + lack.host) / 1e9:.3g} GB of the machine's own memory ({text}"
+        f"{estimate.purpose} needs {(estimate.ram_free + lack.ram) / 1e9:.3g} GB of the machine's own memory ({text}"
         f"the table of modulations {estimate.table * estimate.processes / 1e9:.3g}, what passes through "
         f"{PASSING_BYTES * estimate.processes / 1e9:.3g}, to spare {memory.SPARE_BYTES / 1e9:.3g}), and "
-        f"{estimate.host_free / 1e9:.3g} GB are free; use a machine or container with more memory, or a larger GPU."
+        f"{estimate.ram_free / 1e9:.3g} GB are free; use a machine or container with more memory, or a larger GPU."
     )
 
 
@@ -193,11 +193,11 @@ def describe_plan(plan: MemoryPlan, asked: str, estimate: MemoryEstimate) -> lis
             f"of these weights {plan.mapped_bytes / 1e9:.3g} GB are mapped from their files: the system reads them as "
             "they are used, and may take their memory back"
         )
-    if estimate.host_free is not None:
-        on_host = not plan.text_encoder_on_device
-        text = f", the text encoder {estimate.text_encoder / 1e9:.3g}" if on_host else ""
+    if estimate.ram_free is not None:
+        text_on_cpu = not plan.text_encoder_on_device
+        text = f", the text encoder {estimate.text_encoder / 1e9:.3g}" if text_on_cpu else ""
         lines.append(
-            f"memory of the machine: {estimate.host_free / 1e9:.3g} GB free; what passes through takes "
+            f"memory of the machine: {estimate.ram_free / 1e9:.3g} GB free; what passes through takes "
             f"{PASSING_BYTES * estimate.processes / 1e9:.3g}{text}"
         )
     if estimate.timesteps:

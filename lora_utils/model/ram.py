@@ -1,4 +1,4 @@
-"""The host's memory: what is free of it for this process, within its container's limits, and what the process holds.
+"""The machine's RAM: what is free of it for this process, within its container's limits, and what the process holds.
 
 Sources: Linux' Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, and proc(5).
 """
@@ -16,7 +16,7 @@ _NO_LIMIT = 1 << 60  # bytes; version 1 writes "no limit" as a number near 2^63
 
 
 @dataclass(frozen=True, slots=True)
-class HostUsage:
+class RamUsage:
     """Bytes of memory that the process has: held, which can't be taken back, and mapped from files, which can."""
 
     held: float
@@ -42,7 +42,7 @@ _VERSION_1 = _Version(
 )
 
 
-def free_host_bytes(root: Path = _ROOT) -> float:
+def free_ram_bytes(root: Path = _ROOT) -> float:
     """Return the bytes of the machine's memory that this process can still have.
 
     What the system keeps of files counts as free. A container's limit counts where it is nearer than the machine's end.
@@ -84,17 +84,17 @@ def _free_in(folder: Path, version: _Version) -> float | None:
         return None
 
 
-def host_usage() -> HostUsage:
+def ram_usage() -> RamUsage:
     """Return what this process holds and has mapped now; without /proc all that it ever had counts as held."""
     try:
         resident, shared = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
     except OSError:
-        return HostUsage(peak_host_bytes(), 0.0)
+        return RamUsage(peak_ram_bytes(), 0.0)
     page = os.sysconf("SC_PAGE_SIZE")
-    return HostUsage(float(page * (resident - shared)), float(page * shared))
+    return RamUsage(float(page * (resident - shared)), float(page * shared))
 
 
-def peak_host_bytes() -> float:
+def peak_ram_bytes() -> float:
     """Return the most that this process ever had in memory, mapped files included."""
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux
 

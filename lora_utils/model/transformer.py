@@ -17,10 +17,10 @@ from torch import Tensor
 from lora_utils.errors import UserError
 from lora_utils.model import blocks, flops, flow, fsdp, modulation
 from lora_utils.model.device import Placement, free_bytes, freeze_on_device, release_memory, to_device
-from lora_utils.model.ram import trim_allocator
 from lora_utils.model.latents import ControlLatents, Size
 from lora_utils.model.loading import check_complete, empty_weights, fill_parameters, stream_tensors
 from lora_utils.model.quantization import Quantizer
+from lora_utils.model.ram import trim_allocator
 from lora_utils.model.text_encoder import TextEmbeddings
 
 _OTHER_MODELS_OPTIONS = ("use_additional_t_cond", "use_layer3d_rope")  # Qwen-Image-Layered's

@@ -19,7 +19,7 @@ from lora_utils.config import RunOptions
 from lora_utils.io.logging import Progress, by_product, format_pace
 from lora_utils.model import flops
 from lora_utils.model.device import peak_bytes
-from lora_utils.model.ram import host_usage
+from lora_utils.model.ram import ram_usage
 from lora_utils.placeholder.embedding import EmbeddingReport, report_embeddings
 from lora_utils.tracking import contact_sheet
 from lora_utils.tracking.metrics import MetricsLogger, StepMetrics, band_name
@@ -257,7 +257,7 @@ def _describe_peak(device: torch.device) -> str:
     peak = f"at most {peak_bytes(device) / 1e9:.2f} GB"
     if device.type == "cuda":
         return f"{peak} of the GPU's memory"
-    usage = host_usage()
+    usage = ram_usage()
     return (
         f"{peak} of memory, mapped files included; now {usage.held / 1e9:.2f} GB are held and {usage.mapped / 1e9:.2f} "
         "GB mapped"

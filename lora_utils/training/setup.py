@@ -219,8 +219,8 @@ def _choose_plan(job: TrainJob, largest: LargestBatch, timesteps: Tensor | None)
     config = job.config
     room = memory_estimate.measure_room(job.placement)
     room = replace(room, free=distributed.all_reduce_min(job.ranks, room.free))
-    if room.host_free is not None:
-        room = replace(room, host_free=distributed.all_reduce_min(job.ranks, room.host_free))
+    if room.ram_free is not None:
+        room = replace(room, ram_free=distributed.all_reduce_min(job.ranks, room.ram_free))
     count = None if timesteps is None else len(timesteps)
     estimate = memory_estimate.training_estimate(job.shapes, largest.step_size, count, room, job.ranks.world_size)
     timing = _timing(job, largest)

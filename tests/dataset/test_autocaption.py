@@ -113,7 +113,7 @@ def test_trigger_and_trigger_word_stand_in_written_captions(found, random_model)
 
 def test_a_machine_without_room_for_the_converted_model_is_refused(random_model, monkeypatch):
     """The files are fp32; in bf16 their weights would be held, and not mapped."""
-    monkeypatch.setattr(autocaption, "free_host_bytes", lambda: 1.0)
+    monkeypatch.setattr(autocaption, "free_ram_bytes", lambda: 1.0)
     bf16 = Placement(torch.device("cpu"), torch.bfloat16)
     model = autocaption._vision_language_model(random_model, bf16)
     with pytest.raises(UserError, match=r"autocaption needs .* GB are free; write the captions yourself"), model:

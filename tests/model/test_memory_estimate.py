@@ -1,4 +1,4 @@
-"""Estimates: what a GPU, its host and a CPU hold, and what is refused before anything is loaded."""
+"""Estimates: what a GPU, RAM and a machine without a GPU hold, and what is refused before anything is loaded."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def training_in(room, live_text=True, asked="auto", side_px=1024):
     return memory_plan.choose_training_plan(asked, estimate, live_text), estimate
 
 
-def test_the_table_of_modulations_counts_into_the_hosts_memory():
+def test_the_table_of_modulations_counts_into_ram():
     estimate = memory_estimate.sampling_estimate(SHAPES, Room(GPU, 80e9, 64e9))
     assert estimate.table == pytest.approx(763 * 4.4237e6, rel=1e-3)  # 4.42 MB a timestep
     with pytest.raises(UserError, match=r"needs 5\.95 GB of the machine's own memory \(the table of modulations 3\.38"):
@@ -42,20 +42,20 @@ def test_the_table_of_modulations_counts_into_the_hosts_memory():
 def test_processes_have_a_table_each_and_share_what_is_mapped():
     one, four = (memory_estimate.sampling_estimate(SHAPES, Room(GPU, 24e9, 64e9, count)) for count in (1, 4))
     each = one.table + loading.PASSING_BYTES
-    assert four.host_needed(True) - one.host_needed(True) == pytest.approx(3 * each)
+    assert four.ram_needed(True) - one.ram_needed(True) == pytest.approx(3 * each)
 
 
-def test_a_text_encoder_that_would_be_converted_must_have_room_on_the_host():
+def test_a_text_encoder_that_would_be_converted_must_have_room_in_ram():
     """The files are bf16: in fp32 28 GB of memory are held, and can't be taken back."""
     room = Room(Placement(torch.device("cuda"), torch.float32), 1e12, 24e9)
     estimate = memory_estimate.sampling_estimate(SHAPES, room)
     assert not estimate.mapped_text
-    host_only = replace(estimate, free=estimate.needed("nf4", False) + 1)
+    in_ram_alone = replace(estimate, free=estimate.needed("nf4", False) + 1)
     with pytest.raises(UserError, match=r"of the machine's own memory \(the text encoder 28\.3"):
-        memory_plan.choose_sampling_plan("nf4", host_only)
+        memory_plan.choose_sampling_plan("nf4", in_ram_alone)
 
 
-def test_a_text_encoder_on_a_small_host_is_read_again_and_that_is_said():
+def test_a_text_encoder_of_a_machine_with_little_ram_is_read_again_and_that_is_said():
     room = Room(GPU, 24e9, 12e9)
     plan, estimate = training_in(room)
     assert not plan.text_encoder_on_device
@@ -118,7 +118,7 @@ def test_each_process_of_a_cpu_gets_its_share(monkeypatch):
     monkeypatch.setattr(memory_estimate, "free_bytes", lambda _device: 64e9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     room = memory_estimate.measure_room(CPU)
-    assert (room.free, room.host_free, room.processes) == (32e9, None, 2)
+    assert (room.free, room.ram_free, room.processes) == (32e9, None, 2)
 
 
 def test_the_folded_vae_decodes_in_what_the_plan_says():

@@ -51,7 +51,7 @@ def demand(free, side_px=1024):
 
 def demand_of(size, free):
     work = size.needed_bytes(60) + 4.0 * size.lora_parameters
-    return memory_estimate.MemoryEstimate(free, TEXT, TRANSFORMER, work, 506, host_free=1e12)
+    return memory_estimate.MemoryEstimate(free, TEXT, TRANSFORMER, work, 506, ram_free=1e12)
 
 
 def checkpointed(chosen, free, side_px, live_text):
@@ -264,7 +264,7 @@ def real_configs(tmp_path):
 def plan_of(folder, free_gb, asked="auto"):
     shapes = memory_estimate.read_shapes(folder)
     gpu = Placement(torch.device("cuda"), torch.bfloat16)
-    estimate = memory_estimate.sampling_estimate(shapes, Room(gpu, free_gb * 1e9, host_free=1e12))
+    estimate = memory_estimate.sampling_estimate(shapes, Room(gpu, free_gb * 1e9, ram_free=1e12))
     return memory_plan.choose_sampling_plan(asked, estimate)
 
 

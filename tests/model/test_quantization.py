@@ -182,16 +182,16 @@ HELD = """
     import torch
     from pathlib import Path
     from benchmarks.speed.jobs import TRUE_WIDTH, weights_of
-    from lora_utils.model import host_memory, memory_estimate
+    from lora_utils.model import ram, memory_estimate
     from lora_utils.model.device import Placement
     from lora_utils.model.transformer import Storage, build_transformer
 
     config, place = {{"num_layers": 3, **TRUE_WIDTH}}, Placement(torch.device("cpu"), torch.bfloat16)
     planned = memory_estimate.transformer_bytes(memory_estimate.count_weights(config), 2, True)["{scheme}"]
-    before = host_memory.host_usage().held
+    before = ram.ram_usage().held
     storage = Storage("{scheme}", torch.tensor([0.5]))
     transformer = build_transformer(config, weights_of(config, place), Path("nowhere"), place, storage)
-    print((host_memory.host_usage().held - before) / planned)
+    print((ram.ram_usage().held - before) / planned)
 """
 
 

@@ -1,9 +1,9 @@
-"""The host's memory: a container's limit counts, of either version of control groups; what is only cached doesn't."""
+"""The machine's RAM: a container's limit counts, of either version of control groups; what is only cached doesn't."""
 
 import pytest
 import torch
 
-from lora_utils.model import device, host_memory
+from lora_utils.model import device, ram
 from lora_utils.model.device import default_placement
 
 LIMIT = 3 * 10**9  # below what any machine that runs this has
@@ -39,7 +39,7 @@ V1 = {
 def test_a_limit_counts_wherever_it_is_set(line, mount, files, path, tmp_path):
     root = make_root(tmp_path, line)
     make_group(root, mount, path, files)
-    assert host_memory.free_host_bytes(root) == LIMIT - 10**9 + 500
+    assert ram.free_ram_bytes(root) == LIMIT - 10**9 + 500
 
 
 @pytest.mark.parametrize("limit", ["max", 9223372036854771712], ids=["version 2", "version 1"])
@@ -47,29 +47,29 @@ def test_a_group_without_a_limit_leaves_the_machines_memory(limit, tmp_path):
     root = make_root(tmp_path, "0::/\n4:memory:/")
     make_group(root, "sys/fs/cgroup", "/", {**V2, "memory.max": limit})
     make_group(root, "sys/fs/cgroup/memory", "/", {**V1, "memory.limit_in_bytes": limit})
-    assert host_memory.free_host_bytes(root) > LIMIT
+    assert ram.free_ram_bytes(root) > LIMIT
 
 
 def test_a_full_group_leaves_nothing_and_an_unreadable_one_is_none(tmp_path):
     root = make_root(tmp_path, "0::/full")
     make_group(root, "sys/fs/cgroup", "/full", {**V2, "memory.current": 2 * LIMIT})
-    assert host_memory.free_host_bytes(root) == 0
+    assert ram.free_ram_bytes(root) == 0
     (root / "sys/fs/cgroup/full/memory.stat").write_text("nonsense")
-    assert host_memory.free_host_bytes(root) > LIMIT
-    assert host_memory.free_host_bytes(tmp_path / "nowhere") > LIMIT
+    assert ram.free_ram_bytes(root) > LIMIT
+    assert ram.free_ram_bytes(tmp_path / "nowhere") > LIMIT
 
 
 def test_what_is_held_and_what_is_mapped_are_told_apart(tmp_path):
     path = tmp_path / "weights"
     with path.open("wb") as file:
         file.truncate(50_000_000)
-    before = host_memory.host_usage()
+    before = ram.ram_usage()
     mapped = torch.from_file(str(path), size=50_000_000, dtype=torch.uint8)
     assert int(mapped.sum()) == 0  # each page is read
-    now = host_memory.host_usage()
+    now = ram.ram_usage()
     assert now.mapped - before.mapped == pytest.approx(50e6, rel=0.1)
     assert abs(now.held - before.held) < 20e6
-    assert host_memory.peak_host_bytes() >= now.held + now.mapped - 20e6
+    assert ram.peak_ram_bytes() >= now.held + now.mapped - 20e6
 
 
 def test_a_small_model_computes_in_fp32_and_a_large_one_in_what_suits_the_machine(monkeypatch, caplog):
@@ -79,7 +79,7 @@ def test_a_small_model_computes_in_fp32_and_a_large_one_in_what_suits_the_machin
     def dtype_of(weights, fast, free):
         caplog.clear()
         monkeypatch.setattr(device, "multiplies_bf16_fast", lambda: fast)
-        monkeypatch.setattr(device, "free_host_bytes", lambda: free)
+        monkeypatch.setattr(device, "free_ram_bytes", lambda: free)
         return default_placement(weights).dtype
 
     for fast in (True, False):
