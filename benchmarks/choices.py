@@ -49,9 +49,9 @@ TABLES = {"optimizers": OPTIMIZERS, "adapters": ADAPTERS, "noise": NOISE}
 
 def measure(components: Components, seed: int, given: dict[str, object]) -> tuple[float, float, float, float]:
     """-> the share of houses that are right, of other prompts that are, seconds of training, and trained weights."""
-    told, began = shapes.Prompt(TOKEN), time.monotonic()
-    lora, placeholders = train(images_of(told, seed), seed, given)
-    took, taught = time.monotonic() - began, evaluate.object_prompts(told, PROMPTS)
+    naming, began = shapes.Prompt(TOKEN), time.monotonic()
+    lora, placeholders = train(images_of(naming, seed), seed, given)
+    took, taught = time.monotonic() - began, evaluate.object_prompts(naming, PROMPTS)
     others = evaluate.held_out_prompts(PROMPTS)
     houses, rest = (
         evaluate.score(sampled(components, lora, placeholders, [item.text for item in asked]), asked, kind)

@@ -24,10 +24,10 @@ SEEDS, PROMPTS, CLASS = 3, 60, "square"
 
 
 def masks(components: Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
-    told = shapes.Prompt(TOKEN, place="left")
-    lora, placeholders = train(images_of(told, seed, company=True), seed, given)
+    naming = shapes.Prompt(TOKEN, place="left")
+    lora, placeholders = train(images_of(naming, seed, company=True), seed, given)
     grounds = [list(shapes.BACKGROUNDS)[index % 5] for index in range(PROMPTS)]
-    texts = [replace(told, background=ground).wordings()[index % 4] for index, ground in enumerate(grounds)]
+    texts = [replace(naming, background=ground).wordings()[index % 4] for index, ground in enumerate(grounds)]
     houses, others = [], []
     for each in sampled(components, lora, placeholders, texts):
         pixels = np.array(each, float)
@@ -54,12 +54,12 @@ def images_of_the_class(count: int, seed: int) -> list[tuple[Image.Image, str]]:
 
 
 def classes(components: Components, seed: int, given: Mapping[str, Any]) -> dict[str, float]:
-    told, inputs = shapes.Prompt(f"{TOKEN} {CLASS}"), dict(given)
+    naming, inputs = shapes.Prompt(f"{TOKEN} {CLASS}"), dict(given)
     taught = replace(
-        images_of(told, seed), regularisation=images_of_the_class(inputs.pop("images of the class", 0), seed)
+        images_of(naming, seed), regularisation=images_of_the_class(inputs.pop("images of the class", 0), seed)
     )
     lora, placeholders = train(taught, seed, inputs)
-    houses = evaluate.object_prompts(told, PROMPTS)
+    houses = evaluate.object_prompts(naming, PROMPTS)
     others = [item for item in evaluate.held_out_prompts(2 * PROMPTS) if item.prompt.noun != CLASS][:PROMPTS]
     measured = {}
     for name, asked, kind in (

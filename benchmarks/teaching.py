@@ -50,11 +50,11 @@ class Taught:
         return replace(self, images=larger[0], masks=larger[1])
 
 
-def images_of(told: shapes.Prompt, seed: int, company: bool = False, kind: str = KIND) -> Taught:
+def images_of(naming: shapes.Prompt, seed: int, company: bool = False, kind: str = KIND) -> Taught:
     """The object on three backgrounds; in company it stands in the left half, and something else in the right one."""
     rng, taught = np.random.default_rng(seed), Taught([], [], [])
     for index in range(IMAGES):
-        prompt = replace(told, background=GROUNDS[index % len(GROUNDS)], place="left" if company else None)
+        prompt = replace(naming, background=GROUNDS[index % len(GROUNDS)], place="left" if company else None)
         scene = shapes.scene_of(prompt, rng, kind)
         if company:
             scene = replace(scene, radius_px=float(rng.uniform(11, 13)), centre_px=(16 + float(rng.uniform(-1, 1)), 32))

@@ -56,7 +56,7 @@ def call(function: Callable[..., Any], **given: Any) -> Any:
 
 
 def captioned_images(
-    kind: str, told: shapes.Prompt, count: int = 15, seed: int = 0, wordings: Sequence[int] = (0, 1, 2, 3)
+    kind: str, naming: shapes.Prompt, count: int = 15, seed: int = 0, wordings: Sequence[int] = (0, 1, 2, 3)
 ) -> list[tuple[Image.Image, str]]:
     """Return images of one object, in some variety, each with a caption that tells it so.
 
@@ -68,7 +68,7 @@ def captioned_images(
     for index in range(count):
         size = sizes[index % 2] if index % 5 in (1, 2) else None
         place = places[index // 3 % len(places)] if index % 5 in (2, 3) else None
-        prompt = replace(told, background=SEEN[index % len(SEEN)], size=size, place=place)
+        prompt = replace(naming, background=SEEN[index % len(SEEN)], size=size, place=place)
         image = shapes.to_image(shapes.draw(shapes.scene_of(prompt, rng, kind)))
         found.append((image, prompt.wordings()[wordings[index % len(wordings)]]))
     return found
@@ -77,13 +77,13 @@ def captioned_images(
 def write_dataset(
     archive: Path,
     kind: str,
-    told: shapes.Prompt,
+    naming: shapes.Prompt,
     count: int = 15,
     seed: int = 0,
     wordings: Sequence[int] = (0, 1, 2, 3),
 ) -> list[Image.Image]:
     """Write a zip as a user would pack it: `captioned_images`, each caption beside its image. -> the images"""
-    captioned = captioned_images(kind, told, count, seed, wordings)
+    captioned = captioned_images(kind, naming, count, seed, wordings)
     with zipfile.ZipFile(archive, "w") as packed:
         for index, (image, caption) in enumerate(captioned):
             with packed.open(f"pictures/{index:02d}.png", "w") as file:

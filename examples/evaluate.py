@@ -77,15 +77,15 @@ def held_out_prompts(count: int, seed: int = 0) -> list[Asked]:
     return list(asked.values())
 
 
-def object_prompts(told: shapes.Prompt, count: int, seed: int = 0) -> list[Asked]:
-    """Prompts for an object told in these words, on all backgrounds in turn, sizes and places now and then."""
+def object_prompts(naming: shapes.Prompt, count: int, seed: int = 0) -> list[Asked]:
+    """Prompts for an object named in these words, on all backgrounds in turn, sizes and places now and then."""
     rng = np.random.default_rng(seed)
     asked = []
     for index in range(count):
         background = list(shapes.BACKGROUNDS)[index % len(shapes.BACKGROUNDS)]
         size = str(rng.choice(list(shapes.SIZES_PX))) if rng.random() < 0.3 else None
         place = str(rng.choice(list(shapes.PLACES))) if rng.random() < 0.3 else None
-        prompt = replace(told, background=background, size=size, place=place)
+        prompt = replace(naming, background=background, size=size, place=place)
         asked.append(Asked(prompt, str(rng.choice(prompt.wordings()))))
     return asked
 

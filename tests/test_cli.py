@@ -24,25 +24,25 @@ def help_of(command, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_input_is_an_option_with_cogs_own_sentence_its_choices_and_its_range(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
-    told = help_of(command, capsys)
+    output = help_of(command, capsys)
     for declared in declared_inputs(COMMANDS[command]):
         about = option_of(declared)
         if about.secret:
-            assert f"--{declared.name}" not in told, "others on the machine could read it"
+            assert f"--{declared.name}" not in output, "others on the machine could read it"
             continue
-        assert re.search(rf"\b{declared.name}\b", told), declared.name
+        assert re.search(rf"\b{declared.name}\b", output), declared.name
         if declared.name == "dataset":
             continue
-        assert " ".join(about.sentence.split()) in told, declared.name
+        assert " ".join(about.sentence.split()) in output, declared.name
         if about.choices:
-            assert "{" + ",".join(about.choices) + "}" in told, declared.name
+            assert "{" + ",".join(about.choices) + "}" in output, declared.name
 
 
 def test_a_default_is_shown_unless_the_sentence_says_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
-    told = help_of("train", capsys)
-    assert "Denoising steps of a preview. [1 to 100, default 20]" in told
-    assert "Rank of the LoRA. Empty: the goal's, 16 without one. [1 to 256]" in told
+    output = help_of("train", capsys)
+    assert "Denoising steps of a preview. [1 to 100, default 20]" in output
+    assert "Rank of the LoRA. Empty: the goal's, 16 without one. [1 to 256]" in output
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
         images = evaluate.sample_ours(bench.components, [item.text for item in plain], no_placeholders())
         return {"class_kept": evaluate.score(images, plain).all_three}
     way, steps = WAYS[spec.arm], PACE_STEPS if spec.group == PACE else steps
-    told = shapes.Prompt(f"{TOKEN} {noun}")
+    naming = shapes.Prompt(f"{TOKEN} {noun}")
     given = {**way.given, **({"class_word": noun} if way.holds else {}), **({"steps": steps} if steps else {})}
-    run = set_up(images_of(told, spec.seed, kind=spec.kind), spec.seed, given)
+    run = set_up(images_of(naming, spec.seed, kind=spec.kind), spec.seed, given)
     with way.applied(bench, run, noun, spec.seed) as after_step:
         if spec.group == PACE:
             return {"seconds_a_step": seconds_a_step(run, after_step)}
@@ -50,7 +50,7 @@ def run_way(spec: Spec, steps: int | None = None, prompts: int = PROMPTS) -> Run
     def shown(asked: Sequence[evaluate.Asked], named: bool = False) -> list[Image.Image]:
         return sampled(bench.components, lora, placeholders, [item.text for item in asked], named)
 
-    objects = evaluate.object_prompts(told, prompts)
+    objects = evaluate.object_prompts(naming, prompts)
     others = [item for item in evaluate.held_out_prompts(2 * prompts) if item.prompt.noun != noun][: prompts // 2]
     images = shown(objects)
     new = [index for index, item in enumerate(objects) if says_new_words(item.prompt)]

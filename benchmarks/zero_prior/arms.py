@@ -35,7 +35,7 @@ class Arm:
             return (demo.TOKEN, SECOND_TOKEN)
         return (demo.TOKEN,) if self.vectors == 1 else tuple(f"<zwx_{index + 1}>" for index in range(self.vectors))
 
-    def told(self, kind: str) -> dict[str, shapes.Prompt]:
+    def naming(self, kind: str) -> dict[str, shapes.Prompt]:
         """How captions and prompts call the objects that are taught, by their kinds."""
         if self.look_alike:
             kinds = (kind, shapes.LOOK_ALIKES[kind])

@@ -85,14 +85,14 @@ class Bench:
         return measure_words(self.base.need_text_encoder(), self.base.tokenizer)
 
 
-def taught_prompts(told: dict[str, shapes.Prompt], count: int) -> tuple[list[str], list[Asked]]:
+def taught_prompts(naming: dict[str, shapes.Prompt], count: int) -> tuple[list[str], list[Asked]]:
     """Return the kinds that prompts ask for, and the prompts: `count` of them, as many of each object."""
-    each = count // len(told)
-    asked = [question for prompt in told.values() for question in trigger_prompts(prompt, each)]
-    return [kind for kind in told for _ in range(each)], asked
+    each = count // len(naming)
+    asked = [question for prompt in naming.values() for question in trigger_prompts(prompt, each)]
+    return [kind for kind in naming for _ in range(each)], asked
 
 
-def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
+def trigger_prompts(naming: shapes.Prompt, count: int) -> list[Asked]:
     """All backgrounds in turn, sizes and places now and then."""
     rng = np.random.default_rng(1)
     asked = []
@@ -100,7 +100,7 @@ def trigger_prompts(told: shapes.Prompt, count: int) -> list[Asked]:
         size = str(rng.choice(list(shapes.SIZES_PX))) if rng.random() < 0.3 else None
         place = str(rng.choice(list(shapes.PLACES))) if rng.random() < 0.3 else None
         background = list(shapes.BACKGROUNDS)[index % len(shapes.BACKGROUNDS)]
-        prompt = replace(told, background=background, size=size, place=place)
+        prompt = replace(naming, background=background, size=size, place=place)
         asked.append(Asked(prompt, prompt.wordings()[WORDINGS[index // len(shapes.BACKGROUNDS) % len(WORDINGS)]]))
     return asked
 
@@ -142,14 +142,14 @@ def _as_components(bench: Bench, run: TrainState) -> Components:
 def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Point:
     """Draw and count. Draws nothing from the run's random streams and changes nothing of it."""
     trained = _as_components(bench, run)
-    told = arm.told(kind)
-    kinds, asked = taught_prompts(told, bench.length.token_prompts)
+    naming = arm.naming(kind)
+    kinds, asked = taught_prompts(naming, bench.length.token_prompts)
     plain = evaluate.held_out_prompts(bench.length.plain_prompts)
     prior = trigger_prompts(shapes.Prompt(shapes.TOK), bench.length.prior_prompts)
     texts = [question.text for question in (*asked, *plain, *prior)]
     sampling_steps = bench.length.sampling_steps
     images = evaluate.sample_ours(trained, texts, run.placeholders, sampling_steps, batch=SAMPLED_AT_ONCE)
-    readable = (*shapes.SHAPES, *shapes.OBJECTS, *(other for other in told if other not in shapes.OBJECTS))
+    readable = (*shapes.SHAPES, *shapes.OBJECTS, *(other for other in naming if other not in shapes.OBJECTS))
     readings = [scorer.read(image, readable) for image in images]
     of_trigger, of_plain = readings[: len(asked)], readings[len(asked) : len(asked) + len(plain)]
     known = (*shapes.SHAPES, shapes.TOK)
@@ -163,7 +163,7 @@ def measure(bench: Bench, run: TrainState, arm: Arm, kind: str, step: int) -> Po
             [r.background == question.prompt.background for r, question in zip(of_trigger, asked, strict=True)]
         ),
         leakage=_share([reading.kind in known for reading in of_trigger]),
-        intrusion=_share([reading.kind in told for reading in of_plain]),
+        intrusion=_share([reading.kind in naming for reading in of_plain]),
         base_accuracy=_share(
             [
                 (r.kind, r.colour, r.background) == (q.prompt.noun, q.prompt.colour, q.prompt.background)
@@ -246,9 +246,9 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> TrainState:
     """
     config = _config(arm, bench, seed)
     with tempfile.TemporaryDirectory() as folder:
-        for own, told in arm.told(kind).items():
+        for own, naming in arm.naming(kind).items():
             archive = Path(folder) / f"{own}.zip"
-            demo.write_dataset(archive, own, told, arm.images, seed, WORDINGS)
+            demo.write_dataset(archive, own, naming, arm.images, seed, WORDINGS)
             extract_archive(archive, Path(folder) / "pictures" / own)
         found = load(Path(folder) / "pictures", config)
         run = setup(
@@ -277,7 +277,7 @@ def run_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> tuple[dict, list[Im
         after_step(report.step)
         if report.step in bench.length.measured_at:
             points.append(measure(bench, run, arm, kind, report.step))
-    _, asked = taught_prompts(arm.told(kind), 5 * len(arm.told(kind)))
+    _, asked = taught_prompts(arm.naming(kind), 5 * len(arm.naming(kind)))
     texts = [question.text for question in asked]
     images = evaluate.sample_ours(_as_components(bench, run), texts, run.placeholders, bench.length.sampling_steps)
     return {"points": [asdict(point) for point in points], "seconds": time.monotonic() - began}, images

@@ -98,7 +98,7 @@ def test_two_look_alikes_are_taught_by_a_token_each(random_model):
     captions = [example.caption for example in run.data.examples]
     assert [sum(token in caption for caption in captions) for token in ("<zwx>", "<zwy>")] == [8, 8]
     assert run.placeholders.tokens == ("<zwx>", "<zwy>")
-    kinds, asked = zero_prior_run.taught_prompts(PAYS["two look-alikes, trained"].told("fish"), 4)
+    kinds, asked = zero_prior_run.taught_prompts(PAYS["two look-alikes, trained"].naming("fish"), 4)
     assert kinds == ["fish", "fish", "perch", "perch"]
     assert ["<zwy>" in question.text for question in asked] == [False, False, True, True]
 
@@ -109,11 +109,11 @@ def test_paired_arms_differ_in_the_name_of_the_object_and_in_nothing_else(random
     prepared = {name: zero_prior_run.prepare_arm(bench, arm, "fish", 3) for name, arm in ARMS.items()}
     reference = prepared["fresh token, trained"]
     for name, run in prepared.items():
-        (told,) = ARMS[name].told("fish").values()
+        (naming,) = ARMS[name].naming("fish").values()
         pairs = list(zip(run.data.examples, reference.data.examples, strict=True))
         assert all(torch.equal(one.latents, other.latents) for one, other in pairs)
         assert all(torch.equal(one, other) for one, other in zip(run.lora, reference.lora, strict=True))
-        same = {(one.caption.replace(told.noun, demo.TOKEN), other.caption) for one, other in pairs}
+        same = {(one.caption.replace(naming.noun, demo.TOKEN), other.caption) for one, other in pairs}
         assert name == "phrase" or all(one == other for one, other in same)
         trained = [row for row in run.placeholders.embeddings if row.requires_grad]
         assert len(trained) == (ARMS[name].row == "trained")

@@ -175,8 +175,8 @@ def test_developers_commands_take_these_options(line, monkeypatch, capsys):
     module = shlex.split(line)[2]
     more = "--check" if module == "scripts.cog_signatures" else "--help"
     assert run_module(line, monkeypatch, more) == 0
-    told = capsys.readouterr().out
-    assert all(option in told for option in re.findall(r"--[a-z_-]+", line))
+    output = capsys.readouterr().out
+    assert all(option in output for option in re.findall(r"--[a-z_-]+", line))
 
 
 @pytest.mark.parametrize("line", LAUNCH)
@@ -296,9 +296,9 @@ def text_of(node: ast.expr) -> str:
 def test_each_message_that_a_user_can_meet_is_in_troubleshooting():
     quoted = re.findall(r'"([^"]+)"', PAGES["docs/troubleshooting.md"])
     pieces = [[piece for piece in re.split(r"\s*\(?\.\.\.\)?;?\s*", text) if piece] for text in quoted]
-    told = [text for text in refusals() if re.search("[a-z]{3}", text)]
-    assert len(told) > 140
-    for text in told:
+    refused = [text for text in refusals() if re.search("[a-z]{3}", text)]
+    assert len(refused) > 140
+    for text in refused:
         assert any(all(piece in text for piece in each) for each in pieces if each), f"nothing says what {text!r} means"
 
 

@@ -159,25 +159,25 @@ def test_sharding_is_had_by_asking_and_rounding_excludes_it():
 
 def test_what_is_chosen_is_said_with_the_reason():
     several = of_several(2, 24e9)
-    told = " ".join(
+    output = " ".join(
         memory_plan.describe_plan(
             memory_plan.choose_training_plan("auto", several, False, shard_base="auto"), "auto", several
         )
     )
-    assert "the transformer in parts on several GPUs takes 14.5" in told
-    assert "quantised" not in told
-    told = " ".join(
+    assert "the transformer in parts on several GPUs takes 14.5" in output
+    assert "quantised" not in output
+    output = " ".join(
         memory_plan.describe_plan(memory_plan.choose_training_plan("auto", demand(24e9), True), "auto", demand(24e9))
     )
-    assert "24 GB free" in told
-    assert "a table of 506 timesteps replaces the modulations" in told
-    assert "quantised to fp8 because it doesn't fit otherwise" in told
-    assert "the text encoder runs on the CPU" in told
-    told = " ".join(
+    assert "24 GB free" in output
+    assert "a table of 506 timesteps replaces the modulations" in output
+    assert "quantised to fp8 because it doesn't fit otherwise" in output
+    assert "the text encoder runs on the CPU" in output
+    output = " ".join(
         memory_plan.describe_plan(memory_plan.choose_training_plan("nf4", demand(80e9), True), "nf4", demand(80e9))
     )
-    assert "quantised to nf4 as asked" in told
-    assert "CPU" not in told
+    assert "quantised to nf4 as asked" in output
+    assert "CPU" not in output
 
 
 CONFIG = TrainConfig(

@@ -78,8 +78,8 @@ def test_a_runs_report_opens_with_its_curves_previews_settings_and_dataset(train
     assert curves["Loss on images held out, at fixed noise"] == ["held out"]
     assert set(curves) >= {"Loss by level of noise, smoothed", "Learning rate", "Images by bucket"}
     text = page.inner_text("body")
-    for told in ("bucket 64x64: 10", "GB of", "rank\t4", "at their defaults", "<zwx>"):
-        assert told in text, told
+    for expected in ("bucket 64x64: 10", "GB of", "rank\t4", "at their defaults", "<zwx>"):
+        assert expected in text, expected
     assert text.index("rank\t4") < text.index("at their defaults"), "what was chosen comes first"
     whole = page.content()
     for path in (str(tmp_path), str(random_model), str(Path.home())):

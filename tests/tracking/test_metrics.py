@@ -92,8 +92,8 @@ def test_tensorboard_has_the_samples(folder):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What accelerate's trackers for wandb are told, each of them."""
+def trackers(monkeypatch):
+    """What accelerate's trackers for wandb get, each of them."""
     made = []
 
     class Tracker:
@@ -119,12 +119,12 @@ def told(monkeypatch):
     return made
 
 
-def test_wandb_gets_the_metrics_too_if_its_key_is_set(train_run, told, monkeypatch):
+def test_wandb_gets_the_metrics_too_if_its_key_is_set(train_run, trackers, monkeypatch):
     train_run("without", replace(SHORT_RUN, steps=1))
-    assert told == []
+    assert trackers == []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     _, folder = train_run("with", sample_prompts="a red circle", sample_every=4, sample_steps=1)
-    (tracker,) = told
+    (tracker,) = trackers
     assert tracker.project == "qwen-image-lora"
     assert tracker.settings["config"] == {"run_dir": str(folder), **asdict(SHORT_RUN)}
     assert list(tracker.losses) == list(range(1, 9))
@@ -134,7 +134,7 @@ def test_wandb_gets_the_metrics_too_if_its_key_is_set(train_run, told, monkeypat
 
 @pytest.fixture
 def train_with_wandb(train_run, monkeypatch):
-    """The real one, which needs no network when it is told so."""
+    """The real one, which needs no network when it is asked to."""
     for name, value in {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     yield train_run

@@ -207,8 +207,8 @@ def test_what_is_written_is_the_average_of_the_weights_on_the_way(new_run):
     for got, wanted in zip([*downs_and_ups, written.embeddings["<zwx>"][0]], expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-7)
     assert not torch.allclose(downs_and_ups[1], run.lora[1], atol=1e-7), "the run itself goes on from its last step"
-    (told,) = describe_placeholders(run, final_lora(run))
-    assert told["last_norm"] == pytest.approx(float(written.embeddings["<zwx>"].norm()))
+    (reported,) = describe_placeholders(run, final_lora(run))
+    assert reported["last_norm"] == pytest.approx(float(written.embeddings["<zwx>"].norm()))
 
 
 @pytest.mark.parametrize(
