@@ -3,6 +3,7 @@
 It doesn't know how a run is made.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -156,6 +157,8 @@ def moves_part(subjects: str, runs: Sequence[Run], by: str) -> list[str]:
     if first:
         what = f"Changes to `{base_of(first[0]['kind'])}`, one at a time; {SCREENED} seeds."
         parts += [f"## What moves it: {subjects}", what, table(first, "moves", BASE_ROW, by)]
+    seeds = Counter(run["arm"] for run in rest)
+    rest = [run for run in rest if seeds[run["arm"]] == seeds[BASE_ROW]]  # others have only begun
     if rest:
         what = "Some that came out well, on the seeds that had no part in the choice:"
         parts += [what, table(rest, "moves", BASE_ROW, by)]
