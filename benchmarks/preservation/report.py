@@ -37,7 +37,7 @@ def table(runs: list[Run]) -> str:
     """
     arms, paces = by_arm(runs, "ways"), by_arm(runs, PACE)
     ways = [name for name in WAYS if name in arms]
-    theirs = arms.get(REFERENCE, [])
+    theirs, of_reference = arms.get(REFERENCE, []), paces.get(REFERENCE, [])
     gains = {
         (name, metric): paired_differences(arms[name], theirs, itemgetter(metric), itemgetter("fidelity"))
         for name in ways
@@ -49,7 +49,6 @@ def table(runs: list[Run]) -> str:
         own = arms[name]
         cells = [mean_and_error([run[metric] for run in own]) for metric in MEASURED]
         cells += [compared.get((name, metric), "–") for metric in ("named", "fidelity")]
-        of_reference = paces.get(REFERENCE, [])
         ratios = paired_differences(paces.get(name, []), of_reference, lambda run: np.log(run["seconds_a_step"]))
         times = f"{np.exp(np.mean(ratios)):.2f}" if ratios else "–"
         rows.append([name, *cells, times, str(len(own))])

@@ -152,6 +152,11 @@ def test_a_recipe_is_read_where_it_reaches_the_fidelity():
     chosen = [{**each, "seed": recipe_report.SCREENED} for each in (*moved, named)]
     _, _, all_moves, _, chosen_moves = recipe_report.moves_part("house", [*moved, named, *chosen], "steps")
     assert all_moves == chosen_moves == rows, "each on its own seeds"
+    later = [{**each, "seed": recipe_report.SCREENED + 1} for each in chosen]
+    begun = {**moved[0], "arm": "rank 64", "seed": recipe_report.SCREENED}
+    *_, compared = recipe_report.moves_part("house", [*moved, named, *chosen, *later, begun], "steps")
+    assert "rank 1 |" in compared
+    assert "rank 64" not in compared, "one seed of two"
     rows = recipe_report.table([*runs, named], "recipes", "fal", "best fidelity").splitlines()
     assert rows[2].endswith("| +0.700 (p 1.000) |")
     unsteady = run("ours", 0.0, 0.95, 0.5, 0.9, 0.95)["points"]
