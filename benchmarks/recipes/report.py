@@ -3,7 +3,6 @@
 It doesn't know how a run is made.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -30,7 +29,6 @@ from benchmarks.teaching import PACE, PACE_ROUNDS
 PAGE = PAGES / "RECIPES.md"
 EARLY = 300
 BASE_ROW = "unchanged"  # of a table of moves
-SCREENED = 2  # seeds that all moves have; only those that are worth it have more
 OURS_BY_CHANGE = ("ours until 2026-11-28", "ours", "ours, where it is named", "ours, by a token, where it is named")
 
 
@@ -151,18 +149,11 @@ def moves_and_base(runs: Sequence[Run]) -> list[Run]:
 
 
 def moves_part(subjects: str, runs: Sequence[Run], by: str) -> list[str]:
-    """Return the part of the page on the moves: all of them on a few seeds, and those that were chosen on the rest."""
-    moved, parts = moves_and_base(runs), list[str]()
-    first, rest = ([run for run in moved if (run["seed"] < SCREENED) == screened] for screened in (True, False))
-    if first:
-        what = f"Changes to `{base_of(first[0]['kind'])}`, one at a time; {SCREENED} seeds."
-        parts += [f"## What moves it: {subjects}", what, table(first, "moves", BASE_ROW, by)]
-    seeds = Counter(run["arm"] for run in rest)
-    rest = [run for run in rest if seeds[run["arm"]] == seeds[BASE_ROW]]  # others have only begun
-    if rest:
-        what = "Some that came out well, on the seeds that had no part in the choice:"
-        parts += [what, table(rest, "moves", BASE_ROW, by)]
-    return parts
+    """Return the part of the page on the moves, which none has where nothing was changed yet."""
+    if not (moved := moves_and_base(runs)):
+        return []
+    what = f"Changes to `{base_of(moved[0]['kind'])}`, one at a time."
+    return [f"## What moves it: {subjects}", what, table(moved, "moves", BASE_ROW, by)]
 
 
 def write_page(runs: Sequence[Run]) -> None:
