@@ -47,8 +47,9 @@ def _given(changed: Callable[[TrainState], None] | None = None, side_px: int = s
 MOVES: dict[str, Recipe] = {
     **{f"rate {rate}": _given(learning_rate=float(rate)) for rate in ("2e-4", "1e-3", "2e-3")},
     # A LoRA's output is alpha / rank * B A. AdamW's steps don't follow the gradient's size, so a larger alpha is a
-    # larger rate of B alone: LoRA+ with that ratio (Hayou et al. 2024). Rank-stabilised alphas are such ones too.
-    **{f"lora_alpha {alpha}": _given(lora_alpha=float(alpha)) for alpha in (16, 64, 128)},
+    # larger rate of B alone: LoRA+ with that ratio to the default of 32 (Hayou et al. 2024, who recommend 16, which is
+    # an alpha of 512). A rank-stabilised alpha, 32 divided by the root of the rank instead, is one of 128.
+    **{f"lora_alpha {alpha}": _given(lora_alpha=float(alpha)) for alpha in (16, 64, 128, 512)},
     **{f"rank {rank}": _given(rank=rank) for rank in (1, 64)},
     "attention alone": _given(lora_targets="attention"),
     "logit_normal without shift": _given(timestep_sampling="logit_normal"),
