@@ -38,7 +38,7 @@ class Transfer:
     url: str
     target: Path
     public_only: bool = False  # no address of this machine or a private network, on any hop
-    token: str | None = None  # sent to the URL's own host alone
+    token: str | None = None  # sent to the URL's own origin alone
     validators: Mapping[str, str] = field(default_factory=dict)  # headers that came with the copy, if there is one
 
 
@@ -111,13 +111,13 @@ def transfer(wanted: Transfer) -> dict[str, str] | None:
 
 def _read(wanted: Transfer, progress: _Progress) -> dict[str, str] | None:
     """Follow the redirects and read what is at their end."""
-    url, own_host = httpx2.URL(wanted.url), httpx2.URL(wanted.url).netloc
+    url = own = httpx2.URL(wanted.url)
     deadline = time.monotonic() + MAX_SECONDS
     # A proxy would be the one that is connected to, whatever it then reaches.
     with httpx2.Client(timeout=_TIMEOUT, trust_env=not wanted.public_only) as client:
         for _ in range(MAX_REDIRECTS):
             headers = {"If-None-Match": wanted.validators.get("etag", "")}
-            if wanted.token and url.netloc == own_host:
+            if wanted.token and same_origin(url, own):
                 headers["Authorization"] = f"Bearer {wanted.token}"
             request = client.build_request("GET", url, headers={name: each for name, each in headers.items() if each})
             if wanted.public_only:
@@ -137,6 +137,11 @@ def _read(wanted: Transfer, progress: _Progress) -> dict[str, str] | None:
             if url.scheme not in ("http", "https"):
                 raise UserError(f"{shown(wanted.url)} leads to {shown(str(url))}, which is no http address.")
     raise UserError(f"{shown(wanted.url)} is redirected more than {MAX_REDIRECTS} times.")
+
+
+def same_origin(one: httpx2.URL, other: httpx2.URL) -> bool:
+    """Return whether two URLs are of one server, by one scheme: over plain http anyone on the way reads a token."""
+    return (one.scheme, one.netloc) == (other.scheme, other.netloc)
 
 
 def _is_unchanged(reply: httpx2.Response, known: Mapping[str, str]) -> bool:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 
+import httpx2
 import pytest
 
 from lora_utils.errors import UserError, shown
@@ -143,6 +144,13 @@ def test_a_token_is_sent_to_its_own_host_alone(web, tmp_path):
     web.answer("/c")
     transfer.transfer(Transfer(f"{web.url}/a", tmp_path / "x", token="hf_secret"))
     assert [headers.get("Authorization") for headers in web.headers] == ["Bearer hf_secret", "Bearer hf_secret", None]
+
+
+def test_a_host_without_its_encryption_is_another_origin():
+    url = httpx2.URL("https://hub.example/a")
+    assert transfer.same_origin(url, httpx2.URL("https://hub.example/b"))
+    for other in ("http://hub.example/a", "https://hub.example:8443/a", "https://cdn.hub.example/a"):
+        assert not transfer.same_origin(url, httpx2.URL(other)), other
 
 
 def test_redirects_without_end_and_to_other_schemes_are_refused(web, tmp_path):
