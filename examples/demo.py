@@ -86,9 +86,9 @@ def write_dataset(
     captioned = captioned_images(kind, naming, count, seed, wordings)
     with zipfile.ZipFile(archive, "w") as packed:
         for index, (image, caption) in enumerate(captioned):
-            with packed.open(f"pictures/{index:02d}.png", "w") as file:
+            with packed.open(f"images/{index:02d}.png", "w") as file:
                 image.save(file, "png")
-            packed.writestr(f"pictures/{index:02d}.txt", caption)
+            packed.writestr(f"images/{index:02d}.txt", caption)
     return [image for image, _ in captioned]
 
 

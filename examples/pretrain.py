@@ -92,7 +92,7 @@ def encode_world(vae: AutoencoderKLQwenImage, images: int, seed: int = 7) -> Wor
     normal = pack_latents((stacked - mean[:, None, None]) / std[:, None, None])
     world = {"latents": normal, "wordings": wordings, "latents_mean": mean, "latents_std": std}
     save_checkpoint(kept, world)
-    log(f"world: {len(wordings)} pictures encoded, mean std {std.mean():.3f}")
+    log(f"world: {len(wordings)} images encoded, mean std {std.mean():.3f}")
     return World(**world)
 
 

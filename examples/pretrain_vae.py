@@ -44,12 +44,12 @@ def to_tensor(images: list[shapes.Pixels]) -> Tensor:
     return stacked.permute(0, 3, 1, 2).contiguous()
 
 
-def world_picture(rng: np.random.Generator) -> shapes.Pixels:
+def world_image(rng: np.random.Generator) -> shapes.Pixels:
     return shapes.draw(shapes.scene_of(shapes.random_prompt(rng), rng))
 
 
-def random_or_world_picture(rng: np.random.Generator, random_share: float) -> shapes.Pixels:
-    return things.random_drawing(rng) if rng.random() < random_share else world_picture(rng)
+def random_or_world_image(rng: np.random.Generator, random_share: float) -> shapes.Pixels:
+    return things.random_drawing(rng) if rng.random() < random_share else world_image(rng)
 
 
 def anneal(step: int, steps: int, warmup_steps: int) -> float:
@@ -204,12 +204,12 @@ def train_vae(settings: VaeSettings) -> Path:
         log(f"vae: resumed at step {start}")
     rng = np.random.default_rng(start + 1)
     held_out = np.random.default_rng(0)
-    test_world = to_tensor([world_picture(held_out) for _ in range(96)])
+    test_world = to_tensor([world_image(held_out) for _ in range(96)])
     test_random = to_tensor([things.random_drawing(held_out) for _ in range(48)])
     compiled_loss = torch.compile(vae_loss)  # a third faster on two cores
     began = time.monotonic()
     for step in range(start, settings.steps):
-        batch = [random_or_world_picture(rng, settings.random_share) for _ in range(settings.batch_size)]
+        batch = [random_or_world_image(rng, settings.random_share) for _ in range(settings.batch_size)]
         loss = compiled_loss(vae, to_tensor(batch), settings)
         set_rates(optimizers, settings.learning_rate * anneal(step, settings.steps, settings.warmup_steps))
         update(optimizers, loss, vae)

@@ -249,8 +249,8 @@ def prepare_arm(bench: Bench, arm: Arm, kind: str, seed: int) -> TrainState:
         for own, naming in arm.naming(kind).items():
             archive = Path(folder) / f"{own}.zip"
             demo.write_dataset(archive, own, naming, arm.images, seed, WORDINGS)
-            extract_archive(archive, Path(folder) / "pictures" / own)
-        found = load(Path(folder) / "pictures", config)
+            extract_archive(archive, Path(folder) / "images" / own)
+        found = load(Path(folder) / "images", config)
         run = setup(
             TrainJob(
                 config,

@@ -36,6 +36,8 @@ def test_a_model_that_goes_on_sees_latents_as_its_own_vae_has_them(work):
 
 @pytest.mark.slow
 def test_it_moves_text_encoder_and_transformer_a_little_and_leaves_the_rest(work):
+    of_another_run = work / "work" / "model.pt"
+    of_another_run.write_bytes(b"a checkpoint of the first pretraining")
     pretrain.train_model(SETTINGS, MODEL)
     pretrain.write_model(work / "longer", SETTINGS, MODEL)
     for part in ("text_encoder", "transformer", "vae"):
@@ -44,3 +46,4 @@ def test_it_moves_text_encoder_and_transformer_a_little_and_leaves_the_rest(work
         assert before.keys() == after.keys()
         moved = max(float((after[key].float() - before[key].float()).abs().max()) for key in before)
         assert moved == 0 if part == "vae" else 0 < moved < 0.05, part
+    assert of_another_run.read_bytes() == b"a checkpoint of the first pretraining", "neither resumed nor replaced"

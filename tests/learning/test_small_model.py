@@ -8,7 +8,7 @@ from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
 from examples import evaluate, scorer, shapes
-from examples.pretrain_vae import psnr_db, to_tensor, world_picture
+from examples.pretrain_vae import psnr_db, to_tensor, world_image
 from lora_utils import constants
 from lora_utils.model.device import default_placement
 from lora_utils.model.vae import load_vae
@@ -34,7 +34,7 @@ def test_the_folder_opens_with_the_true_classes_and_is_small(tiny_model):
 
 def test_its_autoencoder_keeps_drawings_that_it_has_not_seen(tiny_model):
     vae, rng = load_vae(tiny_model, default_placement()), np.random.default_rng(123)
-    assert psnr_db(vae, to_tensor([world_picture(rng) for _ in range(48)])) >= 28
+    assert psnr_db(vae, to_tensor([world_image(rng) for _ in range(48)])) >= 28
 
 
 @pytest.fixture(scope="module")
