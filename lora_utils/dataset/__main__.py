@@ -22,14 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
 def print_report(inputs: TrainInputs) -> None:
     """Print the report, which shows all that was found. Raises UserError with all that is wrong with the dataset."""
     warnings = check_conflicts(inputs.config, inputs.options)
-    from lora_utils.dataset.report import describe_dataset  # noqa: PLC0415 (help and wrong options do without)
+    from lora_utils.io.libraries import import_libraries  # noqa: PLC0415 (help and wrong options do without)
+
+    import_libraries()  # before anything else imports diffusers
+    from lora_utils.dataset.report import describe_dataset  # noqa: PLC0415
     from lora_utils.dataset.scan import inspect, raise_problems  # noqa: PLC0415
     from lora_utils.io.archive import extracted  # noqa: PLC0415
     from lora_utils.io.download import base_model_name, download_model  # noqa: PLC0415
     from lora_utils.io.files import temporary_folder  # noqa: PLC0415
-    from lora_utils.io.libraries import configure_libraries  # noqa: PLC0415
-
-    configure_libraries()
     from lora_utils.model.text_encoder import load_tokenizer  # noqa: PLC0415
     from lora_utils.model.variant import TEXT_TO_IMAGE, read_variant  # noqa: PLC0415
 

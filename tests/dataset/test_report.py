@@ -1,5 +1,8 @@
 """What a training would find, said before any model is loaded: one report, or all that is wrong at once."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -154,3 +157,12 @@ def test_the_images_that_lose_most_are_shown_with_what_they_lose_dark(tmp_path):
     grey = np.asarray(image.convert("L"))
     assert grey[grey.shape[0] // 2, grey.shape[1] // 2] == 255
     assert grey.min() < 128, text
+
+
+def test_the_command_has_no_remark_of_other_libraries(folder, tiny_model):
+    command = [sys.executable, "-m", "lora_utils.dataset", str(folder("a red circle")), "--resolution", "64"]
+    done = subprocess.run(
+        command, env={**os.environ, "BASE_MODEL": str(tiny_model)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("dataset: "), done.stdout[:200]
+    assert not done.stderr
