@@ -64,7 +64,7 @@ def train(
     sample_steps: int = Input(default=20, ge=1, le=100, description="Denoising steps of a preview."),
     hub_repo: str = Input(default="", description="owner/name on the Hugging Face hub. The weights and a model card are pushed there. Needs hub_token."),
     hub_private: bool = Input(default=True, description="Make that repository private, if it is new."),
-    init_weights: Optional[Path] = Input(default=None, accept=".zip,.tar,.safetensors", description="A weights.zip or LoRA to continue learning from, of the same rank and layers. Its token continues too."),
+    init_weights: Optional[Path] = Input(default=None, accept=".zip,.tar,.safetensors", description="A weights.zip or LoRA to continue learning from, of the same layers. Of another rank it is padded or cut. Its token continues too."),
     hub_token: Optional[Secret] = Input(default=None, description="Token of the hub that may write to hub_repo. It is neither kept nor logged."),
     control_dropout: float = Input(default=0.0, ge=0, le=1, description="Share of the images that train without their images to edit."),
     prior_loss_weight: float = Input(default=1.0, ge=0, le=10, description="Weight of regularisation images, those in a folder called reg, beside the others. 0 leaves them out."),

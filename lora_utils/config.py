@@ -438,8 +438,8 @@ class TrainFiles:
         "beside them or in metadata.jsonl, metadata.csv or captions.json.", accept=ARCHIVES,
     )
     init_weights: Path | None = option(
-        None, "A weights.zip or LoRA to continue learning from, of the same rank and layers. Its token continues too.",
-        accept=WEIGHTS,
+        None, "A weights.zip or LoRA to continue learning from, of the same layers. Of another rank it is padded or "
+        "cut. Its token continues too.", accept=WEIGHTS,
     )
     hub_token: str | None = option(
         None, "Token of the hub that may write to hub_repo. It is neither kept nor logged.", secret=True
