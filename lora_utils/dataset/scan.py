@@ -236,6 +236,3 @@ def _masks_cropped_away(folder: Path, examples: Sequence[Example]) -> list[str]:
         for example, shares in zip(masked, found, strict=True)
         if shares is not None and not shares.any()
     ]
-
-
-# --- what is said of it ---------------------------------------------------------------------------------------------
