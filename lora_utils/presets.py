@@ -30,7 +30,7 @@ PRESETS = {
 PRODIGY_LEARNING_RATE = 1.0  # Prodigy finds the rate itself and multiplies it by this
 
 # Muon can take larger steps than AdamW. On the small model, in 24 pairs, it learned sooner at twice AdamW's rate than
-# AdamW did (p under 0.001), and no later than at four times (docs/benchmarks.md). The 20 B model hasn't been tried.
+# AdamW did (p 0.001), and no later than at four times (docs/benchmarks.md). The 20 B model hasn't been tried.
 MUON_FACTOR = 2.0
 
 

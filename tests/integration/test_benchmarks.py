@@ -39,7 +39,10 @@ def test_the_sign_flip_test_counts_every_way_to_draw_the_signs():
     assert experiment.sign_flip_p([1.0, 1.0, 1.0]) == 2 / 8
     assert experiment.sign_flip_p([1.0, -1.0]) == 1.0
     assert experiment.sign_flip_p([0.0] * 30) == 1.0
-    assert experiment.sign_flip_p([1.0] * 30) < 1e-3
+    assert experiment.sign_flip_p([1.0] * 30) == 2 / 2**30, "all of them are counted, none is sampled"
+    assert experiment.sign_flip_p([0.1, 0.2, 0.3]) == experiment.sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8
+    assert experiment.sign_flip_p([0.3, -0.1, -0.2]) == 1.0, "but for rounding its mean is 0"
+    assert experiment.sign_flip_p([1.0, 1.0, 1.0, -1.0]) == 10 / 16
 
 
 def test_p_values_are_corrected_by_holms_method():
