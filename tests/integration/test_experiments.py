@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import experiment
 from benchmarks.preservation import prompts as preserved_prompts
@@ -33,6 +34,26 @@ def test_two_resolutions_are_trained_at():
     taught = SUBJECTS["fish"].images(recipe_run.RARE_WORD, 0).enlarged(move.side_px)
     run = set_up(taught, 0, move.given, beside={})
     assert {example.size.width_px for example in run.data.examples} == {64, 96}
+
+
+def test_a_larger_alpha_is_a_larger_rate_of_the_second_matrix_alone():
+    """LoRA+ under AdamW, but for the clipping and the decay: `moves` has its ratios as alphas."""
+
+    def change(alpha, ratio):
+        generator = torch.Generator().manual_seed(0)
+        first, target = (torch.randn(2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+        first, second = first.requires_grad_(), torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+        groups = [{"params": [first], "lr": 1e-2}, {"params": [second], "lr": 1e-2 * ratio}]
+        optimizer = torch.optim.AdamW(groups, eps=0.0, weight_decay=0.0)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (alpha * second @ first - target).square().sum().backward()
+            if first.grad is not None and not first.grad.any():
+                first.grad = None  # B is zero at the first step: without eps AdamW would divide 0 by 0
+            optimizer.step()
+        return (alpha * second @ first).detach()
+
+    torch.testing.assert_close(change(alpha=4.0, ratio=1.0), change(alpha=1.0, ratio=4.0))
 
 
 def test_ours_is_what_a_training_does_by_default():
