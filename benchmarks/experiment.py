@@ -127,7 +127,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p of a paired sign-flip test: how often random signs give a mean as far from zero as this one.
 
     It is exact: of all 2^n signs, each sum is one of the first half's differences and one of the second half's, so
-    sorting the 2^(n/2) of one half counts them.
+    sorting the 2^(n/2) of one half counts them. 40 pairs take a few megabytes, 60 some gigabytes.
     """
     given = np.asarray(differences, float)
     first, second = (_signed_sums(half) for half in (given[: len(given) // 2], given[len(given) // 2 :]))

@@ -167,11 +167,12 @@ def write_page(runs: Sequence[Run]) -> None:
         f"seeds. A run has learned its subject where {FIDELITY:.0%} of {Length().prompts} images show it, twice in a "
         "row or at the last step; steps, seconds and other prompts are of that moment. A run that never has learned "
         f"it counts with its {Length().steps} steps. Seconds are steps times the seconds of one, measured in "
-        f"{PACE_ROUNDS} short trainings of each recipe, one recipe after the other on one machine.",
+        f"{PACE_ROUNDS} short trainings of each recipe, one recipe after the other; what came later was timed later. "
+        "p is of pairs, by a sign-flip test, and corrected over its table.",
         "## The three objects",
         table(objects, "recipes", peer),
         "## Ours against each other",
-        "The three objects, in pairs; p corrected over this table.",
+        "The three objects, in pairs.",
         ours_table(objects),
     ]
     for subject in SUBJECTS:
